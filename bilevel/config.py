@@ -1,0 +1,378 @@
+"""Model and routing configuration: frozen dataclasses, Hugging Face ``config.json`` in and out.
+
+A dense Llama or Qwen3 ``config.json`` loads as it is. Routing is described by one extra section, ``"routing"``, and expert
+layers by another, ``"experts"``. Unknown keys are an error: a key that this code does not know may change the result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bilevel.plugins.contract import MAX_TOPK
+from bilevel.plugins.errors import ConfigError
+
+PRESETS = ("two_level", "moba", "moba_gqa", "dense")
+
+# Keys that training or tooling writes and that do not change what the model computes.
+_HARMLESS = frozenset(
+    "architectures attention_dropout dtype initializer_range max_window_layers pad_token_id pretraining_tp "
+    "torch_dtype transformers_version use_cache _name_or_path _attn_implementation id2label label2id return_dict "
+    "output_attentions output_hidden_states problem_type chunk_size_feed_forward is_encoder_decoder "
+    "_commit_hash unsloth_fixed unsloth_version".split()
+)
+# Keys that may be present only with these values: anything else is a model that this code does not implement.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "use_sliding_window": (False, None),
+    "sliding_window": (None,),
+    "quantization_config": (None,),
+    "partial_rotary_factor": (1, 1.0, None),
+    "is_decoder": (False, True),
+    "add_cross_attention": (False,),
+    "tie_encoder_decoder": (False,),
+    "cross_attention_hidden_size": (None,),
+}
+
+
+def _positive(owner: str, **values: int) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{owner}.{name}={value!r} must be a positive whole number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """How attention is routed (design: level 1 by word embedding, level 2 by layer).
+
+    preset: two_level, moba, moba_gqa or dense.
+    block_size: R, tokens per block. coarse_topk: K1, level 1's candidates (two_level only). topk: K2, blocks a word reads.
+    init_blocks / local_blocks: always kept, inside both budgets; local_blocks counts the own block.
+    window: words averaged into level 1's query (1 = the word alone). route_dim: width of the learned projection in front of
+    level 1 (0 = none: level 1 compares the word embeddings themselves).
+    """
+
+    preset: str = "two_level"
+    block_size: int = 64
+    coarse_topk: int = 32
+    topk: int = 16
+    init_blocks: int = 1
+    local_blocks: int = 1
+    window: int = 1
+    route_dim: int = 0
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ConfigError(f"routing.preset={self.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
+        _positive(
+            "routing",
+            block_size=self.block_size,
+            coarse_topk=self.coarse_topk,
+            topk=self.topk,
+            local_blocks=self.local_blocks,
+            window=self.window,
+        )
+        for name in ("init_blocks", "route_dim"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ConfigError(f"routing.{name}={value!r} must be a whole number of at least 0")
+        if self.preset == "dense":
+            return
+        for name in ("coarse_topk", "topk"):
+            if getattr(self, name) > MAX_TOPK:
+                raise ConfigError(
+                    f"routing.{name}={getattr(self, name)} exceeds {MAX_TOPK}, the most that TensorRT's TopK can keep; "
+                    "use larger blocks or keep fewer"
+                )
+        if self.is_two_level and self.topk > self.coarse_topk:
+            raise ConfigError(
+                f"routing.topk={self.topk} (level 2) exceeds coarse_topk={self.coarse_topk} (level 1's candidates); "
+                "raise coarse_topk or lower topk"
+            )
+        if self.init_blocks + self.local_blocks > self.topk:
+            raise ConfigError(
+                f"routing.init_blocks={self.init_blocks} and local_blocks={self.local_blocks} need more than "
+                f"topk={self.topk} blocks; raise topk"
+            )
+
+    @property
+    def is_two_level(self) -> bool:
+        """Whether the word-embedding layer proposes candidates."""
+        return self.preset == "two_level"
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether attention is ordinary attention over every earlier token."""
+        return self.preset == "dense"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """Expert layers.
+
+    num_experts: E. top_k: experts per word. n_group / topk_group: groups there are and groups kept.
+    intermediate_size: f, an expert's width. layers: indices of the layers whose MLP is replaced by experts.
+    score_func: sigmoid or softmax. group_score: external (level 1: similarity of the word embedding to a group's centroid),
+    max or top2_sum (from the layer's own scores). normalize: the kept weights sum to 1. scale: factor on the weights.
+    select_bias: a per-expert bias that moves the choice but not the weights.
+    """
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    layers: tuple[int, ...]
+    n_group: int = 1
+    topk_group: int = 1
+    score_func: str = "sigmoid"
+    group_score: str = "external"
+    normalize: bool = True
+    scale: float = 1.0
+    select_bias: bool = False
+
+    def __post_init__(self) -> None:
+        _positive(
+            "experts",
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            intermediate_size=self.intermediate_size,
+            n_group=self.n_group,
+            topk_group=self.topk_group,
+        )
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if self.score_func not in ("sigmoid", "softmax"):
+            raise ConfigError(f"experts.score_func={self.score_func!r} must be sigmoid or softmax")
+        if self.group_score not in ("external", "max", "top2_sum"):
+            raise ConfigError(f"experts.group_score={self.group_score!r} must be external, max or top2_sum")
+        if self.num_experts % self.n_group:
+            raise ConfigError(f"experts.num_experts={self.num_experts} is not divisible by n_group={self.n_group}")
+        if self.topk_group > self.n_group:
+            raise ConfigError(f"experts.topk_group={self.topk_group} exceeds n_group={self.n_group}")
+        room = self.topk_group * (self.num_experts // self.n_group)
+        if self.top_k > room:
+            raise ConfigError(f"experts.top_k={self.top_k} exceeds the {room} experts that the kept groups hold")
+
+    @classmethod
+    def deepseek_v3(cls, *, layers: tuple[int, ...], **changes: Any) -> Experts:
+        """DeepSeek-V3's gate: 256 experts in 8 groups, 4 kept by their two best biased scores, 8 experts, scale 2.5."""
+        values: dict[str, Any] = dict(
+            num_experts=256,
+            top_k=8,
+            intermediate_size=2048,
+            n_group=8,
+            topk_group=4,
+            score_func="sigmoid",
+            group_score="top2_sum",
+            normalize=True,
+            scale=2.5,
+            select_bias=True,
+        )
+        return cls(layers=layers, **{**values, **changes})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Rotary frequencies other than the plain ones: ``linear`` or ``llama3`` (Llama 3.1 and later)."""
+
+    rope_type: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in ("linear", "llama3"):
+            raise ConfigError(
+                f"rope_type={self.rope_type!r} is not supported; only default, linear and llama3 positions are implemented"
+            )
+        if not self.factor > 0:
+            raise ConfigError(f"rope factor={self.factor!r} must be greater than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder in the Llama/Qwen3 shape. Field names are those of Hugging Face's ``config.json``."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    model_type: str = "llama"
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    routing: Routing = field(default_factory=lambda: Routing(preset="dense"))
+    experts: Experts | None = None
+
+    def __post_init__(self) -> None:
+        _positive(
+            "config",
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            head_dim=self.head_dim,
+            max_position_embeddings=self.max_position_embeddings,
+        )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"num_attention_heads={self.num_attention_heads} is not divisible by "
+                f"num_key_value_heads={self.num_key_value_heads}; every key/value head must serve the same number of heads"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim={self.head_dim} is odd; rotary positions turn pairs of channels")
+        if not self.rms_norm_eps > 0 or not self.rope_theta > 0:
+            raise ConfigError(f"rms_norm_eps={self.rms_norm_eps} and rope_theta={self.rope_theta} must be greater than 0")
+        if self.experts is not None:
+            for layer in self.experts.layers:
+                if not 0 <= layer < self.num_hidden_layers:
+                    raise ConfigError(f"experts.layers holds {layer}, but the layers are 0..{self.num_hidden_layers - 1}")
+
+    @property
+    def has_qk_norm(self) -> bool:
+        """Qwen3 normalises each head's query and key."""
+        return self.model_type == "qwen3"
+
+    @property
+    def num_selection_heads(self) -> int:
+        """Hs of level 2: one route per query head in MoBA, else one per key/value head."""
+        return self.num_attention_heads if self.routing.preset == "moba" else self.num_key_value_heads
+
+    @property
+    def route_dim(self) -> int:
+        """Dr of level 1: width of the vectors that are compared."""
+        return self.routing.route_dim or self.hidden_size
+
+
+def config_from_dict(raw: Mapping[str, Any]) -> ModelConfig:
+    """Read a Hugging Face ``config.json``. Raises ConfigError naming the first key that cannot be honoured."""
+    raw = dict(raw)
+    model_type = raw.pop("model_type", "llama")
+    if model_type not in ("llama", "qwen3"):
+        raise ConfigError(f"model_type={model_type!r} is not supported; bilevel reads llama and qwen3 checkpoints")
+    values: dict[str, Any] = {"model_type": model_type}
+    for key, allowed in _NEUTRAL.items():
+        if key in raw and raw.pop(key) not in allowed:
+            raise ConfigError(f"config.json sets {key} to a value that bilevel does not implement; it must be {allowed[0]!r}")
+    if any(kind != "full_attention" for kind in raw.pop("layer_types", None) or ()):
+        raise ConfigError("config.json's layer_types names layers other than full_attention, which bilevel does not implement")
+    _read_rope(raw, values)
+    _read_tokens(raw, values)
+    if (routing := raw.pop("routing", None)) is not None:
+        values["routing"] = _section(Routing, "routing", routing)
+    if (experts := raw.pop("experts", None)) is not None:
+        values["experts"] = _section(Experts, "experts", experts)
+    known = {f.name for f in dataclasses.fields(ModelConfig)} - set(values)
+    for key in [key for key in raw if key in known]:
+        values[key] = raw.pop(key)
+    unknown = sorted(set(raw) - _HARMLESS)
+    if unknown:
+        raise ConfigError(
+            f"config.json holds the unknown key {unknown[0]!r}, which may change the result; remove it if it does not matter"
+        )
+    return _complete(values)
+
+
+def _section(kind: type, name: str, raw: Any) -> Any:
+    """Build a nested dataclass from its JSON object; unknown and missing keys are named."""
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f'config.json\'s "{name}" must be an object, not {type(raw).__name__}')
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for key in raw:
+        if key not in fields:
+            raise ConfigError(f"{name}.{key} is unknown; the keys are {', '.join(fields)}")
+    for key, spec in fields.items():
+        if key not in raw and spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{name}.{key} is missing")
+    return kind(**raw)
+
+
+def _read_rope(raw: dict[str, Any], values: dict[str, Any]) -> None:
+    """Both of Hugging Face's spellings: ``rope_theta`` + ``rope_scaling``, and the newer ``rope_parameters``."""
+    parameters = dict(raw.pop("rope_parameters", None) or {})
+    scaling = dict(raw.pop("rope_scaling", None) or {})
+    if "rope_theta" in parameters:
+        values["rope_theta"] = float(parameters.pop("rope_theta"))
+        raw.pop("rope_theta", None)
+    scaling = {**parameters, **scaling}
+    rope_type = scaling.pop("rope_type", scaling.pop("type", "default"))
+    scaling.pop("type", None)
+    if rope_type == "default":
+        return
+    known = {f.name for f in dataclasses.fields(RopeScaling)}
+    for key in scaling:
+        if key not in known:
+            raise ConfigError(f"rope_scaling.{key} is not supported")
+    values["rope_scaling"] = _section(RopeScaling, "rope_scaling", {"rope_type": rope_type, **scaling})
+
+
+def _read_tokens(raw: dict[str, Any], values: dict[str, Any]) -> None:
+    bos, eos = raw.pop("bos_token_id", None), raw.pop("eos_token_id", None)
+    values["bos_token_id"] = bos[0] if isinstance(bos, list) else bos
+    values["eos_token_ids"] = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+    raw.pop("eos_token_ids", None)
+
+
+def _complete(values: dict[str, Any]) -> ModelConfig:
+    """Fill in what Hugging Face derives, and turn a missing key into a sentence."""
+    heads = values.get("num_attention_heads")
+    if values.get("num_key_value_heads") is None:
+        values["num_key_value_heads"] = heads
+    if values.get("head_dim") is None and heads and values.get("hidden_size"):
+        if values["hidden_size"] % heads:
+            raise ConfigError(
+                f"hidden_size={values['hidden_size']} is not divisible by num_attention_heads={heads}; give head_dim explicitly"
+            )
+        values["head_dim"] = values["hidden_size"] // heads
+    for spec in dataclasses.fields(ModelConfig):
+        required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
+        if required and values.get(spec.name) is None:
+            raise ConfigError(f"config.json does not give {spec.name}")
+    return ModelConfig(**values)
+
+
+def config_to_dict(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of :func:`config_from_dict`, ready for ``json.dump``."""
+    raw: dict[str, Any] = {
+        "architectures": ["Qwen3ForCausalLM" if config.has_qk_norm else "LlamaForCausalLM"],
+        "hidden_act": "silu",
+    }
+    for spec in dataclasses.fields(config):
+        value = getattr(config, spec.name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            value = dataclasses.asdict(value)
+        if spec.name == "eos_token_ids":
+            raw["eos_token_id"] = list(value) if len(value) > 1 else (value[0] if value else None)
+        elif value is not None:
+            raw[spec.name] = list(value) if isinstance(value, tuple) else value
+    if config.experts is not None:
+        raw["experts"]["layers"] = list(config.experts.layers)
+    return raw
+
+
+def load_config(folder: Path) -> ModelConfig:
+    """Read ``config.json`` in a checkpoint or bundle folder."""
+    path = Path(folder) / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; a checkpoint folder holds config.json and model.safetensors") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path} is not valid JSON ({error}); write it anew") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} must hold a JSON object")
+    return config_from_dict(raw)

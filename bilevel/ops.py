@@ -1,0 +1,142 @@
+"""The operators as a module calls them: ``coarse_route``, ``fine_route``, ``routed_attention``, ``expert_route``,
+``routed_experts`` and ``write_cache``.
+
+Called eagerly they run the vectorised PyTorch forms (trainable). While ``torch.export`` traces, each becomes one node
+``torch.ops.bilevel.<name>``, which ``bilevel.export`` turns into one ONNX node of the contract. Any ``nn.Module`` that calls
+these functions can therefore be exported; nothing needs to be registered or subclassed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel import attention, experts, routing
+from bilevel.plugins import contract
+from bilevel.plugins.errors import ContractError
+
+_KINDS = {"int": "int", "float": "float", "string": "str"}
+_library = torch.library.Library(contract.DOMAIN, "DEF")
+
+
+def _torch_schema(op: contract.Op) -> str:
+    """``name(Tensor a, ..., *, int topk, ...) -> Tensor``, derived from the contract."""
+    tensors = ", ".join(f"Tensor {port.name}" for port in op.inputs)
+    attributes = "".join(f", {_KINDS[a.kind]} {a.name}" for a in op.attributes)
+    outputs = ", ".join("Tensor" for _ in op.outputs)
+    keyword = f", *{attributes}" if attributes else ""
+    return f"{op.torch_name}({tensors}{keyword}) -> {outputs if len(op.outputs) == 1 else f'({outputs})'}"
+
+
+def _check(op: contract.Op, tensors: tuple[Tensor, ...], attributes: dict[str, Any]) -> dict[str, int]:
+    """Shapes, dtypes and attributes against the contract, before any work; returns symbol -> size."""
+    op.check_attributes(attributes)
+    sizes = op.bind_shapes([tensor.shape for tensor in tensors])
+    for port, tensor in zip(op.inputs, tensors, strict=True):
+        expected = {"int32": torch.int32, "float32": torch.float32}.get(port.dtype)
+        if expected is not None and tensor.dtype != expected:
+            raise ContractError(f"{op.name}: {port.name} must be {port.dtype}, got {str(tensor.dtype).removeprefix('torch.')}")
+    _check_divisible(op, sizes, attributes)
+    return sizes
+
+
+def _check_divisible(op: contract.Op, sizes: dict[str, int], attributes: dict[str, Any]) -> None:
+    """The divisibility rules that symbolic shapes cannot say."""
+    pairs = [("Hr", "Hs"), ("Hr", "Hk")] if "Hr" in sizes else [("Hq", "Hkv"), ("Hq", "Hs")] if "Hq" in sizes else []
+    heads = {**sizes, "Hs": attributes.get("num_selection_heads", sizes.get("Hs", 1))}
+    if "Hc" in sizes:
+        pairs.append(("Hs", "Hc"))
+    for many, few in pairs:
+        if heads[few] < 1 or heads[many] % heads[few]:
+            raise ContractError(f"{op.name}: {many}={heads[many]} heads are not divisible by {few}={heads[few]}")
+    capacity = sizes.get("M")
+    if isinstance(capacity, int) and capacity % attributes["block_size"]:
+        raise ContractError(
+            f"{op.name}: k and v hold {capacity} tokens, not a multiple of block_size={attributes['block_size']}; "
+            "pad them with bilevel.ops.pad_to_blocks"
+        )
+    if "Gp" in sizes:
+        experts.check_expert_shapes(sizes["E"], sizes["Gp"], attributes["top_k"], attributes["topk_group"])
+
+
+def _fake_outputs(op: contract.Op, tensors: tuple[Tensor, ...], attributes: dict[str, Any]) -> Any:
+    """Empty outputs of the declared shapes and dtypes (the shape function that tracing uses)."""
+    sizes = dict(_check(op, tensors, attributes))
+    sizes.update(
+        {"Hs": attributes.get("num_selection_heads", sizes.get("Hs")), "k": attributes.get("top_k", sizes.get("k"))}
+    )
+    sizes["K"] = attributes.get("topk", sizes.get("K"))
+    dtypes = {"int32": torch.int32, "float32": torch.float32, "T": tensors[0].dtype}
+    outputs = tuple(
+        tensors[0].new_empty([sizes[symbol] for symbol in port.shape], dtype=dtypes[port.dtype]) for port in op.outputs
+    )
+    return outputs if len(outputs) > 1 else outputs[0]
+
+
+def _define(op: contract.Op, eager: Callable[..., Any]) -> Callable[..., Any]:
+    """Register ``torch.ops.bilevel.<name>`` and return the function that modules call."""
+    _library.define(_torch_schema(op))
+    _library.impl(op.torch_name, eager, "CompositeExplicitAutograd")
+
+    def fake(*tensors: Tensor, **attributes: Any) -> Any:
+        return _fake_outputs(op, tensors, attributes)
+
+    torch.library.register_fake(f"{contract.DOMAIN}::{op.torch_name}", fake, lib=_library)
+    node = getattr(getattr(torch.ops, contract.DOMAIN), op.torch_name)
+
+    def call(*tensors: Tensor, **attributes: Any) -> Any:
+        if torch.compiler.is_exporting():
+            return node(*tensors, **attributes)
+        _check(op, tensors, attributes)
+        return eager(*tensors, **attributes)
+
+    call.__name__, call.__doc__ = op.torch_name, f"{op.summary} See ``{eager.__module__}.{op.torch_name}``."
+    return call
+
+
+coarse_route = _define(contract.COARSE_ROUTE, routing.coarse_route)
+fine_route = _define(contract.FINE_ROUTE, routing.fine_route)
+routed_attention = _define(contract.ROUTED_ATTENTION, attention.routed_attention)
+expert_route = _define(contract.EXPERT_ROUTE, experts.expert_route)
+routed_experts = _define(contract.ROUTED_EXPERTS, experts.routed_experts)
+
+
+def _write(cache: Tensor, update: Tensor, start: Tensor) -> Tensor:
+    out = cache.clone()
+    for row, first in enumerate(start.tolist()):
+        out[row].narrow(-2 if cache.dim() > 2 else -1, first, update.shape[2 if cache.dim() > 2 else 1]).copy_(update[row])
+    return out
+
+
+_library.define("write_cache(Tensor cache, Tensor update, Tensor start) -> Tensor")
+_library.impl("write_cache", _write, "CompositeExplicitAutograd")
+torch.library.register_fake("bilevel::write_cache", lambda cache, update, start: torch.empty_like(cache), lib=_library)
+
+
+def write_cache(cache: Tensor, update: Tensor, start: Tensor) -> Tensor:
+    """Write ``update`` into each row of a cache at the row's own position; returns the cache.
+
+    cache: [B, H, M, D] (or [B, M]). update: [B, H, L, D] (or [B, L]). start: int32 [B], start + L <= M.
+    Eagerly the cache is changed in place; exported, it is one ONNX TensorScatter whose output the runtime binds to the
+    input's buffer.
+    """
+    if torch.compiler.is_exporting():
+        return torch.ops.bilevel.write_cache(cache, update, start)
+    axis = 2 if cache.dim() > 2 else 1
+    for row, first in enumerate(start.tolist()):
+        room = cache.shape[axis] - first
+        if room < update.shape[axis]:
+            raise ContractError(
+                f"write_cache: {update.shape[axis]} tokens do not fit at {first} in a cache of {cache.shape[axis]}; "
+                "make the cache larger"
+            )
+        cache[row].narrow(axis - 1, first, update.shape[axis]).copy_(update[row])
+    return cache
+
+
+def pad_to_blocks(tokens: Tensor, block_size: int) -> Tensor:
+    """Zero-pad [B, H, L, D] along L to a multiple of ``block_size`` (what ``routed_attention`` asks of k and v)."""
+    return torch.nn.functional.pad(tokens, (0, 0, 0, -tokens.shape[2] % block_size))

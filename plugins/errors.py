@@ -1,0 +1,71 @@
+"""The package's exceptions (standard library only, so that every folder may raise them).
+
+    BilevelError                 every error a caller may cause; its message is one sentence with the remedy
+    ├── ContractError            an operator was given shapes or attributes outside its contract
+    ├── ConfigError              a model or routing configuration with unknown or contradictory values
+    ├── CheckpointError          a checkpoint that is damaged, incomplete, or holds tensors nobody consumes
+    ├── ExportError              a model that cannot be exported as it is
+    ├── BundleError              a bundle that is damaged or of another format
+    ├── RequestError             a prompt or sampling setting that cannot be served
+    └── MissingDependency        an optional package is not installed
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+_EXTRAS = {
+    "onnxruntime": "cpu",
+    "tokenizers": "cpu",
+    "rich": "cpu",
+    "torch": "export",
+    "onnx": "export",
+    "onnxscript": "export",
+    "safetensors": "export",
+    "polygraphy": "export",
+    "matplotlib": "dev",
+}
+
+
+class BilevelError(Exception):
+    """Base of every error that a caller may cause."""
+
+
+class ContractError(BilevelError):
+    """An operator was given shapes or attributes outside its contract."""
+
+
+class ConfigError(BilevelError):
+    """A configuration with unknown or contradictory values."""
+
+
+class CheckpointError(BilevelError):
+    """A checkpoint that is damaged, incomplete, or holds tensors nobody consumes."""
+
+
+class ExportError(BilevelError):
+    """A model that cannot be exported as it is."""
+
+
+class BundleError(BilevelError):
+    """A bundle that is damaged or of another format."""
+
+
+class RequestError(BilevelError):
+    """A prompt or a sampling setting that cannot be served."""
+
+
+class MissingDependency(BilevelError):
+    """An optional package is not installed."""
+
+
+def require(name: str) -> ModuleType:
+    """Import an optional package, or say which extra brings it."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name.split(".")[0]:
+            raise  # installed but broken: show its own failure
+        extra = _EXTRAS.get(name.split(".")[0], "dev")
+        raise MissingDependency(f"{name} is not installed: pip install 'bilevel[{extra}]'") from None
