@@ -64,7 +64,8 @@ class Trace:
 
     candidates: level 1's blocks, int32 [B, 1, L, K1]. word_query / word_block_key: what level 1 compared.
     Per layer: query [B, Hq, L, D], block_key [B, Hkv, N, D], routes int32 [B, Hs, L, K2], attention [B, Hq, L, D].
-    Per expert layer: expert_logits [T, E], group_logits [T, Gp], expert_ids int32 [T, k].
+    Per expert layer: expert_logits [T, E], group_logits [T, Gp], expert_ids int32 [T, k], expert_weights [T, k],
+    expert_out [T, d].
     """
 
     candidates: Tensor | None = None
@@ -77,6 +78,8 @@ class Trace:
     expert_logits: list[Tensor] = field(default_factory=list)
     group_logits: list[Tensor] = field(default_factory=list)
     expert_ids: list[Tensor] = field(default_factory=list)
+    expert_weights: list[Tensor] = field(default_factory=list)
+    expert_out: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
@@ -193,14 +196,14 @@ class Attention(nn.Module):
     def route(self, q: Tensor, block_key: Tensor, step: Step) -> Tensor:
         """The blocks that each word of this layer reads: int32 [B, Hs, L, K2]."""
         routing = self.config.routing
-        attributes = dict(
-            block_size=routing.block_size,
-            topk=routing.topk,
-            num_selection_heads=self.config.num_selection_heads,
-            init_blocks=routing.init_blocks,
-            local_blocks=routing.local_blocks,
-            causal=1,
-        )
+        attributes = {
+            "block_size": routing.block_size,
+            "topk": routing.topk,
+            "num_selection_heads": self.config.num_selection_heads,
+            "init_blocks": routing.init_blocks,
+            "local_blocks": routing.local_blocks,
+            "causal": 1,
+        }
         if step.candidates is None:
             return ops.coarse_route(q, block_key, step.past_len, step.new_len, **attributes)
         return ops.fine_route(q, block_key, step.candidates, step.past_len, step.new_len, **attributes)
@@ -287,6 +290,7 @@ class ExpertGate(nn.Module):
             trace.expert_logits.append(logits)
             trace.group_logits.append(group_logits)
             trace.expert_ids.append(ids)
+            trace.expert_weights.append(weights)
         return ids, weights
 
 
@@ -314,6 +318,8 @@ class ExpertMLP(nn.Module):
         words = step.words.flatten(0, 1) if step.words is not None else None
         ids, weights = self.gate(flat, words, step.trace)
         out = ops.routed_experts(flat, ids, weights, self.experts.gate_up_proj, self.experts.down_proj)
+        if step.trace is not None:
+            step.trace.expert_out.append(out)
         return out.reshape(x.shape)
 
 

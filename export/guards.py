@@ -3,8 +3,9 @@
 1. A parameter that the traced graph does not read: a router that was dropped on the way.
 2. A selection that does not depend on any input: routes frozen to a constant by tracing (``.tolist()``, ``.item()``, numpy).
 3. A selection that nothing routed consumes: attention or experts that would run densely.
+4. A level 2 that keeps more blocks than level 1 proposes.
 
-K over TensorRT's limit and K over what the candidates hold are refused earlier, by the operators themselves.
+K over TensorRT's limit is refused earlier, by the operators themselves.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ _CONSUMERS = {
 def check_parameters_used(program: ExportedProgram) -> None:
     """Every parameter of the module must be read by the traced graph."""
     names = program.graph_signature.inputs_to_parameters
-    used_targets = {names[node.name] for node in program.graph.nodes if node.op == "placeholder" and node.name in names and node.users}
+    used_targets = {
+        names[node.name] for node in program.graph.nodes if node.op == "placeholder" and node.name in names and node.users
+    }
     used_tensors = {id(program.state_dict[name]) for name in used_targets}
     unused = sorted(n for n in names.values() if n not in used_targets and id(program.state_dict[n]) not in used_tensors)
     if unused:
@@ -37,6 +40,23 @@ def check_parameters_used(program: ExportedProgram) -> None:
             f"the traced graph never reads {len(unused)} parameter(s), the first is {unused[0]!r}: part of the model was dropped; "
             "make forward use it, or delete it from the module"
         )
+
+
+def _check_room(graph: onnx.GraphProto) -> None:
+    """FineRoute may keep at most as many blocks as its candidates hold."""
+    shapes = {
+        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in [*graph.value_info, *graph.input]
+    }
+    for node in routed_nodes(graph):
+        if node.op_type != "FineRoute":
+            continue
+        topk = next(attribute.i for attribute in node.attribute if attribute.name == "topk")
+        room = shapes.get(node.input[2], [0])[-1]
+        if room and topk > room:
+            raise ExportError(
+                f"FineRoute ({node.name}) keeps topk={topk} blocks, but its candidates hold {room}; "
+                "raise the level-1 topk or lower this one"
+            )
 
 
 def _ancestors(start: Iterable[str], makers: dict[str, onnx.NodeProto]) -> set[str]:
@@ -53,8 +73,9 @@ def _ancestors(start: Iterable[str], makers: dict[str, onnx.NodeProto]) -> set[s
     return seen
 
 
-def check_selection_used(graph: onnx.GraphProto) -> None:
-    """Selections must depend on the inputs and must be obeyed."""
+def check_selections(graph: onnx.GraphProto) -> None:
+    """Selections must depend on the inputs, must be obeyed, and must fit into what the level before proposes."""
+    _check_room(graph)
     makers = {output: node for node in graph.node for output in node.output}
     inputs = {value.name for value in graph.input}
     outputs = {value.name for value in graph.output}

@@ -78,11 +78,9 @@ def _dynamic_shapes(inputs: Inputs, dynamic: Dynamic, names: Sequence[str]) -> d
     """
     unknown = set(dynamic) - set(names)
     if unknown:
-        raise ExportError(f"dynamic names the input {sorted(unknown)[0]!r}, but the inputs are {', '.join(names)}")
+        raise ExportError(f"dynamic names the input {min(unknown)!r}, but the inputs are {', '.join(names)}")
     flat = iter([dict.fromkeys(dynamic.get(name, {}), torch.export.Dim.DYNAMIC) for name in names])
-    return {
-        key: next(flat) if isinstance(value, Tensor) else [next(flat) for _ in value] for key, value in inputs.items()
-    }
+    return {key: next(flat) if isinstance(value, Tensor) else [next(flat) for _ in value] for key, value in inputs.items()}
 
 
 def _name_sizes(model: onnx_ir.Model, dynamic: Dynamic, names: Sequence[str]) -> None:
@@ -160,7 +158,7 @@ def save_onnx(
     _rename(ir_model, names, output_names)
     onnx_ir.save(ir_model, path, external_data=DATA_FILE)
     model = onnx.load(path, load_external_data=False)
-    guards.check_selection_used(model.graph)
+    guards.check_selections(model.graph)
     model = attach_functions(model)
     if not routed_nodes(model.graph):
         model.opset_import[:] = [opset for opset in model.opset_import if opset.domain == ""]  # type: ignore[index]

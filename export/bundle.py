@@ -1,0 +1,161 @@
+"""Checkpoint folder -> bundle folder: the graph, its weights, config and tokenizer, and ``bundle.json`` that describes them.
+
+The format is specified in ``runtime/bundle.py``, which reads it. A bundle is written under a temporary name and renamed when
+complete: an interrupted export leaves what was there before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+import bilevel
+from bilevel.checkpoint import load_model
+from bilevel.config import ModelConfig, config_to_dict, load_config
+from bilevel.export.decoder import save_decoder, state_tensors
+from bilevel.export.functions import routed_nodes
+from bilevel.export.module import DATA_FILE
+from bilevel.export.schemas import ONNX_OPSET
+from bilevel.folders import replacing
+from bilevel.plugins.contract import BY_NAME
+from bilevel.plugins.errors import ExportError
+
+FORMAT = "bilevel-bundle"
+FORMAT_VERSION = 1
+GRAPH_FILE = "model.onnx"
+MANIFEST = "bundle.json"
+_DTYPES = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.INT32: "int32", onnx.TensorProto.INT64: "int64"}
+# Copied as they are where the checkpoint has them.
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export did: where the bundle lies, how large it is, and how many nodes of each operator its graph has."""
+
+    path: Path
+    size_bytes: int
+    operators: dict[str, int]
+
+
+def export_bundle(
+    checkpoint: Path,
+    bundle: Path,
+    *,
+    force: bool = False,
+    prefill_chunk: int = 512,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> ExportReport:
+    """Export the model in ``checkpoint`` to ``bundle``. Raises BilevelError; an existing bundle is replaced only with force.
+
+    prefill_chunk: tokens that the runtime prefills per call unless told otherwise. on_stage: told what is being done.
+    """
+    checkpoint, bundle = Path(checkpoint), Path(bundle)
+    _check_target(bundle, force)
+    if prefill_chunk < 1:
+        raise ExportError(f"prefill_chunk={prefill_chunk} must be at least 1")
+    config = load_config(checkpoint)
+    tokenizer = _read_tokenizer(checkpoint)
+    on_stage(f"loading {checkpoint}")
+    model = load_model(checkpoint)
+    with replacing(bundle, ExportError) as folder:
+        on_stage("tracing and translating to ONNX")
+        graph = save_decoder(model, folder / GRAPH_FILE)
+        on_stage("writing the bundle")
+        for name, contents in tokenizer.items():
+            (folder / name).write_bytes(contents)
+        _write_json(folder / "config.json", config_to_dict(config))
+        manifest = _manifest(graph, config, _end_tokens(checkpoint, config), prefill_chunk)
+        manifest["files"] = {path.name: describe_file(path) for path in sorted(folder.iterdir())}
+        _write_json(folder / MANIFEST, manifest)
+    counts: dict[str, int] = {}
+    for node in routed_nodes(graph.graph):
+        counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    return ExportReport(bundle, sum(entry["bytes"] for entry in manifest["files"].values()), counts)
+
+
+def _check_target(bundle: Path, force: bool) -> None:
+    if not bundle.exists():
+        return
+    if not force:
+        raise ExportError(f"{bundle} exists; choose another folder or replace it with --force")
+    if not bundle.is_dir() or (any(bundle.iterdir()) and not (bundle / MANIFEST).is_file()):
+        raise ExportError(f"{bundle} exists and is no bundle (no {MANIFEST}), so --force does not replace it; move it away")
+
+
+def _read_tokenizer(checkpoint: Path) -> dict[str, bytes]:
+    if not (checkpoint / "tokenizer.json").is_file():
+        raise ExportError(
+            f"{checkpoint} holds no tokenizer.json, which the runtime reads; write it with transformers: "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
+    return {name: (checkpoint / name).read_bytes() for name in _TOKENIZER_FILES if (checkpoint / name).is_file()}
+
+
+def _end_tokens(checkpoint: Path, config: ModelConfig) -> list[int]:
+    """Ids that end a text: the generation config's where there is one (Hugging Face lists more there), else the model's."""
+    path = checkpoint / "generation_config.json"
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    except (ValueError, AttributeError):
+        raise ExportError(f"{path} is not valid JSON; write it anew or delete it") from None
+    if listed is None:
+        return list(config.eos_token_ids)
+    return list(listed) if isinstance(listed, list) else [listed]
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """SHA-256 and size in bytes of one file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}
+
+
+def _specs(values: Any) -> list[dict[str, Any]]:
+    """Name, dtype and shape (free sizes by name) of graph inputs or outputs."""
+    return [
+        {
+            "name": value.name,
+            "dtype": _DTYPES[value.type.tensor_type.elem_type],
+            "shape": [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim],
+        }
+        for value in values
+    ]
+
+
+def _manifest(graph: onnx.ModelProto, config: ModelConfig, end_tokens: list[int], prefill_chunk: int) -> dict[str, Any]:
+    """``bundle.json`` without its ``files``."""
+    import torch
+
+    used = sorted({node.op_type for node in routed_nodes(graph.graph)})
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "created_by": {"bilevel": bilevel.__version__, "torch": torch.__version__, "onnx": onnx.__version__},
+        "precision": "float32",
+        "config": config_to_dict(config),
+        "block_size": config.routing.block_size,
+        "limits": {"max_positions": config.max_position_embeddings, "prefill_chunk": prefill_chunk},
+        "tokens": {"bos": config.bos_token_id, "eos": end_tokens},
+        "operators": {name: BY_NAME[name].version for name in used},
+        "graph": {
+            "file": GRAPH_FILE,
+            "opset": ONNX_OPSET,
+            "inputs": _specs(graph.graph.input),
+            "outputs": _specs(graph.graph.output),
+            "state": [{"input": f"past.{t.name}", "output": f"present.{t.name}"} for t in state_tensors(config)],
+        },
+        "checks": [],
+    }

@@ -1,0 +1,65 @@
+"""``bilevel export CHECKPOINT BUNDLE``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from bilevel.plugins.errors import ExportError, require
+
+EPILOG = """\
+CHECKPOINT is a Hugging Face folder (config.json, model.safetensors, tokenizer.json): a dense Llama or Qwen3 as it is, or one
+whose config.json has a "routing" section (and "experts"). BUNDLE is the folder to write.
+
+  bilevel export my-model my-bundle
+  bilevel check my-bundle --against my-model
+  bilevel run my-bundle "Once upon a time"
+
+An export that is interrupted leaves an existing bundle as it was.
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = "Export a PyTorch checkpoint to a bundle: one ONNX file that runs with or without TensorRT plugins."
+    parser.epilog = EPILOG
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder of the trained model")
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder to write")
+    parser.add_argument("--force", action="store_true", help="replace BUNDLE if it exists")
+    parser.add_argument(
+        "--prefill-chunk", type=int, default=512, metavar="N", help="tokens the runtime prefills per call (default 512)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
+    if not args.checkpoint.is_dir():
+        raise ExportError(f"{args.checkpoint} is no folder; give the folder that holds config.json and model.safetensors")
+    for name in ("torch", "onnx", "onnxscript", "safetensors"):
+        require(name)
+    from bilevel.export.bundle import export_bundle
+
+    console = require("rich.console").Console(stderr=True)
+    started = time.perf_counter()
+    with console.status("starting") as status:
+        report = export_bundle(
+            args.checkpoint,
+            args.bundle,
+            force=args.force,
+            prefill_chunk=args.prefill_chunk,
+            on_stage=lambda stage: status.update(stage),
+        )
+    seconds = time.perf_counter() - started
+    if args.json:
+        content = {"bundle": str(report.path), "bytes": report.size_bytes, "operators": report.operators, "seconds": seconds}
+        print(json.dumps(content))
+        return 0
+    nodes = ", ".join(f"{count} {name}" for name, count in report.operators.items()) or "none (a dense model)"
+    print(f"wrote {report.path} ({report.size_bytes / 1e6:.1f} MB) in {seconds:.1f} s")
+    print(f"routed nodes: {nodes}")
+    print(f"next: bilevel check {report.path} --against {args.checkpoint}")
+    return 0
