@@ -17,7 +17,6 @@ from bilevel.attention import dense_attention
 from bilevel.config import Experts, ModelConfig
 from bilevel.plugins.errors import ContractError
 from bilevel.rotary import apply_rotary, rotary_angles
-from bilevel.routing import pool_blocks
 
 
 @dataclass
@@ -103,7 +102,7 @@ def _extend(cache: Tensor | None, update: Tensor, start: Tensor, block_size: int
 def _pool_into(cache: Tensor | None, tokens: Tensor, past_len: Tensor, length: int, block_size: int) -> Tensor:
     """Block means of the cache with the blocks that this call touched pooled anew."""
     first = torch.div(past_len, block_size, rounding_mode="floor")
-    pooled = pool_blocks(tokens, first, (length + block_size - 1) // block_size, block_size)
+    pooled = ops.pool_blocks(tokens, first, (length + block_size - 1) // block_size, block_size)
     return pooled if cache is None else ops.write_cache(cache, pooled, first)
 
 
@@ -155,9 +154,7 @@ class WordRouter(nn.Module):
             token_ids, block_key = ops.write_cache(state.token_ids, input_ids, past_len), state.word_block_key
         first = torch.div(past_len, size, rounding_mode="floor")
         num_touched = (length + size - 1) // size
-        row = torch.arange(token_ids.shape[0], device=token_ids.device)[:, None] * (token_ids.shape[1] // size)
-        index = row + first.long()[:, None] + torch.arange(num_touched, device=token_ids.device)
-        touched = token_ids.reshape(-1, size).index_select(0, index.flatten()).reshape(-1, num_touched, size)
+        touched = ops.gather_blocks(token_ids[:, None, :, None], first, num_touched, size)[:, 0, :, :, 0]
         pooled = _unit(self.words(embed(touched)).mean(2))[:, None].to(embed.weight.dtype)
         block_key = pooled if block_key is None else ops.write_cache(block_key, pooled, first)
         query = self.query(token_ids, past_len, length, embed)

@@ -19,6 +19,8 @@ from bilevel.plugins import contract
 from bilevel.plugins.errors import ContractError
 
 _KINDS = {"int": "int", "float": "float", "string": "str"}
+# Output dimensions that an attribute fixes.
+_SIZED_BY = {"Hs": "num_selection_heads", "K": "topk", "k": "top_k"}
 _library = torch.library.Library(contract.DOMAIN, "DEF")
 
 
@@ -37,8 +39,14 @@ def _check(op: contract.Op, tensors: tuple[Tensor, ...], attributes: dict[str, A
     sizes = op.bind_shapes([tensor.shape for tensor in tensors])
     for port, tensor in zip(op.inputs, tensors, strict=True):
         expected = {"int32": torch.int32, "float32": torch.float32}.get(port.dtype)
+        kind = str(tensor.dtype).removeprefix("torch.")
         if expected is not None and tensor.dtype != expected:
-            raise ContractError(f"{op.name}: {port.name} must be {port.dtype}, got {str(tensor.dtype).removeprefix('torch.')}")
+            raise ContractError(f"{op.name}: {port.name} must be {port.dtype}, got {kind}")
+        if expected is None and not tensor.dtype.is_floating_point:
+            raise ContractError(f"{op.name}: {port.name} must be of a float type, got {kind}")
+        if expected is None and tensor.dtype != tensors[0].dtype:
+            first = str(tensors[0].dtype).removeprefix("torch.")
+            raise ContractError(f"{op.name}: {port.name} is {kind}, but {op.inputs[0].name} is {first}; give both one type")
     _check_divisible(op, sizes, attributes)
     return sizes
 
@@ -64,11 +72,8 @@ def _check_divisible(op: contract.Op, sizes: dict[str, int], attributes: dict[st
 
 def _fake_outputs(op: contract.Op, tensors: tuple[Tensor, ...], attributes: dict[str, Any]) -> Any:
     """Empty outputs of the declared shapes and dtypes (the shape function that tracing uses)."""
-    sizes = dict(_check(op, tensors, attributes))
-    sizes.update(
-        {"Hs": attributes.get("num_selection_heads", sizes.get("Hs")), "k": attributes.get("top_k", sizes.get("k"))}
-    )
-    sizes["K"] = attributes.get("topk", sizes.get("K"))
+    sizes = _check(op, tensors, attributes)
+    sizes |= {symbol: attributes[name] for symbol, name in _SIZED_BY.items() if name in attributes}
     dtypes = {"int32": torch.int32, "float32": torch.float32, "T": tensors[0].dtype}
     outputs = tuple(
         tensors[0].new_empty([sizes[symbol] for symbol in port.shape], dtype=dtypes[port.dtype]) for port in op.outputs
@@ -120,21 +125,49 @@ def write_cache(cache: Tensor, update: Tensor, start: Tensor) -> Tensor:
     """Write ``update`` into each row of a cache at the row's own position; returns the cache.
 
     cache: [B, H, M, D] (or [B, M]). update: [B, H, L, D] (or [B, L]). start: int32 [B], start + L <= M.
-    Eagerly the cache is changed in place; exported, it is one ONNX TensorScatter whose output the runtime binds to the
+    Eagerly the cache is changed in place; exported, it is one ONNX ScatterND whose output the runtime binds to the
     input's buffer.
     """
     if torch.compiler.is_exporting():
         return torch.ops.bilevel.write_cache(cache, update, start)
     axis = 2 if cache.dim() > 2 else 1
+    length, capacity, last = update.shape[axis], cache.shape[axis], int(start.max())
+    if last + length > capacity:
+        raise ContractError(
+            f"write_cache: {length} tokens do not fit at {last} in a cache of {capacity}; make the cache larger"
+        )
     for row, first in enumerate(start.tolist()):
-        room = cache.shape[axis] - first
-        if room < update.shape[axis]:
-            raise ContractError(
-                f"write_cache: {update.shape[axis]} tokens do not fit at {first} in a cache of {cache.shape[axis]}; "
-                "make the cache larger"
-            )
-        cache[row].narrow(axis - 1, first, update.shape[axis]).copy_(update[row])
+        cache[row].narrow(axis - 1, first, length).copy_(update[row])
     return cache
+
+
+_library.define("gather_blocks(Tensor tokens, Tensor first_block, SymInt num_blocks, int block_size) -> Tensor")
+_library.impl("gather_blocks", routing.gather_blocks, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "bilevel::gather_blocks",
+    lambda tokens, first_block, num_blocks, block_size: tokens.new_empty(
+        [*tokens.shape[:2], num_blocks, block_size, tokens.shape[3]]
+    ),
+    lib=_library,
+)
+
+
+def gather_blocks(tokens: Tensor, first_block: Tensor, num_blocks: int, block_size: int) -> Tensor:
+    """[B, H, num_blocks, block_size, D]: consecutive blocks of each row's cache (see ``bilevel.routing.gather_blocks``).
+
+    One traced node, because the divisions by block_size on free sizes would cost the tracer seconds per layer.
+    """
+    gather = torch.ops.bilevel.gather_blocks if torch.compiler.is_exporting() else routing.gather_blocks
+    return gather(tokens, first_block, num_blocks, block_size)
+
+
+def pool_blocks(tokens: Tensor, first_block: Tensor, num_blocks: int, block_size: int) -> Tensor:
+    """fp32 means of consecutive blocks of a cache, rounded to the cache's dtype: [B, H, num_blocks, D].
+
+    A mean over a block that is not complete yet is never read: only complete blocks are scored, and the block is pooled
+    again in the call that completes it.
+    """
+    return gather_blocks(tokens, first_block, num_blocks, block_size).float().mean(3).to(tokens.dtype)
 
 
 def pad_to_blocks(tokens: Tensor, block_size: int) -> Tensor:

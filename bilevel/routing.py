@@ -1,4 +1,4 @@
-"""Route selection, vectorised: ``coarse_route`` and ``fine_route`` of the contract, and the pooling that feeds them."""
+"""Route selection, vectorised: ``coarse_route`` and ``fine_route`` of the contract, and the gathering of blocks to pool."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def block_scores(query: Tensor, unit_key: Tensor, num_selection_heads: int) -> T
     """fp32 scores [B, Hs, L, U] of every unit: dot products summed over the route heads that share a selection head.
 
     query: [B, Hr, L, Dr]. unit_key: [B, Hk, U, Dr]. Summing the queries first is the same sum and G times cheaper, where
-    all heads of one choice read the same key head.
+    all heads of one choice read the same key head (only infinite keys tell the two apart: 2*inf - 1*inf).
     """
     num_route_heads, num_key_heads = query.shape[1], unit_key.shape[1]
     query, unit_key = query.float(), unit_key.float()
@@ -90,16 +90,14 @@ def fine_route(
     return _select(scores, allowed, past_len, new_len, attributes)
 
 
-def pool_blocks(tokens: Tensor, first_block: Tensor, num_blocks: int, block_size: int) -> Tensor:
-    """fp32 means of ``num_blocks`` consecutive blocks of a cache, rounded to the cache's dtype.
+def gather_blocks(tokens: Tensor, first_block: Tensor, num_blocks: int, block_size: int) -> Tensor:
+    """``num_blocks`` consecutive blocks of each row's cache.
 
-    tokens: [B, H, M, D], M a multiple of block_size. first_block: [B]. Returns [B, H, num_blocks, D].
-    A mean over a block that is not complete yet is never read: only complete blocks are scored, and the block is pooled
-    again in the call that completes it.
+    tokens: [B, H, M, D], M a multiple of block_size. first_block: [B]. Returns [B, H, num_blocks, block_size, D].
     """
     batch, heads, capacity, width = tokens.shape
     blocks = capacity // block_size
     row = torch.arange(batch * heads, device=tokens.device).reshape(batch, heads, 1) * blocks
     index = row + first_block.long()[:, None, None] + torch.arange(num_blocks, device=tokens.device)
     flat = tokens.reshape(-1, block_size * width).index_select(0, index.reshape(-1))
-    return flat.reshape(batch, heads, num_blocks, block_size, width).float().mean(3).to(tokens.dtype)
+    return flat.reshape(batch, heads, num_blocks, block_size, width)

@@ -12,7 +12,9 @@ from onnxscript.values import Opset
 
 from bilevel.plugins import contract
 
-ONNX_OPSET = 24  # the first with TensorScatter, which writes a cache in place
+# 24 would bring TensorScatter, but ONNX Runtime for Python 3.10 and TensorRT on JetPack 6 stop before it. ScatterND writes a
+# cache in place just as well where input and output share a buffer.
+ONNX_OPSET = 23
 # TensorRT 10.15 and later take a plugin in place of a model-local function only where the node names a plugin namespace.
 PLUGIN_NAMESPACE = "plugin_namespace"
 
@@ -83,8 +85,36 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
     }
 
     def write_cache(cache: Any, update: Any, start: Any) -> Any:
-        axis = 2 if len(cache.shape) > 2 else 1
-        return op.TensorScatter(cache, update, op.Cast(start, to=onnx.TensorProto.INT64), axis=axis)
+        """ScatterND of whole vectors: indices (row, head, position), or (row, position) of scalars for [B, M]."""
+        rank = 3 if len(cache.shape) > 2 else 2
+        shape = op.Shape(update, start=0, end=rank)
+        zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
+        columns = []
+        for axis in range(rank):
+            others = op.Constant(value_ints=[i for i in range(rank) if i != axis])
+            count = op.Squeeze(op.Shape(update, start=axis, end=axis + 1))
+            columns.append(op.Unsqueeze(op.Range(zero, count, one), others))
+        first = op.Unsqueeze(op.Cast(start, to=onnx.TensorProto.INT64), op.Constant(value_ints=list(range(1, rank))))
+        columns[-1] = op.Add(columns[-1], first)
+        last = op.Constant(value_ints=[-1])
+        index = op.Concat(*(op.Unsqueeze(op.Expand(column, shape), last) for column in columns), axis=-1)
+        return op.ScatterND(cache, index, update)
+
+    def gather_blocks(tokens: Any, first_block: Any, num_blocks: Any, block_size: int) -> Any:
+        heads = op.Shape(tokens, start=0, end=2)
+        width = op.Shape(tokens, start=3, end=4)
+        blocks = op.Div(op.Shape(tokens, start=2, end=3), op.Constant(value_ints=[block_size]))
+        count = op.Reshape(num_blocks, op.Constant(value_ints=[1]))
+        zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
+        row = op.Reshape(
+            op.Range(zero, op.ReduceProd(heads, keepdims=0), one), op.Concat(heads, op.Constant(value_ints=[1]), axis=0)
+        )
+        start = op.Unsqueeze(op.Cast(first_block, to=onnx.TensorProto.INT64), op.Constant(value_ints=[1, 2]))
+        index = op.Add(op.Add(op.Mul(row, blocks), start), op.Range(zero, op.Squeeze(count), one))
+        size = op.Constant(value_ints=[block_size])
+        flat = op.Reshape(tokens, op.Concat(op.Constant(value_ints=[-1]), op.Mul(size, width), axis=0))
+        return op.Reshape(op.Gather(flat, index, axis=0), op.Concat(heads, count, size, width, axis=0))
 
     table[namespace.write_cache.default] = write_cache
+    table[namespace.gather_blocks.default] = gather_blocks
     return table
