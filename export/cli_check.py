@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bilevel.plugins.errors import BundleError, CheckpointError, require
+from bilevel.plugins.errors import BundleError, CheckpointError, RequestError, require
 
 EPILOG = """\
 Three judgements, never one number:
@@ -31,6 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--data", type=Path, metavar="TEXT", help="UTF-8 text to check on (default: CHECKPOINT/heldout.txt, else random tokens)"
     )
     parser.add_argument("--tokens", type=int, default=512, metavar="N", help="how many tokens to check on (default 512)")
+    parser.add_argument("--summary", action="store_true", help="print three lines instead of the tables")
     parser.add_argument("--json", action="store_true", help="print the whole report as one JSON object")
 
 
@@ -40,6 +41,8 @@ def main(args: argparse.Namespace) -> int:
         raise BundleError(f"{args.bundle} is no folder; make a bundle with: bilevel export {args.against} {args.bundle}")
     if not args.against.is_dir():
         raise CheckpointError(f"{args.against} is no folder; give the checkpoint that the bundle was exported from")
+    if args.summary and args.json:
+        raise RequestError("--summary and --json exclude each other; give one of them")
     for name in ("torch", "onnx", "onnxruntime", "safetensors", "tokenizers"):
         require(name)
     from bilevel.export.check import check_bundle
@@ -51,6 +54,8 @@ def main(args: argparse.Namespace) -> int:
         )
     if args.json:
         print(json.dumps(report))
+    elif args.summary:
+        print_summary(report)
     else:
         print_report(report)
     return 0 if report["passed"] else 1
@@ -58,6 +63,26 @@ def main(args: argparse.Namespace) -> int:
 
 def _mark(passed: bool) -> str:
     return "[green]pass[/green]" if passed else "[bold red]FAIL[/bold red]"
+
+
+def print_summary(report: dict[str, Any]) -> None:
+    """One line per judgement."""
+    selection, computation, ends = report["selection"], report["computation"], report["end_to_end"]
+    rows, excused, wrong = (sum(entry[key] for entry in selection) for key in ("rows", "excused", "unexcused"))
+    worst = max(computation, key=lambda entry: entry["error"] / entry["limit"])
+    forced, greedy = ends["teacher_forced"], ends["greedy"]
+    lines = [
+        ("selection", f"{rows} choices of {len(selection)} routers: {wrong} wrong, {excused} excused at a near-tie", selection),
+        ("computation", f"largest error {worst['error']:.1e} of the largest magnitude ({worst['name']})", computation),
+        (
+            "end to end",
+            f"KL {forced['kl_mean']:.1e} nats a token, greedy text {greedy['agreed']} of {greedy['tokens']} tokens equal",
+            list(ends.values()),
+        ),
+    ]
+    console = require("rich.console").Console()
+    for name, text, entries in lines:
+        console.print(f"{name:12} {_mark(all(entry['passed'] for entry in entries))}  {text}", highlight=False, soft_wrap=True)
 
 
 def print_report(report: dict[str, Any]) -> None:

@@ -1,0 +1,57 @@
+# Two commands do everything: `make run` (export, check and run the example model) and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL := examples/model
+BUNDLE := build/example-bundle
+VIEW := build/view/bilevel
+PROMPT ?= def read_lines(path):
+# Whatever is slow to import stays out of the way of two test processes on two cores.
+export OMP_NUM_THREADS ?= $(if $(filter test pytest,$(MAKECMDGOALS)),1,$(shell nproc 2>/dev/null || echo 2))
+
+.PHONY: help run test lint types pytest train clean
+
+help:  ## list the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*##/  make \1\t/'
+
+run: $(BUNDLE)/bundle.json  ## export the example model, check parity, generate text
+	$(BIN)/bilevel check $(BUNDLE) --against $(MODEL) --summary
+	$(BIN)/bilevel run $(BUNDLE) "$(PROMPT)" --max-tokens 96 --temperature 0.7 --top-p 0.9 --seed 7
+	@echo "the bundle lies in $(BUNDLE); try: $(BIN)/bilevel run $(BUNDLE) \"import os\""
+
+test: lint types pytest  ## lint, types, import law and every test that needs no GPU
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/dev  ## type-check the folders under their import names
+	rm -rf $(VIEW) && mkdir -p $(VIEW)
+	ln -sfn $(CURDIR)/bilevel/* $(CURDIR)/export $(CURDIR)/plugins $(CURDIR)/runtime $(VIEW)/
+	$(BIN)/mypy
+
+pytest: $(VENV)/dev
+	$(BIN)/python -m pytest -q -n 2 --durations 8
+
+train: $(VENV)/dev  ## train the example model and its dense twin anew (about two hours on two cores)
+	$(BIN)/python examples/train.py build/train-two-level
+	$(BIN)/python examples/train.py build/train-dense --dense
+
+$(BUNDLE)/bundle.json: $(VENV)/run $(MODEL)/model.safetensors $(MODEL)/config.json $(wildcard export/*.py bilevel/*.py plugins/*.py)
+	$(BIN)/bilevel export $(MODEL) $(BUNDLE) --force
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' || \
+	  { echo "bilevel needs Python 3.10 to 3.13; name one with: make PYTHON=python3.12 run"; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+
+$(VENV)/run: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[cpu,export]'
+	@touch $@
+
+$(VENV)/dev: $(VENV)/run
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[cpu,export,dev]'
+	@touch $@
+
+clean:  ## remove what was built (the environment stays)
+	rm -rf build dist *.egg-info

@@ -1,0 +1,14 @@
+"""Bundle to tokens: runs an exported bundle on ONNX Runtime, without PyTorch.
+
+    bundle.py     the bundle format: what is in the folder, and whether it is whole
+    tensors.py    dtypes and shapes as a bundle names them
+    session.py    the graph and its caches on one backend
+    sampling.py   logits to the next token
+    text.py       tokens to text, never splitting a character
+    rows.py       one row of a batch
+    generate.py   prompts to a stream of events
+    cli*.py       the command line, one module per command
+
+Importing these modules needs the standard library and numpy only. onnxruntime, tokenizers and rich are imported where they
+are used, so ``bilevel --help`` works on a bare board.
+"""

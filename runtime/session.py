@@ -1,0 +1,166 @@
+"""The graph on a backend: one call turns new tokens and the caches into logits.
+
+``Session`` and ``Caches`` are all that generation knows of a backend; ``OnnxSession`` implements them on ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bilevel.plugins.errors import BundleError, MissingDependency, RequestError, require
+from bilevel.runtime.bundle import CALL_INPUTS, Bundle, load_bundle
+from bilevel.runtime.tensors import DTYPES, TensorSpec
+
+
+class Caches(Protocol):
+    """The state of one batch of rows, and the means to extend it."""
+
+    batch: int
+    capacity: int
+
+    def run(self, input_ids: NDArray[np.int64], past_len: NDArray[np.int32], new_len: NDArray[np.int32]) -> NDArray[np.float32]:
+        """One call: write the tokens into the caches and return logits [B, vocab] of each row's last valid token.
+
+        input_ids: [B, L], right-padded. past_len, new_len: [B]; past_len + L <= capacity in every row.
+        The returned array is overwritten by the next call.
+        """
+
+
+class Session(Protocol):
+    """An opened bundle. It holds no state between calls, so one session may serve several batches."""
+
+    bundle: Bundle
+
+    def allocate(self, batch: int, capacity: int) -> Caches:
+        """Zeroed caches for ``batch`` rows of ``capacity`` tokens (a multiple of the bundle's block_size)."""
+
+
+class OnnxSession:
+    """A bundle opened in ONNX Runtime on the CPU.
+
+    threads: threads inside one operator; 0 leaves the choice to ONNX Runtime (one per core).
+    Raises BundleError when the graph cannot be opened or is not the one that the manifest describes.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int = 0) -> None:
+        if threads < 0:
+            raise RequestError(f"threads={threads} must be at least 0 (0: one per core)")
+        self.bundle = bundle
+        self._ort = _require_onnxruntime(bundle)
+        self._ort.set_default_logger_severity(3)
+        options = self._ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads
+        with _translated(f"{bundle.graph_path} cannot be opened by ONNX Runtime", bundle.remedy):
+            self._session = self._ort.InferenceSession(bundle.graph_path, options, providers=["CPUExecutionProvider"])
+        self._check_ports("input", self._session.get_inputs(), bundle.inputs)
+        self._check_ports("output", self._session.get_outputs(), bundle.outputs)
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify: bool = True, threads: int = 0) -> OnnxSession:
+        """Load the bundle at ``path`` and open it."""
+        return cls(load_bundle(path, verify), threads)
+
+    def _check_ports(self, kind: str, found: list[Any], expected: tuple[TensorSpec, ...]) -> None:
+        types = {port.name: port.type for port in found}
+        for spec in expected:
+            if types.get(spec.name) != DTYPES[spec.dtype].ort_name:
+                raise BundleError(
+                    f"{self.bundle.graph_path} has {kind} {spec.name} as {types.get(spec.name, 'nothing')}, bundle.json says "
+                    f"{spec.dtype}; {self.bundle.remedy}"
+                )
+
+    def allocate(self, batch: int, capacity: int) -> OnnxCaches:
+        """See ``Session.allocate``. Raises RequestError where the sizes are wrong or the memory is not there."""
+        if batch < 1:
+            raise RequestError(f"batch={batch} must be at least 1")
+        if capacity < 1 or capacity % self.bundle.block_size:
+            raise RequestError(
+                f"capacity={capacity} must be a multiple of the model's block_size={self.bundle.block_size}; "
+                f"use {self.bundle.round_up(capacity)}"
+            )
+        needed = self.bundle.state_bytes(batch, capacity)
+        # The system would grant the memory now and kill the process when it is used.
+        if needed > (present := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
+            raise RequestError(
+                f"caches for {batch} rows of {capacity} tokens need {needed / 2**20:.0f} MiB, this machine has "
+                f"{present / 2**20:.0f} MiB; lower the capacity or the number of prompts"
+            )
+        return OnnxCaches(self._ort, self._session, self.bundle, batch, capacity)
+
+
+class OnnxCaches:
+    """Caches in numpy memory, bound once: an input and its output share the buffer, and a call rebinds nothing.
+
+    ONNX Runtime reads and writes the arrays held here directly, so nothing is copied but the new tokens.
+    """
+
+    def __init__(self, ort: Any, session: Any, bundle: Bundle, batch: int, capacity: int) -> None:
+        self.batch, self.capacity = batch, capacity
+        self._ort, self._session, self._binding = ort, session, session.io_binding()
+        sizes = bundle.sizes(batch, capacity)
+        self.state: dict[str, NDArray[Any]] = {}
+        for spec, present in bundle.state:
+            self.state[spec.name] = np.zeros(spec.resolve(sizes), DTYPES[spec.dtype].numpy)
+            value = self._value(self.state[spec.name], spec.dtype)
+            self._binding.bind_ortvalue_input(spec.name, value)
+            self._binding.bind_ortvalue_output(present, value)
+        self._logits = np.zeros((batch, bundle.vocab_size), np.float32)
+        self._binding.bind_ortvalue_output("logits", self._value(self._logits, "float32"))
+        self._past_len = self._bind_input("past_len", (batch,))
+        self._new_len = self._bind_input("new_len", (batch,))
+        self._input_ids = self._bind_input("input_ids", (batch, 1))
+
+    def _value(self, array: NDArray[Any], dtype: str) -> Any:
+        return self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, DTYPES[dtype].onnx_type)
+
+    def _bind_input(self, name: str, shape: tuple[int, ...]) -> NDArray[Any]:
+        array = np.zeros(shape, DTYPES[CALL_INPUTS[name]].numpy)
+        self._binding.bind_ortvalue_input(name, self._value(array, CALL_INPUTS[name]))
+        return array
+
+    def run(self, input_ids: NDArray[np.int64], past_len: NDArray[np.int32], new_len: NDArray[np.int32]) -> NDArray[np.float32]:
+        """See ``Caches.run``. Raises RequestError when a row does not fit, BundleError when the graph fails."""
+        batch, length = input_ids.shape
+        if batch != self.batch or length < 1:
+            raise RequestError(f"input_ids has shape {list(input_ids.shape)}, the caches hold {self.batch} rows")
+        if int(past_len.max()) + length > self.capacity:
+            raise RequestError(
+                f"{length} new tokens do not fit behind {int(past_len.max())} in caches of {self.capacity}; "
+                "raise the capacity or give shorter prompts"
+            )
+        if self._input_ids.shape[1] != length:
+            self._input_ids = self._bind_input("input_ids", (batch, length))
+        self._input_ids[:], self._past_len[:], self._new_len[:] = input_ids, past_len, new_len
+        with _translated("ONNX Runtime could not run the graph", "use fewer or shorter prompts, or a smaller chunk"):
+            self._session.run_with_iobinding(self._binding)
+        return self._logits
+
+
+def _require_onnxruntime(bundle: Bundle) -> ModuleType:
+    """The library, recent enough for the graph: 1.24 is the first version with opset 24 and its TensorScatter."""
+    ort = require("onnxruntime")
+    if bundle.opset >= 24 and tuple(map(int, ort.__version__.split(".")[:2])) < (1, 24):
+        raise MissingDependency(
+            f"onnxruntime {ort.__version__} cannot run opset {bundle.opset}, which {bundle.folder} uses; "
+            "it takes 1.24 or later, which needs Python 3.11 or later: pip install -U 'bilevel[cpu]'"
+        )
+    return ort
+
+
+@contextmanager
+def _translated(what: str, remedy: str) -> Iterator[None]:
+    """Turn whatever ONNX Runtime raises (it has no base class of its own) into one sentence."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BundleError(f"{what} ({reason}); {remedy}") from error

@@ -1,0 +1,43 @@
+"""How a bundle names the tensors of its graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+SYMBOLS = ("batch", "new_tokens", "capacity", "num_blocks")
+
+
+@dataclass(frozen=True)
+class ElementType:
+    """A dtype as numpy stores it, ONNX Runtime's name for it, and its number in ONNX's TensorProto."""
+
+    numpy: np.dtype[Any]
+    ort_name: str
+    onnx_type: int
+
+
+# numpy has no bfloat16: its bits travel as uint16.
+DTYPES = {
+    "float32": ElementType(np.dtype(np.float32), "tensor(float)", 1),
+    "float16": ElementType(np.dtype(np.float16), "tensor(float16)", 10),
+    "bfloat16": ElementType(np.dtype(np.uint16), "tensor(bfloat16)", 16),
+    "int32": ElementType(np.dtype(np.int32), "tensor(int32)", 6),
+    "int64": ElementType(np.dtype(np.int64), "tensor(int64)", 7),
+}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of the graph: its name, dtype (a key of DTYPES) and shape of numbers and SYMBOLS."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def resolve(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape with its symbols replaced by ``sizes``."""
+        return tuple(size if isinstance(size, int) else sizes[size] for size in self.shape)
