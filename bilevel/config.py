@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,18 +20,18 @@ from bilevel.plugins.errors import ConfigError
 PRESETS = ("two_level", "moba", "moba_gqa", "dense")
 
 # Keys that training or tooling writes and that do not change what the model computes.
-_HARMLESS = frozenset(
-    "architectures attention_dropout dtype initializer_range max_window_layers pad_token_id pretraining_tp "
-    "torch_dtype transformers_version use_cache _name_or_path _attn_implementation id2label label2id return_dict "
-    "output_attentions output_hidden_states problem_type chunk_size_feed_forward is_encoder_decoder "
-    "_commit_hash unsloth_fixed unsloth_version".split()
-)
+_HARMLESS = frozenset({
+    "architectures", "attention_dropout", "dtype", "initializer_range", "max_window_layers", "pad_token_id",
+    "pretraining_tp", "torch_dtype", "transformers_version", "use_cache", "_name_or_path", "_attn_implementation",
+    "id2label", "label2id", "return_dict", "output_attentions", "output_hidden_states", "problem_type",
+    "chunk_size_feed_forward", "is_encoder_decoder", "_commit_hash", "unsloth_fixed", "unsloth_version",
+})  # fmt: skip
 # Keys that may be present only with these values: anything else is a model that this code does not implement.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "use_sliding_window": (False, None),
     "sliding_window": (None,),
-    "quantization_config": (None,),
+    "quantization_config": (None, {}),
     "partial_rotary_factor": (1, 1.0, None),
     "is_decoder": (False, True),
     "add_cross_attention": (False,),
@@ -39,9 +40,35 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+# A field's annotation -> what its value must be, and the test for it. JSON may hold anything.
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "int": ("a whole number", _is_whole),
+    "int | None": ("a whole number or null", lambda value: value is None or _is_whole(value)),
+    "float": (
+        "a finite number",
+        lambda value: (_is_whole(value) or isinstance(value, float)) and abs(value) <= sys.float_info.max,
+    ),
+    "bool": ("true or false", lambda value: isinstance(value, bool)),
+    "tuple[int, ...]": ("a list of whole numbers", lambda value: isinstance(value, tuple) and all(map(_is_whole, value))),
+}
+
+
+def _check_types(owner: str, section: Any) -> None:
+    """Raise ConfigError for the first field of a dataclass that does not hold what its annotation says."""
+    for spec in dataclasses.fields(section):
+        value = getattr(section, spec.name)
+        expected, holds = _KINDS.get(str(spec.type), ("", lambda value: True))
+        if not holds(value):
+            raise ConfigError(f"{owner}.{spec.name}={value!r} must be {expected}")
+
+
 def _positive(owner: str, **values: int) -> None:
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if value < 1:
             raise ConfigError(f"{owner}.{name}={value!r} must be a positive whole number")
 
 
@@ -66,6 +93,7 @@ class Routing:
     route_dim: int = 0
 
     def __post_init__(self) -> None:
+        _check_types("routing", self)
         if self.preset not in PRESETS:
             raise ConfigError(f"routing.preset={self.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
         _positive(
@@ -77,9 +105,8 @@ class Routing:
             window=self.window,
         )
         for name in ("init_blocks", "route_dim"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ConfigError(f"routing.{name}={value!r} must be a whole number of at least 0")
+            if getattr(self, name) < 0:
+                raise ConfigError(f"routing.{name}={getattr(self, name)} must be a whole number of at least 0")
         if self.preset == "dense":
             return
         for name in ("coarse_topk", "topk"):
@@ -134,6 +161,9 @@ class Experts:
     select_bias: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.layers, list):
+            object.__setattr__(self, "layers", tuple(self.layers))
+        _check_types("experts", self)
         _positive(
             "experts",
             num_experts=self.num_experts,
@@ -142,7 +172,6 @@ class Experts:
             n_group=self.n_group,
             topk_group=self.topk_group,
         )
-        object.__setattr__(self, "layers", tuple(self.layers))
         if self.score_func not in ("sigmoid", "softmax"):
             raise ConfigError(f"experts.score_func={self.score_func!r} must be sigmoid or softmax")
         if self.group_score not in ("external", "max", "top2_sum"):
@@ -158,18 +187,18 @@ class Experts:
     @classmethod
     def deepseek_v3(cls, *, layers: tuple[int, ...], **changes: Any) -> Experts:
         """DeepSeek-V3's gate: 256 experts in 8 groups, 4 kept by their two best biased scores, 8 experts, scale 2.5."""
-        values: dict[str, Any] = dict(
-            num_experts=256,
-            top_k=8,
-            intermediate_size=2048,
-            n_group=8,
-            topk_group=4,
-            score_func="sigmoid",
-            group_score="top2_sum",
-            normalize=True,
-            scale=2.5,
-            select_bias=True,
-        )
+        values: dict[str, Any] = {
+            "num_experts": 256,
+            "top_k": 8,
+            "intermediate_size": 2048,
+            "n_group": 8,
+            "topk_group": 4,
+            "score_func": "sigmoid",
+            "group_score": "top2_sum",
+            "normalize": True,
+            "scale": 2.5,
+            "select_bias": True,
+        }
         return cls(layers=layers, **{**values, **changes})
 
 
@@ -188,8 +217,14 @@ class RopeScaling:
             raise ConfigError(
                 f"rope_type={self.rope_type!r} is not supported; only default, linear and llama3 positions are implemented"
             )
+        _check_types("rope_scaling", self)
         if not self.factor > 0:
-            raise ConfigError(f"rope factor={self.factor!r} must be greater than 0")
+            raise ConfigError(f"rope_scaling.factor={self.factor!r} must be greater than 0")
+        _positive("rope_scaling", original_max_position_embeddings=self.original_max_position_embeddings)
+        if not self.high_freq_factor > self.low_freq_factor:
+            raise ConfigError(
+                f"rope_scaling.high_freq_factor={self.high_freq_factor!r} must exceed low_freq_factor={self.low_freq_factor!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +252,7 @@ class ModelConfig:
     experts: Experts | None = None
 
     def __post_init__(self) -> None:
+        _check_types("config", self)
         _positive(
             "config",
             vocab_size=self.vocab_size,
@@ -265,10 +301,15 @@ def config_from_dict(raw: Mapping[str, Any]) -> ModelConfig:
     if model_type not in ("llama", "qwen3"):
         raise ConfigError(f"model_type={model_type!r} is not supported; bilevel reads llama and qwen3 checkpoints")
     values: dict[str, Any] = {"model_type": model_type}
+    if raw.get("quantization_config"):
+        raise ConfigError(
+            "config.json sets quantization_config; bilevel reads float weights: give the checkpoint before quantization"
+        )
     for key, allowed in _NEUTRAL.items():
         if key in raw and raw.pop(key) not in allowed:
             raise ConfigError(f"config.json sets {key} to a value that bilevel does not implement; it must be {allowed[0]!r}")
-    if any(kind != "full_attention" for kind in raw.pop("layer_types", None) or ()):
+    layer_types = raw.pop("layer_types", None) or []
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
         raise ConfigError("config.json's layer_types names layers other than full_attention, which bilevel does not implement")
     _read_rope(raw, values)
     _read_tokens(raw, values)
@@ -278,7 +319,9 @@ def config_from_dict(raw: Mapping[str, Any]) -> ModelConfig:
         values["experts"] = _section(Experts, "experts", experts)
     known = {f.name for f in dataclasses.fields(ModelConfig)} - set(values)
     for key in [key for key in raw if key in known]:
-        values[key] = raw.pop(key)
+        value = raw.pop(key)
+        if value is not None:  # null means the default, in Hugging Face's files too
+            values[key] = value
     unknown = sorted(set(raw) - _HARMLESS)
     if unknown:
         raise ConfigError(
@@ -303,26 +346,30 @@ def _section(kind: type, name: str, raw: Any) -> Any:
 
 def _read_rope(raw: dict[str, Any], values: dict[str, Any]) -> None:
     """Both of Hugging Face's spellings: ``rope_theta`` + ``rope_scaling``, and the newer ``rope_parameters``."""
-    parameters = dict(raw.pop("rope_parameters", None) or {})
-    scaling = dict(raw.pop("rope_scaling", None) or {})
-    if "rope_theta" in parameters:
-        values["rope_theta"] = float(parameters.pop("rope_theta"))
+    scaling: dict[str, Any] = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        section = raw.pop(key, None) or {}
+        if not isinstance(section, Mapping):
+            raise ConfigError(f"config.json's {key} must be an object, not {section!r}")
+        scaling.update(section)
+    if "rope_theta" in scaling:
+        values["rope_theta"] = scaling.pop("rope_theta")
         raw.pop("rope_theta", None)
-    scaling = {**parameters, **scaling}
-    rope_type = scaling.pop("rope_type", scaling.pop("type", "default"))
+    rope_type = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
     scaling.pop("type", None)
-    if rope_type == "default":
-        return
+    if scaling.get("partial_rotary_factor") in _NEUTRAL["partial_rotary_factor"]:
+        scaling.pop("partial_rotary_factor", None)
     known = {f.name for f in dataclasses.fields(RopeScaling)}
     for key in scaling:
         if key not in known:
             raise ConfigError(f"rope_scaling.{key} is not supported")
-    values["rope_scaling"] = _section(RopeScaling, "rope_scaling", {"rope_type": rope_type, **scaling})
+    if rope_type != "default":
+        values["rope_scaling"] = _section(RopeScaling, "rope_scaling", {"rope_type": rope_type, **scaling})
 
 
 def _read_tokens(raw: dict[str, Any], values: dict[str, Any]) -> None:
     bos, eos = raw.pop("bos_token_id", None), raw.pop("eos_token_id", None)
-    values["bos_token_id"] = bos[0] if isinstance(bos, list) else bos
+    values["bos_token_id"] = bos[0] if isinstance(bos, list) and bos else bos
     values["eos_token_ids"] = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
     raw.pop("eos_token_ids", None)
 

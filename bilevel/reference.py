@@ -55,7 +55,7 @@ def _route(
             num_visible = -(-horizon // block_size)
             forced = forced_blocks(own, num_visible, topk, attributes["init_blocks"], attributes["local_blocks"])
             for s in range(num_selection_heads):
-                allowed = range(num_units)
+                allowed = list(range(num_units))
                 if candidates is not None:
                     row = candidates[b, s * candidates.shape[1] // num_selection_heads, i]
                     allowed = sorted({int(j) for j in row if 0 <= int(j) < num_units})
@@ -114,7 +114,7 @@ def routed_attention(
     q: [B, Hq, L, D]. k, v: [B, Hkv, M, D]. routes: int32 [B, Hs, L, K], a set. Returns [B, Hq, L, D] in q's dtype.
     Query head h reads selection head floor(h*Hs/Hq) and kv head floor(h*Hkv/Hq). A row without a visible token gives 0.
     """
-    batch, num_heads, length, _ = q.shape
+    batch, num_heads = q.shape[:2]
     num_kv_heads, capacity = k.shape[1:3]
     out = torch.zeros_like(q)
     for b in range(batch):

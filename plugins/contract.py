@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .errors import ContractError
+from bilevel.plugins.errors import ContractError
 
 DOMAIN = "bilevel"
 VERSION = 1
@@ -81,7 +81,7 @@ class Op:
             attribute.check(values[attribute.name])
         unknown = set(values) - {attribute.name for attribute in self.attributes}
         if unknown:
-            raise ContractError(f"{self.name} has no attribute {sorted(unknown)[0]}")
+            raise ContractError(f"{self.name} has no attribute {min(unknown)}")
 
     def bind_shapes(self, shapes: Sequence[Sequence[int]]) -> dict[str, int]:
         """Match input shapes against the declared symbols; returns symbol -> size or raises ContractError."""
@@ -92,15 +92,26 @@ class Op:
             if len(shape) != len(port.shape):
                 raise ContractError(f"{self.name}: {port.name} must have shape [{', '.join(port.shape)}], got {list(shape)}")
             for symbol, size in zip(port.shape, shape, strict=True):
-                # A fixed factor ("2f") is checked once its symbol is known, in the operator itself.
                 if symbol[0].isdigit():
-                    continue
+                    continue  # a fixed factor ("2f") is checked below, when its symbol is known
                 if isinstance(size, int) and isinstance(sizes.get(symbol), int) and sizes[symbol] != size:
                     raise ContractError(
                         f"{self.name}: {port.name} has {symbol}={size}, but an earlier input has {symbol}={sizes[symbol]}"
                     )
                 sizes.setdefault(symbol, size)
+        self._check_factors(shapes, sizes)
         return sizes
+
+    def _check_factors(self, shapes: Sequence[Sequence[int]], sizes: Mapping[str, int]) -> None:
+        """A dimension declared as "2f" must be twice f."""
+        for port, shape in zip(self.inputs, shapes, strict=True):
+            for symbol, size in zip(port.shape, shape, strict=True):
+                if not symbol[0].isdigit() or not isinstance(size, int) or not isinstance(sizes[symbol[1:]], int):
+                    continue
+                if size != int(symbol[0]) * sizes[symbol[1:]]:
+                    raise ContractError(
+                        f"{self.name}: {port.name} has {symbol}={size}, but {symbol[1:]}={sizes[symbol[1:]]} elsewhere"
+                    )
 
 
 def _int(name: str, meaning: str, minimum: int, maximum: int | None = None) -> Attribute:

@@ -1,13 +1,13 @@
 """The package's exceptions (standard library only, so that every folder may raise them).
 
-    BilevelError                 every error a caller may cause; its message is one sentence with the remedy
-    ├── ContractError            an operator was given shapes or attributes outside its contract
-    ├── ConfigError              a model or routing configuration with unknown or contradictory values
-    ├── CheckpointError          a checkpoint that is damaged, incomplete, or holds tensors nobody consumes
-    ├── ExportError              a model that cannot be exported as it is
-    ├── BundleError              a bundle that is damaged or of another format
-    ├── RequestError             a prompt or sampling setting that cannot be served
-    └── MissingDependency        an optional package is not installed
+BilevelError                 every error a caller may cause; its message is one sentence with the remedy
+├── ContractError            an operator was given shapes or attributes outside its contract
+├── ConfigError              a model or routing configuration with unknown or contradictory values
+├── CheckpointError          a checkpoint that is damaged, incomplete, or holds tensors nobody consumes
+├── ExportError              a model that cannot be exported as it is
+├── BundleError              a bundle that is damaged or of another format
+├── RequestError             a prompt or sampling setting that cannot be served
+└── MissingDependency        an optional package is not installed
 """
 
 from __future__ import annotations
