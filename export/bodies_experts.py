@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from onnxscript import OnnxFunction, script
 from onnxscript.values import Opset
 
@@ -46,7 +48,7 @@ _SCORES = {"sigmoid": sigmoid_scores, "softmax": softmax_scores}
 _GROUPS = {"external": external_groups, "max": max_groups, "top2_sum": top2_groups}
 
 
-def expert_route_body(score_func: str, group_score: str) -> OnnxFunction:
+def expert_route_body(score_func: str, group_score: str) -> OnnxFunction[..., Any]:
     """The body for one way of scoring: ONNX cannot branch on a string attribute, so it is chosen when the body is written."""
     score_experts, score_groups = _SCORES[score_func], _GROUPS[group_score]
 

@@ -20,7 +20,6 @@ from bilevel.checkpoint import load_model
 from bilevel.config import ModelConfig, config_to_dict, load_config
 from bilevel.export.decoder import save_decoder, state_tensors
 from bilevel.export.functions import routed_nodes
-from bilevel.export.module import DATA_FILE
 from bilevel.export.schemas import ONNX_OPSET
 from bilevel.folders import replacing
 from bilevel.plugins.contract import BY_NAME

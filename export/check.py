@@ -27,7 +27,7 @@ from bilevel.checkpoint import load_model
 from bilevel.config import ModelConfig, config_to_dict
 from bilevel.export import end_to_end
 from bilevel.export.bundle import GRAPH_FILE, MANIFEST, describe_file
-from bilevel.export.judge import COMPUTATION_LIMIT, Array
+from bilevel.export.judge import COMPUTATION_LIMIT, Array, Computation, Selection
 from bilevel.export.probe import open_probe, open_session
 from bilevel.export.replay import Replay
 from bilevel.model import CausalLM
@@ -106,7 +106,7 @@ def check_bundle(
     replay.run(*_batch(ids, config.routing.block_size))
     on_stage("end to end: the shipped graph on its own")
     ends = _end_to_end(open_session(bundle / GRAPH_FILE), model, ids)
-    judgements = [*replay.selections.values(), *replay.computations.values()]
+    judgements: list[Selection | Computation] = [*replay.selections.values(), *replay.computations.values()]
     report = {
         "passed": all(j.passed for j in judgements) and all(entry["passed"] for entry in ends.values()),
         "bundle": str(bundle),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.config import ModelConfig
-from bilevel.export.module import save_onnx
+from bilevel.export.module import Inputs, save_onnx
 from bilevel.model import CausalLM, DecoderState, LayerState
 
 
@@ -75,8 +75,8 @@ def save_decoder(model: CausalLM, path: Path) -> onnx.ModelProto:
     batch, length = 2, config.routing.block_size + 3  # any sizes of at least 2 would do: they stay free
     capacity = 4 * config.routing.block_size
     example = {"batch": batch, "capacity": capacity, "num_blocks": capacity // config.routing.block_size}
-    past = [torch.zeros([example.get(str(size), size) for size in t.shape], dtype=t.dtype) for t in tensors]  # type: ignore[misc]
-    inputs = {
+    past = [torch.zeros([example[s] if isinstance(s, str) else s for s in t.shape], dtype=t.dtype) for t in tensors]
+    inputs: Inputs = {
         "input_ids": torch.zeros(batch, length, dtype=torch.int64),
         "past_len": torch.zeros(batch, dtype=torch.int32),
         "new_len": torch.full((batch,), length, dtype=torch.int32),

@@ -70,9 +70,9 @@ def greedy(session: Any, model: CausalLM, prompt: Array, count: int) -> dict[str
     device, state = Device(session, model, capacity), DecoderState.empty(model.config, 1, capacity)
     ids, past, agreed = prompt, 0, 0
     for _ in range(count):
-        lengths = (torch.tensor([n], dtype=torch.int32) for n in (past, len(ids)))
+        past_len, new_len = (torch.tensor([n], dtype=torch.int32) for n in (past, len(ids)))
         with torch.no_grad():
-            logits, state = model.step(torch.from_numpy(ids[None].astype(np.int64)), *lengths, state)
+            logits, state = model.step(torch.from_numpy(ids[None].astype(np.int64)), past_len, new_len, state)
         got, expected = device.feed(ids), logits[0].numpy()
         past += len(ids)
         if got.argmax() != expected.argmax():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import onnx
 import onnx.inliner
@@ -15,7 +16,9 @@ from bilevel.export.schemas import ONNX_OPSET
 from bilevel.plugins.contract import BY_NAME, DOMAIN, VERSION
 from bilevel.plugins.errors import ExportError
 
-_BODIES: dict[str, OnnxFunction] = {body.name: body for body in (CoarseRoute, FineRoute, RoutedAttention, RoutedExperts)}
+_BODIES: dict[str, OnnxFunction[..., Any]] = {
+    body.name: body for body in (CoarseRoute, FineRoute, RoutedAttention, RoutedExperts)
+}
 
 
 def routed_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
@@ -23,7 +26,7 @@ def routed_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     return [node for node in graph.node if node.domain == DOMAIN]
 
 
-def _body(name: str, nodes: list[onnx.NodeProto]) -> OnnxFunction:
+def _body(name: str, nodes: list[onnx.NodeProto]) -> OnnxFunction[..., Any]:
     """The body that serves all nodes of one operator; numbers are read from each node, strings are fixed per model."""
     if name != "ExpertRoute":
         return _BODIES[name]
@@ -40,7 +43,7 @@ def _string(node: onnx.NodeProto, name: str) -> str:
     return next(attribute.s.decode() for attribute in node.attribute if attribute.name == name)
 
 
-def _with_called(function: OnnxFunction) -> Iterable[onnx.FunctionProto]:
+def _with_called(function: OnnxFunction[..., Any]) -> Iterable[onnx.FunctionProto]:
     """The function and the private helpers that it calls, directly or not."""
     pending, seen = [function.to_function_proto()], set()
     helpers = {(f.domain, f.name): f for f in _helper_protos()}

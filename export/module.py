@@ -88,7 +88,13 @@ def _name_sizes(model: onnx_ir.Model, dynamic: Dynamic, names: Sequence[str]) ->
     named: dict[str, str] = {}
     for value, name in zip(model.graph.inputs, names, strict=True):
         for axis, size in dynamic.get(name, {}).items():
-            symbol = str(value.shape[axis].value) if value.shape else ""
+            found = value.shape[axis] if value.shape else size
+            if isinstance(found, int):
+                raise ExportError(
+                    f"the module fixes {size!r} (axis {axis} of {name}) to {found}; compute with the tensor's shape, "
+                    "not with a number taken from the example"
+                )
+            symbol = str(getattr(found, "value", found))
             if named.setdefault(symbol, size) != size:
                 raise ExportError(
                     f"the example tensors give {named[symbol]!r} and {size!r} the same size, so tracing cannot tell them apart; "
@@ -161,7 +167,7 @@ def save_onnx(
     guards.check_selections(model.graph)
     model = attach_functions(model)
     if not routed_nodes(model.graph):
-        model.opset_import[:] = [opset for opset in model.opset_import if opset.domain == ""]  # type: ignore[index]
+        model.opset_import[:] = [opset for opset in model.opset_import if opset.domain == ""]
     onnx.save(model, path)
     onnx.checker.check_model(str(path), full_check=True)
     return model

@@ -10,7 +10,7 @@ import torch
 
 from bilevel.export.choices import block_choice, expert_choices
 from bilevel.export.decoder import flatten_state, state_tensors
-from bilevel.export.judge import Array, Computation, Selection, judge_selection, loosen
+from bilevel.export.judge import Array, Choice, Computation, Selection, judge_selection, loosen
 from bilevel.export.probe import Arrays, Probe, ProbedNode
 from bilevel.model import CausalLM, DecoderState, Trace
 
@@ -41,7 +41,8 @@ class Replay:
             trace = Trace()
             chunk = np.ascontiguousarray(token_ids[:, first:last])
             with torch.no_grad():
-                logits, state = self.model.step(*(torch.from_numpy(x) for x in (chunk, past, new)), state, trace)
+                given = torch.from_numpy(chunk), torch.from_numpy(past), torch.from_numpy(new)
+                logits, state = self.model.step(*given, state, trace)
             feeds = {"input_ids": chunk, "past_len": past, "new_len": new, **caches, **self._forced(trace)}
             got = self.probe.run(feeds)
             self._compare(got, trace, past, new, f"tokens {first}..{last - 1}")
@@ -132,15 +133,15 @@ class Replay:
         width = trace.expert_ids[index].shape[0] // len(new)
         valid = (np.arange(width) < new[:, None]).reshape(-1)
 
-        def operands(values: list[Any], ids: Array) -> Any:
-            return expert_choices(*(value[valid] for value in values[:2]), values[2], ids[valid], node.attributes)
-
-        gate = self.model.model.layers[self._expert_layers()[index]].mlp.gate
+        gate: Any = self.model.get_submodule(f"model.layers.{self._expert_layers()[index]}.mlp.gate")
         bias = gate.e_score_correction_bias.numpy() if gate.experts.select_bias else np.zeros(gate.experts.num_experts)
-        reference = operands(
-            [trace.expert_logits[index].numpy(), trace.group_logits[index].numpy(), bias], trace.expert_ids[index].numpy()
-        )
-        device = operands([*(got[name] for name in node.operands[:2]), bias], got[node.selected[0]])
+
+        def choices(logits: Array, group_logits: Array, ids: Array) -> tuple[Choice, Choice]:
+            return expert_choices(logits[valid], group_logits[valid], bias, ids[valid], node.attributes)
+
+        expected = trace.expert_logits[index], trace.group_logits[index], trace.expert_ids[index]
+        reference = choices(*(tensor.numpy() for tensor in expected))
+        device = choices(got[node.operands[0]], got[node.operands[1]], got[node.selected[0]])
         loosen(reference[1], reference[0], device[0])
         judge_selection(self.selections.setdefault(label, Selection(label)), reference[1], device[1], where)
         same = (trace.expert_ids[index].numpy() == got[node.selected[0]]).all(1) & valid
