@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bilevel.config import ModelConfig, config_to_dict, load_config
+from bilevel.config import ModelConfig
+from bilevel.config_json import config_to_dict, load_config
 from bilevel.folders import replacing
 from bilevel.model import CausalLM
 from bilevel.plugins.errors import CheckpointError

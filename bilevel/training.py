@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bilevel import ops
-from bilevel.model import CausalLM, ExpertMLP, Trace
+from bilevel.expert_layers import ExpertMLP
+from bilevel.model import CausalLM
 from bilevel.plugins.errors import ConfigError
 from bilevel.routing import block_mask, block_scores
+from bilevel.state import Trace
 
 
 @dataclass(frozen=True, kw_only=True)

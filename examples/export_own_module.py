@@ -33,7 +33,7 @@ class TwoLevelAttention(nn.Module):
         """x, words: [B, L, width]; words are the embeddings that level 1 compares. length: int32 [B], valid tokens."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         start = torch.zeros_like(length)
-        common = dict(block_size=BLOCK, init_blocks=1, local_blocks=1, causal=0)
+        common = {"block_size": BLOCK, "init_blocks": 1, "local_blocks": 1, "causal": 0}
         words = nn.functional.normalize(words, dim=-1)[:, None]
         candidates = ops.coarse_route(
             words, self.block_means(words), start, length, topk=COARSE, num_selection_heads=1, **common
@@ -42,9 +42,7 @@ class TwoLevelAttention(nn.Module):
             q, self.block_means(k), candidates, start, length, topk=KEPT, num_selection_heads=self.heads, **common
         )
         k, v = ops.pad_to_blocks(k, BLOCK), ops.pad_to_blocks(v, BLOCK)
-        out = ops.routed_attention(
-            q, k, v, routes, start, length, block_size=BLOCK, causal=0, scale=float(q.shape[-1]) ** -0.5
-        )
+        out = ops.routed_attention(q, k, v, routes, start, length, block_size=BLOCK, causal=0, scale=float(q.shape[-1]) ** -0.5)
         return self.out(out.transpose(1, 2).flatten(2))
 
     @staticmethod
@@ -65,7 +63,7 @@ class SentenceEncoder(nn.Module):
     def forward(self, token_ids: Tensor, length: Tensor) -> Tensor:
         """token_ids: int64 [B, L], right-padded. length: int32 [B]. Returns [B, width]."""
         words = x = self.embed(token_ids)
-        for attention, norm in zip(self.attention, self.norms):
+        for attention, norm in zip(self.attention, self.norms, strict=False):
             x = x + attention(norm(x), words, length)
         valid = torch.arange(token_ids.shape[1]) < length[:, None]
         return (x * valid[..., None]).sum(1) / length[:, None]

@@ -17,7 +17,8 @@ import onnx
 
 import bilevel
 from bilevel.checkpoint import load_model
-from bilevel.config import ModelConfig, config_to_dict, load_config
+from bilevel.config import ModelConfig
+from bilevel.config_json import config_to_dict, load_config
 from bilevel.export.decoder import save_decoder, state_tensors
 from bilevel.export.functions import routed_nodes
 from bilevel.export.schemas import ONNX_OPSET

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 
 from bilevel.checkpoint import load_model
-from bilevel.config import ModelConfig, config_to_dict
+from bilevel.config import ModelConfig
+from bilevel.config_json import config_to_dict
 from bilevel.export import end_to_end
 from bilevel.export.bundle import GRAPH_FILE, MANIFEST, describe_file
 from bilevel.export.judge import COMPUTATION_LIMIT, Array, Computation, Selection

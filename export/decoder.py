@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from bilevel.config import ModelConfig
 from bilevel.export.module import Inputs, save_onnx
-from bilevel.model import CausalLM, DecoderState, LayerState
+from bilevel.model import CausalLM
+from bilevel.state import DecoderState, LayerState
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import torch
 
 from bilevel.export.decoder import state_tensors
 from bilevel.export.judge import Array
-from bilevel.model import CausalLM, DecoderState
+from bilevel.model import CausalLM
+from bilevel.state import DecoderState
 
 KL_LIMIT = 1e-4  # nats a token, mean; fp32 without a differing route stays below 1e-9
 TOP1_LIMIT = 0.99

@@ -12,7 +12,8 @@ from bilevel.export.choices import block_choice, expert_choices
 from bilevel.export.decoder import flatten_state, state_tensors
 from bilevel.export.judge import Array, Choice, Computation, Selection, judge_selection, loosen
 from bilevel.export.probe import Arrays, Probe, ProbedNode
-from bilevel.model import CausalLM, DecoderState, Trace
+from bilevel.model import CausalLM
+from bilevel.state import DecoderState, Trace
 
 
 class Replay:

@@ -10,15 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bilevel.config import (
-    Experts,
-    ModelConfig,
-    RopeScaling,
-    Routing,
-    config_from_dict,
-    config_to_dict,
-    load_config,
-)
+from bilevel.config import Experts, ModelConfig, RopeScaling, Routing
+from bilevel.config_json import config_from_dict, config_to_dict, load_config
 from bilevel.plugins.errors import ConfigError
 
 SIZES: dict[str, Any] = {

@@ -11,7 +11,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from bilevel.checkpoint import load_model, save_model
-from bilevel.model import CausalLM, DecoderState
+from bilevel.model import CausalLM
+from bilevel.state import DecoderState
 
 TINY: dict[str, Any] = {
     "vocab_size": 101,

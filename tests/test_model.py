@@ -13,8 +13,9 @@ from torch import Tensor
 
 from bilevel import reference
 from bilevel.config import Experts, ModelConfig, Routing
-from bilevel.model import CausalLM, DecoderState, Trace, last_valid
+from bilevel.model import CausalLM, last_valid
 from bilevel.plugins.errors import ContractError
+from bilevel.state import DecoderState, Trace
 
 EXPERTS = Experts(num_experts=8, top_k=3, intermediate_size=12, layers=(1,), n_group=4, topk_group=2)
 DEEPSEEK = Experts.deepseek_v3(layers=(0, 1), num_experts=12, n_group=4, topk_group=2, top_k=3, intermediate_size=12)

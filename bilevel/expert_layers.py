@@ -1,0 +1,85 @@
+"""A mixture of experts routed in two levels: groups by the word, experts by the context."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bilevel import ops
+from bilevel.config import Experts, ModelConfig
+from bilevel.state import Step, Trace
+from bilevel.word_router import unit
+
+
+class ExpertGate(nn.Module):
+    """The weights of both levels of expert routing; the choice itself is ``ops.expert_route``."""
+
+    e_score_correction_bias: Tensor
+
+    def __init__(self, experts: Experts, width: int) -> None:
+        super().__init__()
+        self.experts = experts
+        self.weight = nn.Parameter(torch.empty(experts.num_experts, width))
+        nn.init.normal_(self.weight, std=0.02)
+        if experts.select_bias:
+            self.register_buffer("e_score_correction_bias", torch.zeros(experts.num_experts))
+        if experts.group_score == "external":
+            self.group_centroid = nn.Parameter(torch.empty(experts.n_group, width))
+            nn.init.normal_(self.group_centroid, std=0.02)
+
+    def forward(self, x: Tensor, words: Tensor | None, trace: Trace | None) -> tuple[Tensor, Tensor]:
+        """x: [T, d]; words: unit word embeddings fp32 [T, d], for level 1's prior. Returns ids, weights [T, k]."""
+        spec = self.experts
+        logits = F.linear(x.float(), self.weight.float())
+        if words is not None and spec.group_score == "external":
+            group_logits = F.linear(words, unit(self.group_centroid))
+        else:
+            group_logits = logits.new_zeros(x.shape[0], spec.n_group)
+        bias = self.e_score_correction_bias if spec.select_bias else logits.new_zeros(spec.num_experts)
+        ids, weights = ops.expert_route(
+            logits,
+            group_logits,
+            bias.float(),
+            top_k=spec.top_k,
+            topk_group=spec.topk_group,
+            score_func=spec.score_func,
+            group_score=spec.group_score,
+            normalize=int(spec.normalize),
+            scale=float(spec.scale),
+        )
+        if trace is not None:
+            trace.expert_logits.append(logits)
+            trace.group_logits.append(group_logits)
+            trace.expert_ids.append(ids)
+            trace.expert_weights.append(weights)
+        return ids, weights
+
+
+class ExpertWeights(nn.Module):
+    """All experts' weights stacked: gate_up_proj [E, 2f, d] (gate rows first), down_proj [E, d, f]."""
+
+    def __init__(self, experts: Experts, width: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(experts.num_experts, 2 * experts.intermediate_size, width))
+        self.down_proj = nn.Parameter(torch.empty(experts.num_experts, width, experts.intermediate_size))
+        nn.init.normal_(self.gate_up_proj, std=0.02)
+        nn.init.normal_(self.down_proj, std=0.02)
+
+
+class ExpertMLP(nn.Module):
+    """A mixture of experts routed in two levels: groups by the word, experts by the context."""
+
+    def __init__(self, config: ModelConfig, experts: Experts) -> None:
+        super().__init__()
+        self.gate = ExpertGate(experts, config.hidden_size)
+        self.experts = ExpertWeights(experts, config.hidden_size)
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        flat = x.flatten(0, 1)
+        words = step.words.flatten(0, 1) if step.words is not None else None
+        ids, weights = self.gate(flat, words, step.trace)
+        out = ops.routed_experts(flat, ids, weights, self.experts.gate_up_proj, self.experts.down_proj)
+        if step.trace is not None:
+            step.trace.expert_out.append(out)
+        return out.reshape(x.shape)

@@ -1,0 +1,86 @@
+"""What travels through one call of the decoder: the caches, what all layers share, and what the routers did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bilevel.config import ModelConfig
+from bilevel.plugins.errors import ContractError
+
+
+@dataclass
+class LayerState:
+    """One layer's cache: key, value [B, Hkv, M, D]; block_key [B, Hkv, N, D] (None where attention is dense)."""
+
+    key: Tensor
+    value: Tensor
+    block_key: Tensor | None
+
+
+@dataclass
+class DecoderState:
+    """What one call leaves for the next. token_ids int64 [B, M] and word_block_key [B, 1, N, Dr] belong to level 1."""
+
+    layers: list[LayerState]
+    token_ids: Tensor | None = None
+    word_block_key: Tensor | None = None
+
+    @classmethod
+    def empty(cls, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype = torch.float32) -> DecoderState:
+        """Zeroed caches for ``capacity`` tokens; the capacity must be a multiple of the block size."""
+        routing = config.routing
+        if capacity % routing.block_size:
+            raise ContractError(f"capacity={capacity} must be a multiple of routing.block_size={routing.block_size}")
+        num_blocks = capacity // routing.block_size
+
+        def zeros(tokens: int) -> Tensor:
+            return torch.zeros(batch, config.num_key_value_heads, tokens, config.head_dim, dtype=dtype)
+
+        layers = [
+            LayerState(zeros(capacity), zeros(capacity), None if routing.is_dense else zeros(num_blocks))
+            for _ in range(config.num_hidden_layers)
+        ]
+        if not routing.is_two_level:
+            return cls(layers)
+        word_block_key = torch.zeros(batch, 1, num_blocks, config.route_dim, dtype=dtype)
+        return cls(layers, torch.zeros(batch, capacity, dtype=torch.int64), word_block_key)
+
+
+@dataclass
+class Trace:
+    """What the routers saw and chose, for training losses, recall and parity checks; filled when given to ``forward``.
+
+    candidates: level 1's blocks, int32 [B, 1, L, K1]. word_query / word_block_key: what level 1 compared.
+    Per layer: query [B, Hq, L, D], block_key [B, Hkv, N, D], routes int32 [B, Hs, L, K2], attention [B, Hq, L, D].
+    Per expert layer: expert_logits [T, E], group_logits [T, Gp], expert_ids int32 [T, k], expert_weights [T, k],
+    expert_out [T, d].
+    """
+
+    candidates: Tensor | None = None
+    word_query: Tensor | None = None
+    word_block_key: Tensor | None = None
+    query: list[Tensor] = field(default_factory=list)
+    block_key: list[Tensor] = field(default_factory=list)
+    routes: list[Tensor] = field(default_factory=list)
+    attention: list[Tensor] = field(default_factory=list)
+    expert_logits: list[Tensor] = field(default_factory=list)
+    group_logits: list[Tensor] = field(default_factory=list)
+    expert_ids: list[Tensor] = field(default_factory=list)
+    expert_weights: list[Tensor] = field(default_factory=list)
+    expert_out: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class Step:
+    """What every layer of one call shares. cos, sin: [B, L, D/2]; words: unit word embeddings [B, L, d] or None."""
+
+    past_len: Tensor
+    new_len: Tensor
+    cos: Tensor
+    sin: Tensor
+    candidates: Tensor | None
+    words: Tensor | None
+    trace: Trace | None
