@@ -109,16 +109,17 @@ expert_route = _define(contract.EXPERT_ROUTE, experts.expert_route)
 routed_experts = _define(contract.ROUTED_EXPERTS, experts.routed_experts)
 
 
-def _write(cache: Tensor, update: Tensor, start: Tensor) -> Tensor:
+def _write(cache: Tensor, update: Tensor, start: Tensor, length: int) -> Tensor:
     out = cache.clone()
     for row, first in enumerate(start.tolist()):
-        out[row].narrow(-2 if cache.dim() > 2 else -1, first, update.shape[2 if cache.dim() > 2 else 1]).copy_(update[row])
+        out[row].narrow(-2 if cache.dim() > 2 else -1, first, length).copy_(update[row])
     return out
 
 
-_library.define("write_cache(Tensor cache, Tensor update, Tensor start) -> Tensor")
+# The length is an argument of its own so that all layers of a graph share one set of indices.
+_library.define("write_cache(Tensor cache, Tensor update, Tensor start, SymInt length) -> Tensor")
 _library.impl("write_cache", _write, "CompositeExplicitAutograd")
-torch.library.register_fake("bilevel::write_cache", lambda cache, update, start: torch.empty_like(cache), lib=_library)
+torch.library.register_fake("bilevel::write_cache", lambda cache, *_: torch.empty_like(cache), lib=_library)
 
 
 def write_cache(cache: Tensor, update: Tensor, start: Tensor) -> Tensor:
@@ -128,9 +129,9 @@ def write_cache(cache: Tensor, update: Tensor, start: Tensor) -> Tensor:
     Eagerly the cache is changed in place; exported, it is one ONNX ScatterND whose output the runtime binds to the
     input's buffer.
     """
-    if torch.compiler.is_exporting():
-        return torch.ops.bilevel.write_cache(cache, update, start)
     axis = 2 if cache.dim() > 2 else 1
+    if torch.compiler.is_exporting():
+        return torch.ops.bilevel.write_cache(cache, update, start, update.shape[axis])
     length, capacity, last = update.shape[axis], cache.shape[axis], int(start.max())
     if last + length > capacity:
         raise ContractError(

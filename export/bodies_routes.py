@@ -188,7 +188,8 @@ def FineRoute(
     num_selected = op.Reshape(op.Constant(value_int=num_selection_heads), [1])
     size = op.Reshape(op.Constant(value_int=block_size), [1])
     num_init = op.Reshape(op.Constant(value_int=init_blocks), [1])
-    length = op.Shape(query, start=2, end=3)
+    # From the candidates, which all layers share: so is then everything below that depends on them and the lengths only.
+    length = op.Shape(candidates, start=2, end=3)
     num_units = op.Shape(unit_key, start=2, end=3)
     position = positions(past_len, length)
     horizon = horizons(position, past_len, new_len, op.Constant(value_int=causal))

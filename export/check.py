@@ -145,10 +145,10 @@ def _batch(ids: Array, block_size: int) -> tuple[Array, Array, list[int]]:
 
 def _end_to_end(session: Any, model: CausalLM, ids: Array) -> dict[str, dict[str, Any]]:
     size = model.config.routing.block_size
-    prompt = max(len(ids) - 128, size + 1)
+    prompt, generated = max(len(ids) - 128, size + 1), min(32, len(ids) // 2)
     return {
         "teacher_forced": end_to_end.teacher_forced(session, model, ids, prompt),
-        "greedy": end_to_end.greedy(session, model, ids[: len(ids) - 32], 32),
+        "greedy": end_to_end.greedy(session, model, ids[: len(ids) - generated], generated),
         "chunking": end_to_end.chunking(session, model, ids, (1, size, size + 1, 3, 2 * size), COMPUTATION_LIMIT),
     }
 

@@ -9,6 +9,7 @@ import torch
 
 from bilevel.export.decoder import state_tensors
 from bilevel.export.judge import Array
+from bilevel.export.probe import run_session
 from bilevel.model import CausalLM
 from bilevel.state import DecoderState
 
@@ -34,7 +35,8 @@ class Device:
     def feed(self, ids: Array) -> Array:
         """Logits [vocab] after ``ids`` [L]."""
         lengths = {"past_len": np.array([self.past], np.int32), "new_len": np.array([len(ids)], np.int32)}
-        logits, *present = self.session.run(None, {"input_ids": ids[None].astype(np.int64), **lengths, **self.caches})
+        feeds = {"input_ids": ids[None].astype(np.int64), **lengths, **self.caches}
+        logits, *present = run_session(self.session, None, feeds)
         self.caches = {f"past.{t.name}": cache for t, cache in zip(self.tensors, present, strict=True)}
         self.past += len(ids)
         return np.asarray(logits[0])

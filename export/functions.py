@@ -99,7 +99,8 @@ def attach_functions(model: onnx.ModelProto) -> onnx.ModelProto:
     for function in model.functions:
         del function.opset_import[:]
         function.opset_import.append(onnx.helper.make_opsetid("", ONNX_OPSET))
-    imports = [opset for opset in model.opset_import if opset.domain in ("", DOMAIN)]
+    domains = ("", DOMAIN) if by_name else ("",)
+    imports = [opset for opset in model.opset_import if opset.domain in domains]
     del model.opset_import[:]
     model.opset_import.extend(imports)
     return model

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.export import guards
-from bilevel.export.functions import attach_functions, routed_nodes
+from bilevel.export.functions import attach_functions
 from bilevel.export.schemas import ONNX_OPSET, translation_table
+from bilevel.export.specialise import specialise_functions
 from bilevel.plugins.errors import BilevelError, ExportError
 
 DATA_FILE = "model.data"
@@ -165,9 +166,7 @@ def save_onnx(
     onnx_ir.save(ir_model, path, external_data=DATA_FILE)
     model = onnx.load(path, load_external_data=False)
     guards.check_selections(model.graph)
-    model = attach_functions(model)
-    if not routed_nodes(model.graph):
-        model.opset_import[:] = [opset for opset in model.opset_import if opset.domain == ""]
+    model = specialise_functions(attach_functions(model))
     onnx.save(model, path)
     onnx.checker.check_model(str(path), full_check=True)
     return model

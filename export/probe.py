@@ -50,7 +50,16 @@ class Probe:
 
     def run(self, feeds: Arrays) -> Arrays:
         """Every graph output and every shown tensor, by name."""
-        return dict(zip(self.output_names, self.session.run(self.output_names, feeds), strict=True))
+        return dict(zip(self.output_names, run_session(self.session, self.output_names, feeds), strict=True))
+
+
+def run_session(session: Any, outputs: list[str] | None, feeds: Arrays) -> list[np.ndarray[Any, Any]]:
+    """``session.run``; a graph that fails while it runs is a BundleError."""
+    try:
+        return list(session.run(outputs, feeds))
+    except Exception as error:  # ONNX Runtime raises many types
+        summary = str(error).splitlines()[0][:200]
+        raise BundleError(f"ONNX Runtime cannot run the graph on the check's tokens ({summary}); export it again") from error
 
 
 def open_session(path: Path, model: bytes | None = None) -> Any:
@@ -58,7 +67,7 @@ def open_session(path: Path, model: bytes | None = None) -> Any:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what goes wrong is raised, in one sentence
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     try:
         return ort.InferenceSession(model or str(path), options, providers=["CPUExecutionProvider"])

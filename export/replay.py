@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from bilevel.config import ModelConfig
 from bilevel.export.choices import block_choice, expert_choices
 from bilevel.export.decoder import flatten_state, state_tensors
 from bilevel.export.judge import Array, Choice, Computation, Selection, judge_selection, loosen
@@ -16,14 +17,51 @@ from bilevel.model import CausalLM
 from bilevel.state import DecoderState, Trace
 
 
-class Replay:
-    """Runs one batch through both sides and keeps the statistics.
+@dataclass(frozen=True)
+class _Step:
+    """One routed node, what a report calls it, and its index among the trace's tensors of its kind."""
 
-    selections: one per router, in graph order. computations: by name, in the order in which they first appear.
+    node: ProbedNode
+    label: str
+    index: int
+
+
+def _steps(config: ModelConfig, nodes: list[ProbedNode]) -> list[_Step]:
+    """The routed nodes in graph order. Raises BundleError when they are not those of the model."""
+    layers, experts = range(config.num_hidden_layers), sorted(config.experts.layers) if config.experts else []
+    coarse = ["level 1"] if config.routing.is_two_level else [f"layer {i} level 2" for i in layers]
+    fine = [f"layer {i} level 2" for i in layers] if config.routing.is_two_level else []
+    labels = {
+        "CoarseRoute": [] if config.routing.is_dense else coarse,
+        "FineRoute": fine,
+        "RoutedAttention": [] if config.routing.is_dense else [f"layer {i} attention" for i in layers],
+        "ExpertRoute": [f"layer {i} experts" for i in experts],
+        "RoutedExperts": [f"layer {i} expert output" for i in experts],
+    }
+    for op_type, names in labels.items():
+        found = sum(node.op_type == op_type for node in nodes)
+        if found != len(names):
+            raise BundleError(
+                f"the graph holds {found} {op_type} nodes, but the model of its config has {len(names)}; export it again"
+            )
+    numbered = {op_type: enumerate(names) for op_type, names in labels.items()}
+    steps = []
+    for node in nodes:
+        index, label = next(numbered[node.op_type])
+        steps.append(_Step(node, label, index))
+    return steps
+
+
+class Replay:
+    """Runs one batch through both sides and keeps the statistics. Raises BundleError for a graph of another structure.
+
+    selections: one per router. computations: one per tensor. Both by name and in graph order, so that the first one that
+    fails is the cause.
     """
 
     def __init__(self, model: CausalLM, probe: Probe) -> None:
         self.model, self.probe = model, probe
+        self.steps = _steps(model.config, probe.nodes)
         self.selections: dict[str, Selection] = {}
         self.computations: dict[str, Computation] = {}
 
@@ -42,8 +80,7 @@ class Replay:
             trace = Trace()
             chunk = np.ascontiguousarray(token_ids[:, first:last])
             with torch.no_grad():
-                given = torch.from_numpy(chunk), torch.from_numpy(past), torch.from_numpy(new)
-                logits, state = self.model.step(*given, state, trace)
+                logits, state = self.model.step(*(torch.from_numpy(x) for x in (chunk, past, new)), state, trace)
             feeds = {"input_ids": chunk, "past_len": past, "new_len": new, **caches, **self._forced(trace)}
             got = self.probe.run(feeds)
             self._compare(got, trace, past, new, f"tokens {first}..{last - 1}")
@@ -53,102 +90,75 @@ class Replay:
             # A finished row writes its padding at the front of its own cache, which nobody reads again.
             past = np.where(lengths <= last, 0, past).astype(np.int32)
 
-    def _chosen(self, trace: Trace) -> Iterator[tuple[ProbedNode, str, tuple[torch.Tensor, ...]]]:
-        """Each selecting node of the graph with its label and what PyTorch selected there."""
-        routes, layer = iter(trace.routes), 0
-        experts = iter(zip(trace.expert_ids, trace.expert_weights, strict=True))
-        expert_layers = iter(self.model.config.experts.layers if self.model.config.experts else ())
-        is_first = trace.candidates is not None
-        for node in self.probe.of_type("CoarseRoute", "FineRoute", "ExpertRoute"):
-            if node.op_type == "ExpertRoute":
-                yield node, f"layer {next(expert_layers)} experts", next(experts)
-            elif is_first and trace.candidates is not None:
-                is_first = False
-                yield node, "level 1", (trace.candidates,)
-            else:
-                yield node, f"layer {layer} level 2", (next(routes),)
-                layer += 1
+    @staticmethod
+    def _chosen(step: _Step, trace: Trace) -> tuple[torch.Tensor, ...]:
+        """What PyTorch selected at this node; nothing where the node is no router."""
+        if step.node.op_type == "ExpertRoute":
+            return trace.expert_ids[step.index], trace.expert_weights[step.index]
+        if step.label == "level 1" and trace.candidates is not None:
+            return (trace.candidates,)
+        return (trace.routes[step.index],) if step.node.selected else ()
 
     def _forced(self, trace: Trace) -> Arrays:
         return {
             name: tensor.numpy()
-            for node, _, tensors in self._chosen(trace)
-            for name, tensor in zip(node.outputs, tensors, strict=True)
+            for step in self.steps
+            if step.node.selected
+            for name, tensor in zip(step.node.outputs, self._chosen(step, trace), strict=True)
         }
 
     def _computation(self, name: str, got: Array, expected: Array) -> None:
         self.computations.setdefault(name, Computation(name)).add(got, expected)
 
     def _compare(self, got: Arrays, trace: Trace, past: Array, new: Array, where: str) -> None:
-        layer = expert = 0
-        for node, label, tensors in self._chosen(trace):
-            if node.op_type == "ExpertRoute":
-                self._compare_experts(got, trace, node, label, expert, new, where)
-                expert += 1
-                continue
-            if label == "level 1":
-                query, block_key = trace.word_query, trace.word_block_key
+        for step in self.steps:
+            if step.node.op_type == "ExpertRoute":
+                self._compare_experts(got, trace, step, new, where)
+            elif step.node.selected:
+                self._compare_blocks(got, trace, step, past, new, where)
             else:
-                query, block_key = trace.query[layer], trace.block_key[layer]
-                layer += 1
-            assert query is not None and block_key is not None
-            candidates = trace.candidates.numpy() if node.op_type == "FineRoute" and trace.candidates is not None else None
-            reference = query.numpy(), block_key.numpy(), tensors[0].numpy()
-            self._compare_blocks(got, node, label, reference, candidates, past, new, where)
-        for index, node in enumerate(self.probe.of_type("RoutedAttention")):
-            self._computation(f"layer {index} attention", got[node.outputs[0]], trace.attention[index].numpy())
-        for index, node in zip(self._expert_layers(), self.probe.of_type("RoutedExperts"), strict=True):
-            position = self._expert_layers().index(index)
-            self._computation(f"layer {index} expert output", got[node.outputs[0]], trace.expert_out[position].numpy())
+                outputs = trace.attention if step.node.op_type == "RoutedAttention" else trace.expert_out
+                self._computation(step.label, got[step.node.outputs[0]], outputs[step.index].numpy())
 
-    def _expert_layers(self) -> list[int]:
-        return sorted(self.model.config.experts.layers) if self.model.config.experts else []
-
-    def _compare_blocks(
-        self,
-        got: Arrays,
-        node: ProbedNode,
-        label: str,
-        expected: tuple[Array, Array, Array],
-        candidates: Array | None,
-        past: Array,
-        new: Array,
-        where: str,
-    ) -> None:
-        query, block_key, routes = expected
+    def _compare_blocks(self, got: Arrays, trace: Trace, step: _Step, past: Array, new: Array, where: str) -> None:
+        node, label = step.node, step.label
+        if label == "level 1":
+            query, block_key = trace.word_query, trace.word_block_key
+        else:
+            query, block_key = trace.query[step.index], trace.block_key[step.index]
+        assert query is not None and block_key is not None
+        candidates = trace.candidates.numpy() if node.op_type == "FineRoute" and trace.candidates is not None else None
         lengths = past.astype(np.int64), new.astype(np.int64)
-        reference = block_choice(query, block_key, routes, candidates, *lengths, node.attributes)
-        shown = got[node.operands[0]], got[node.operands[1]], got[node.selected[0]]
-        device = block_choice(*shown, candidates, *lengths, node.attributes)
+        shown, expected = [got[name] for name in node.operands[:2]], [query.numpy(), block_key.numpy()]
+        (routes,) = self._chosen(step, trace)
+        reference = block_choice(*expected, routes.numpy(), candidates, *lengths, node.attributes)
+        device = block_choice(*shown, got[node.selected[0]], candidates, *lengths, node.attributes)
         judge_selection(self.selections.setdefault(label, Selection(label)), reference, device, where)
         # Only complete blocks count: what a cache holds for the others is never read.
-        complete = (past + new) // node.attributes["block_size"]
+        complete = (past + new) // self.model.config.routing.block_size
         for row, count in enumerate(complete):
             if new[row]:
-                self._computation(f"{label} block keys", shown[1][row, :, :count], block_key[row, :, :count])
-                self._computation(f"{label} query", shown[0][row, :, : new[row]], query[row, :, : new[row]])
+                self._computation(f"{label} block keys", shown[1][row, :, :count], expected[1][row, :, :count])
+                self._computation(f"{label} query", shown[0][row, :, : new[row]], expected[0][row, :, : new[row]])
 
-    def _compare_experts(
-        self, got: Arrays, trace: Trace, node: ProbedNode, label: str, index: int, new: Array, where: str
-    ) -> None:
-        width = trace.expert_ids[index].shape[0] // len(new)
-        valid = (np.arange(width) < new[:, None]).reshape(-1)
-
-        gate: Any = self.model.get_submodule(f"model.layers.{self._expert_layers()[index]}.mlp.gate")
+    def _compare_experts(self, got: Arrays, trace: Trace, step: _Step, new: Array, where: str) -> None:
+        node, label = step.node, step.label
+        logits, groups = trace.expert_logits[step.index].numpy(), trace.group_logits[step.index].numpy()
+        ids, weights = (tensor.numpy() for tensor in self._chosen(step, trace))
+        valid = (np.arange(len(ids) // len(new)) < new[:, None]).reshape(-1)
+        layer = sorted(self.model.config.experts.layers)[step.index] if self.model.config.experts else 0
+        gate = self.model.model.layers[layer].mlp.gate
         bias = gate.e_score_correction_bias.numpy() if gate.experts.select_bias else np.zeros(gate.experts.num_experts)
-
-        def choices(logits: Array, group_logits: Array, ids: Array) -> tuple[Choice, Choice]:
-            return expert_choices(logits[valid], group_logits[valid], bias, ids[valid], node.attributes)
-
-        expected = trace.expert_logits[index], trace.group_logits[index], trace.expert_ids[index]
-        reference = choices(*(tensor.numpy() for tensor in expected))
-        device = choices(got[node.operands[0]], got[node.operands[1]], got[node.selected[0]])
+        shown_ids, shown_weights = (got[name] for name in node.selected)
+        shown = [got[name][valid] for name in node.operands[:2]]
+        reference = expert_choices(logits[valid], groups[valid], bias, ids[valid], node.attributes)
+        device = expert_choices(*shown, bias, shown_ids[valid], node.attributes)
+        self._computation(f"{label} logits", shown[0], logits[valid])
         loosen(reference[1], reference[0], device[0])
         judge_selection(self.selections.setdefault(label, Selection(label)), reference[1], device[1], where)
-        same = (trace.expert_ids[index].numpy() == got[node.selected[0]]).all(1) & valid
-        weights = trace.expert_weights[index].numpy()
-        self._computation(f"{label} weights", got[node.selected[1]][same], weights[same])
-        self._computation(f"{label} logits", got[node.operands[0]][valid], trace.expert_logits[index].numpy()[valid])
+        if ids.shape == shown_ids.shape:  # else the selection has failed already
+            same = (ids == shown_ids).all(1) & valid
+            self._computation(f"{label} weights", shown_weights[same], weights[same])
 
 
 def _calls(cuts: list[int], total: int) -> Iterator[tuple[int, int]]:

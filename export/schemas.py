@@ -18,6 +18,7 @@ ONNX_OPSET = 23
 # TensorRT 10.15 and later take a plugin in place of a model-local function only where the node names a plugin namespace.
 PLUGIN_NAMESPACE = "plugin_namespace"
 
+_op = Opset("", ONNX_OPSET)
 _TENSORS = {"int32": "tensor(int32)", "float32": "tensor(float)"}
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 
@@ -78,43 +79,66 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
     import bilevel.ops  # noqa: F401  (registers torch.ops.bilevel)
 
     domain = register_schemas()
-    op = Opset("", ONNX_OPSET)
     namespace = getattr(torch.ops, contract.DOMAIN)
     table: dict[Any, Callable[..., Any]] = {
         getattr(namespace, spec.torch_name).default: _translation(spec, domain) for spec in contract.OPS
     }
-
-    def write_cache(cache: Any, update: Any, start: Any) -> Any:
-        """ScatterND of whole vectors: indices (row, head, position), or (row, position) of scalars for [B, M]."""
-        rank = 3 if len(cache.shape) > 2 else 2
-        shape = op.Shape(update, start=0, end=rank)
-        zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
-        columns = []
-        for axis in range(rank):
-            others = op.Constant(value_ints=[i for i in range(rank) if i != axis])
-            count = op.Squeeze(op.Shape(update, start=axis, end=axis + 1))
-            columns.append(op.Unsqueeze(op.Range(zero, count, one), others))
-        first = op.Unsqueeze(op.Cast(start, to=onnx.TensorProto.INT64), op.Constant(value_ints=list(range(1, rank))))
-        columns[-1] = op.Add(columns[-1], first)
-        last = op.Constant(value_ints=[-1])
-        index = op.Concat(*(op.Unsqueeze(op.Expand(column, shape), last) for column in columns), axis=-1)
-        return op.ScatterND(cache, index, update)
-
-    def gather_blocks(tokens: Any, first_block: Any, num_blocks: Any, block_size: int) -> Any:
-        heads = op.Shape(tokens, start=0, end=2)
-        width = op.Shape(tokens, start=3, end=4)
-        blocks = op.Div(op.Shape(tokens, start=2, end=3), op.Constant(value_ints=[block_size]))
-        count = op.Reshape(num_blocks, op.Constant(value_ints=[1]))
-        zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
-        row = op.Reshape(
-            op.Range(zero, op.ReduceProd(heads, keepdims=0), one), op.Concat(heads, op.Constant(value_ints=[1]), axis=0)
-        )
-        start = op.Unsqueeze(op.Cast(first_block, to=onnx.TensorProto.INT64), op.Constant(value_ints=[1, 2]))
-        index = op.Add(op.Add(op.Mul(row, blocks), start), op.Range(zero, op.Squeeze(count), one))
-        size = op.Constant(value_ints=[block_size])
-        flat = op.Reshape(tokens, op.Concat(op.Constant(value_ints=[-1]), op.Mul(size, width), axis=0))
-        return op.Reshape(op.Gather(flat, index, axis=0), op.Concat(heads, count, size, width, axis=0))
-
-    table[namespace.write_cache.default] = write_cache
-    table[namespace.gather_blocks.default] = gather_blocks
+    table[namespace.write_cache.default] = _write_cache
+    table[namespace.gather_blocks.default] = _gather_blocks
     return table
+
+
+def _ints(*values: int) -> Any:
+    return _op.Constant(value_ints=list(values))
+
+
+def _range(count: Any) -> Any:
+    """0, 1, ... for a count that is a number or a tensor of one element."""
+    if isinstance(count, int):
+        return _ints(*range(count))
+    return _op.Range(_op.Constant(value_int=0), _op.Squeeze(count), _op.Constant(value_int=1))
+
+
+def _heads(tokens: Any) -> Any:
+    """The size of axis 1: a number where it is static, which lets layers share what depends on it."""
+    static = tokens.shape[1]
+    return static if isinstance(static, int) else _op.Shape(tokens, start=1, end=2)
+
+
+def _write_cache(cache: Any, update: Any, start: Any, length: Any) -> Any:
+    """ScatterND of whole vectors: indices (row, head, position), or (row, position) of scalars for [B, M].
+
+    The indices depend on start and length only, so ONNX Runtime computes them once for all layers.
+    """
+    batch, count = _op.Shape(start), _op.Reshape(length, _ints(1))
+    position = _op.Add(_op.Unsqueeze(_op.Cast(start, to=onnx.TensorProto.INT64), _ints(1)), _range(count))
+    row = _range(batch)
+    if len(cache.shape) > 2:
+        heads = _heads(update)
+        shape = _op.Concat(batch, _ints(heads) if isinstance(heads, int) else heads, count, axis=0)
+        columns = [
+            _op.Unsqueeze(row, _ints(1, 2)),
+            _op.Unsqueeze(_range(heads), _ints(0, 2)),
+            _op.Unsqueeze(position, _ints(1)),
+        ]
+    else:
+        shape = _op.Concat(batch, count, axis=0)
+        columns = [_op.Unsqueeze(row, _ints(1)), position]
+    index = _op.Concat(*(_op.Unsqueeze(_op.Expand(column, shape), _ints(-1)) for column in columns), axis=-1)
+    return _op.ScatterND(cache, index, update)
+
+
+def _gather_blocks(tokens: Any, first_block: Any, num_blocks: Any, block_size: int) -> Any:
+    """Gather of whole blocks from the cache seen as rows of block_size * D numbers."""
+    heads = _heads(tokens)
+    num_heads = _ints(heads) if isinstance(heads, int) else heads
+    blocks = _op.Div(_op.Shape(tokens, start=2, end=3), _ints(block_size))
+    count = _op.Reshape(num_blocks, _ints(1))
+    first_row = _op.Mul(_op.Unsqueeze(_range(_op.Shape(first_block)), _ints(1)), num_heads)
+    row = _op.Mul(_op.Add(first_row, _range(heads)), blocks)
+    start = _op.Unsqueeze(_op.Cast(first_block, to=onnx.TensorProto.INT64), _ints(1))
+    index = _op.Add(_op.Unsqueeze(_op.Add(row, start), _ints(2)), _range(count))
+    width = _op.Shape(tokens, start=3, end=4)
+    size = _ints(block_size)
+    flat = _op.Reshape(tokens, _op.Concat(_ints(-1), _op.Mul(size, width), axis=0))
+    return _op.Reshape(_op.Gather(flat, index, axis=0), _op.Concat(_ints(0, 0), count, size, width, axis=0))

@@ -205,7 +205,7 @@ def test_write_cache(shape: tuple[int, ...]) -> None:
     axis = 2 if len(shape) > 2 else 1
     cache, update = torch.randn(shape), torch.randn(*shape[:axis], 3, *shape[axis + 1 :])
     before, start = cache.clone(), int32(0, 5, 2)
-    functional = torch.ops.bilevel.write_cache(cache, update, start)
+    functional = torch.ops.bilevel.write_cache(cache, update, start, update.shape[min(2, update.dim() - 1)])
     assert torch.equal(cache, before)
     written = ops.write_cache(cache, update, start)
     assert written is cache and torch.equal(functional, written)
