@@ -113,7 +113,7 @@ def pair_slots(blocks, visible, num_blocks, tile):
 @script(_private, default_opset=op)
 def attend_dispatched(q, k, v, blocks, visible, rows, horizon, size, scale):
     """The same by dispatch to tiles; shapes as in ``attend_gathered``."""
-    tile = op.Constant(value_ints=[64])
+    tile = op.Constant(value_ints=[16])
     width = op.Shape(k, start=3, end=4)
     num_kept = op.Shape(blocks, start=3, end=4)
     length = op.Shape(blocks, start=2, end=3)
