@@ -281,10 +281,10 @@ def main(arguments: list[str]) -> int:
             return 130
         console.print(f"trained {run.step} steps; the model is in {export_model(run)}")
     except BilevelError as error:
-        console.print(f"error: {error}", style="red", markup=False)
+        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return 2
     except OSError as error:
-        console.print(f"error: {error}; when that is mended, the same command continues", style="red", markup=False)
+        console.print(f"error: {error}; when that is mended, the same command continues", style="red", markup=False, soft_wrap=True)
         return 2
     return 0
 

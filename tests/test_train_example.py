@@ -47,7 +47,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, chance = tmp_path_factory.mktemp("material"), random.Random(3)
     words = ["def", "return", "import", "class", "self", "value", "for", "in", "range", "tensor", "block", "route"]
     for number in range(120):
-        lines = [" ".join(chance.choices(words, k=8)) for _ in range(60)]
+        lines = [" ".join(chance.choices(words, k=8)) for _ in range(150)]
         (folder / f"source_{number}.py").write_text("\n".join(lines), encoding="utf-8")
     config = ModelConfig(
         vocab_size=300,
