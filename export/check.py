@@ -27,7 +27,7 @@ from bilevel.checkpoint import load_model
 from bilevel.config import ModelConfig
 from bilevel.config_json import config_to_dict
 from bilevel.export import end_to_end
-from bilevel.export.bundle import GRAPH_FILE, MANIFEST, describe_file
+from bilevel.export.bundle import FORMAT, FORMAT_VERSION, GRAPH_FILE, MANIFEST, describe_file
 from bilevel.export.judge import COMPUTATION_LIMIT, Array, Computation, Selection
 from bilevel.export.probe import open_probe, open_session
 from bilevel.export.replay import Replay
@@ -41,19 +41,29 @@ def read_manifest(bundle: Path) -> dict[str, Any]:
     """``bundle.json``, or BundleError."""
     path = bundle / MANIFEST
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return dict(content)
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BundleError(f"{bundle} holds no {MANIFEST}; make a bundle with: bilevel export CHECKPOINT {bundle}") from None
     except ValueError as error:
         raise BundleError(f"{path} is not valid JSON ({error}); export the bundle again with --force") from None
+    found = (manifest.get("format"), manifest.get("format_version")) if isinstance(manifest, dict) else (None, None)
+    if found != (FORMAT, FORMAT_VERSION):
+        raise BundleError(
+            f"{path} has format {found[0]} version {found[1]}, this bilevel checks {FORMAT} version {FORMAT_VERSION}; "
+            "export the bundle again with --force"
+        )
+    kinds = {"files": dict, "config": dict, "precision": str}
+    for key, kind in kinds.items():
+        if not isinstance(manifest.get(key), kind):
+            raise BundleError(f"{path} does not give {key} as it should; export the bundle again with --force")
+    return dict(manifest)
 
 
 def _verify(bundle: Path, manifest: dict[str, Any], config: ModelConfig) -> None:
     """The bundle's files must be the ones that were exported, and from a model of this shape."""
     for name, entry in manifest["files"].items():
         path = bundle / name
-        if not path.is_file() or describe_file(path)["sha256"] != entry["sha256"]:
+        if not path.is_file() or describe_file(path) != entry:
             raise BundleError(f"{path} is missing or not the file that was exported; export the bundle again with --force")
     if manifest["config"] != json.loads(json.dumps(config_to_dict(config))):
         raise BundleError(f"{bundle} was exported from a model of another configuration; give the checkpoint that it came from")

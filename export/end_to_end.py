@@ -9,7 +9,7 @@ import torch
 
 from bilevel.export.decoder import state_tensors
 from bilevel.export.judge import Array
-from bilevel.export.probe import run_session
+from bilevel.export.probe import Arrays, run_session
 from bilevel.model import CausalLM
 from bilevel.state import DecoderState
 
@@ -35,7 +35,7 @@ class Device:
     def feed(self, ids: Array) -> Array:
         """Logits [vocab] after ``ids`` [L]."""
         lengths = {"past_len": np.array([self.past], np.int32), "new_len": np.array([len(ids)], np.int32)}
-        feeds = {"input_ids": ids[None].astype(np.int64), **lengths, **self.caches}
+        feeds: Arrays = {"input_ids": ids[None].astype(np.int64), **lengths, **self.caches}
         logits, *present = run_session(self.session, None, feeds)
         self.caches = {f"past.{t.name}": cache for t, cache in zip(self.tensors, present, strict=True)}
         self.past += len(ids)
@@ -98,5 +98,5 @@ def chunking(session: Any, model: CausalLM, ids: Array, cuts: tuple[int, ...], l
         if first < len(ids):
             last = device.feed(ids[first : first + size])
             first += size
-    error = float(np.abs(last - whole).max() / np.abs(whole).max())
+    error = float(np.abs(last - whole).max()) / (float(np.abs(whole).max()) or 1.0)
     return {"tokens": len(ids), "error": error, "limit": limit, "passed": error <= limit}

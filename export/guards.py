@@ -60,7 +60,7 @@ def _check_room(graph: onnx.GraphProto) -> None:
 
 
 def _ancestors(start: Iterable[str], makers: dict[str, onnx.NodeProto]) -> set[str]:
-    """Names of all values that the given ones depend on, themselves included."""
+    """Names of all values that the given ones depend on, themselves included; a tensor's shape says nothing of its values."""
     seen: set[str] = set()
     pending = list(start)
     while pending:
@@ -68,7 +68,7 @@ def _ancestors(start: Iterable[str], makers: dict[str, onnx.NodeProto]) -> set[s
         if name in seen:
             continue
         seen.add(name)
-        if name in makers:
+        if name in makers and makers[name].op_type not in ("Shape", "Size"):
             pending.extend(n for n in makers[name].input if n)
     return seen
 

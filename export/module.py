@@ -10,6 +10,9 @@ name (``bilevel.export.guards``).
 from __future__ import annotations
 
 import logging
+import os
+import re
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -53,6 +56,13 @@ def _export_error(error: BaseException) -> BilevelError:
         if isinstance(cause, BilevelError):
             return cause
         cause = cause.__cause__ or cause.__context__
+    fixed = re.search(r"marked L\['(\w+)'\](\S*)\.size\(\)\[(\d+)\].* constant \((\d+)\)", str(error))
+    if fixed:
+        name, index, axis, size = fixed.groups()
+        return ExportError(
+            f"the module fixes axis {axis} of {name}{index} to {size}, but dynamic names it; compute with the tensor's shape, "
+            "not with a number taken from the example"
+        )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     summary = lines[0] if lines else type(error).__name__
     return ExportError(f"torch.export could not trace the module ({type(error).__name__}: {summary[:300]}); see --debug")
@@ -163,10 +173,15 @@ def save_onnx(
     names = list(input_names) if input_names is not None else _flat_names(inputs)
     ir_model = trace(module, inputs, dynamic or {}, names)
     _rename(ir_model, names, output_names)
-    onnx_ir.save(ir_model, path, external_data=DATA_FILE)
-    model = onnx.load(path, load_external_data=False)
-    guards.check_selections(model.graph)
-    model = specialise_functions(attach_functions(model))
-    onnx.save(model, path)
-    onnx.checker.check_model(str(path), full_check=True)
+    # In a folder of its own first: what is refused, or interrupted, leaves no file and no earlier file is lost.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
+        written = Path(folder) / path.name
+        onnx_ir.save(ir_model, written, external_data=DATA_FILE)
+        model = onnx.load(written, load_external_data=False)
+        guards.check_selections(model.graph)
+        model = specialise_functions(attach_functions(model))
+        onnx.save(model, written)
+        onnx.checker.check_model(str(written), full_check=True)
+        for file in sorted(Path(folder).iterdir()):
+            os.replace(file, path.parent / file.name)
     return model

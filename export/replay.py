@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,9 +12,10 @@ import torch
 from bilevel.config import ModelConfig
 from bilevel.export.choices import block_choice, expert_choices
 from bilevel.export.decoder import flatten_state, state_tensors
-from bilevel.export.judge import Array, Choice, Computation, Selection, judge_selection, loosen
+from bilevel.export.judge import Array, Computation, Selection, judge_selection, loosen
 from bilevel.export.probe import Arrays, Probe, ProbedNode
 from bilevel.model import CausalLM
+from bilevel.plugins.errors import BundleError
 from bilevel.state import DecoderState, Trace
 
 
@@ -80,7 +82,8 @@ class Replay:
             trace = Trace()
             chunk = np.ascontiguousarray(token_ids[:, first:last])
             with torch.no_grad():
-                logits, state = self.model.step(*(torch.from_numpy(x) for x in (chunk, past, new)), state, trace)
+                tokens, past_len, new_len = (torch.from_numpy(x) for x in (chunk, past, new))
+                logits, state = self.model.step(tokens, past_len, new_len, state, trace)
             feeds = {"input_ids": chunk, "past_len": past, "new_len": new, **caches, **self._forced(trace)}
             got = self.probe.run(feeds)
             self._compare(got, trace, past, new, f"tokens {first}..{last - 1}")
@@ -129,7 +132,8 @@ class Replay:
         assert query is not None and block_key is not None
         candidates = trace.candidates.numpy() if node.op_type == "FineRoute" and trace.candidates is not None else None
         lengths = past.astype(np.int64), new.astype(np.int64)
-        shown, expected = [got[name] for name in node.operands[:2]], [query.numpy(), block_key.numpy()]
+        shown = got[node.operands[0]], got[node.operands[1]]
+        expected = query.numpy(), block_key.numpy()
         (routes,) = self._chosen(step, trace)
         reference = block_choice(*expected, routes.numpy(), candidates, *lengths, node.attributes)
         device = block_choice(*shown, got[node.selected[0]], candidates, *lengths, node.attributes)
@@ -147,10 +151,10 @@ class Replay:
         ids, weights = (tensor.numpy() for tensor in self._chosen(step, trace))
         valid = (np.arange(len(ids) // len(new)) < new[:, None]).reshape(-1)
         layer = sorted(self.model.config.experts.layers)[step.index] if self.model.config.experts else 0
-        gate = self.model.model.layers[layer].mlp.gate
+        gate: Any = self.model.model.layers[layer].get_submodule("mlp.gate")
         bias = gate.e_score_correction_bias.numpy() if gate.experts.select_bias else np.zeros(gate.experts.num_experts)
         shown_ids, shown_weights = (got[name] for name in node.selected)
-        shown = [got[name][valid] for name in node.operands[:2]]
+        shown = got[node.operands[0]][valid], got[node.operands[1]][valid]
         reference = expert_choices(logits[valid], groups[valid], bias, ids[valid], node.attributes)
         device = expert_choices(*shown, bias, shown_ids[valid], node.attributes)
         self._computation(f"{label} logits", shown[0], logits[valid])

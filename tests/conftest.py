@@ -1,6 +1,9 @@
 """Settings that every test shares. The property tests are derandomised: the same examples on every machine and every run."""
 
+import importlib.util
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -17,6 +20,19 @@ settings.load_profile("bilevel")
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Random tensors are the same in every run, alone or among other tests."""
+    if importlib.util.find_spec("torch") is None:
+        return  # the runtime's tests need no PyTorch
     import torch
 
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    """preset -> (checkpoint, bundle) of a tiny model. Shared by all tests: copy before changing anything."""
+    from tests.tiny_models import export_once
+
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # one export for all workers
+    return lambda preset: export_once(folder / "exported", preset)

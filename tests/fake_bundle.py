@@ -20,6 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 VOCAB_SIZE, EOS, BLOCK_SIZE = 293, 1, 8  # 293 is prime: the checksums reach every token
 MAX_POSITIONS, PREFILL_CHUNK = 100, 16  # 100 is not a multiple of the block size
+OPSET = 23  # what an exported graph has; Python 3.10's ONNX Runtime stops there
 NAMES = {TensorProto.INT64: "int64", TensorProto.INT32: "int32", TensorProto.FLOAT: "float32"}
 CORPUS = ["def add(a, b):\n    return a + b\n", "the quick brown fox, the lazy dog", "für 漢字 und 🦊🦊"] * 3
 
@@ -43,10 +44,27 @@ def _nodes() -> list[onnx.NodeProto]:
         node("Cast", "past_len", "start", to=TensorProto.INT64),
         node("Cast", "new_len", "count", to=TensorProto.INT64),
         # The state: ids as they are, and as floats with a head and a channel.
-        node("TensorScatter", "past.token_ids input_ids start", "present.token_ids", axis=1),
-        node("Unsqueeze", "input_ids axes_1_3", "ids4"),
-        node("Cast", "ids4", "key", to=TensorProto.FLOAT),
-        node("TensorScatter", "past.key.0 key start", "present.key.0", axis=2),
+        # Both are written in place at (row, place), as a real graph does.
+        node("Shape", "input_ids", "size"),
+        node("Shape", "input_ids", "batch", start=0, end=1),
+        node("Shape", "input_ids", "new_tokens", start=1, end=2),
+        node("Squeeze", "batch", "batch_scalar"),
+        node("Squeeze", "new_tokens", "new_tokens_scalar"),
+        node("Range", "zero batch_scalar one", "row"),
+        node("Unsqueeze", "row axis_1", "row_column"),
+        node("Range", "zero new_tokens_scalar one", "offset_in_call"),
+        node("Unsqueeze", "start axis_1", "start_column"),
+        node("Add", "start_column offset_in_call", "target"),
+        node("Expand", "row_column size", "rows"),
+        node("Unsqueeze", "rows axis_2", "rows_3"),
+        node("Unsqueeze", "target axis_2", "target_3"),
+        node("Concat", "rows_3 target_3", "index", axis=-1),
+        node("ScatterND", "past.token_ids index input_ids", "present.token_ids"),
+        node("Sub", "rows_3 rows_3", "head_3"),
+        node("Concat", "rows_3 head_3 target_3", "key_index", axis=-1),
+        node("Unsqueeze", "input_ids axis_2", "ids3"),
+        node("Cast", "ids3", "key", to=TensorProto.FLOAT),
+        node("ScatterND", "past.key.0 key_index key", "present.key.0"),
         # A state per block, so that num_blocks must be right.
         node("Reshape", "present.token_ids by_block", "blocks"),
         node("ReduceSum", "blocks axis_3", "block_sum", keepdims=1),
@@ -83,6 +101,7 @@ def _constants() -> list[onnx.TensorProto]:
     values = {
         "axes_1_3": [1, 3],
         "axis_1": [1],
+        "axis_2": [2],
         "axis_3": [3],
         "by_block": [0, 1, -1, BLOCK_SIZE],
         "zero": 0,
@@ -116,7 +135,7 @@ def make_model() -> onnx.ModelProto:
         *(info(f"present.{name}", dtype, shape) for name, dtype, shape in states),
     ]
     graph = helper.make_graph(_nodes(), "fake", inputs, outputs, _constants())
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
 
 
 def make_tokenizer() -> tokenizers.Tokenizer:
@@ -166,7 +185,7 @@ def write_bundle(folder: Path, eos: Sequence[int] = (EOS,)) -> Path:
         "operators": {"CoarseRoute": 1},
         "graph": {
             "file": "model.onnx",
-            "opset": 24,
+            "opset": OPSET,
             "inputs": inputs,
             "outputs": outputs,
             "state": [{"input": f"past.{name}", "output": f"present.{name}"} for name in ("token_ids", "key.0", "block_key.0")],
