@@ -161,6 +161,17 @@ class Experts:
         if self.top_k > room:
             raise ConfigError(f"experts.top_k={self.top_k} exceeds the {room} experts that the kept groups hold")
 
+    def route_attributes(self) -> dict[str, int | float | str]:
+        """Attributes of the contract's ExpertRoute."""
+        return {
+            "top_k": self.top_k,
+            "topk_group": self.topk_group,
+            "score_func": self.score_func,
+            "group_score": self.group_score,
+            "normalize": int(self.normalize),
+            "scale": float(self.scale),
+        }
+
     @classmethod
     def deepseek_v3(cls, *, layers: tuple[int, ...], **changes: Any) -> Experts:
         """DeepSeek-V3's gate: 256 experts in 8 groups, 4 kept by their two best biased scores, 8 experts, scale 2.5."""
@@ -264,6 +275,23 @@ class ModelConfig:
     def num_selection_heads(self) -> int:
         """Hs of level 2: one route per query head in MoBA, else one per key/value head."""
         return self.num_attention_heads if self.routing.preset == "moba" else self.num_key_value_heads
+
+    def route_attributes(self, level: int) -> dict[str, int]:
+        """Attributes of the contract's CoarseRoute (level 1, or level 2 without one) or FineRoute (level 2)."""
+        routing = self.routing
+        return {
+            "block_size": routing.block_size,
+            "topk": routing.coarse_topk if level == 1 else routing.topk,
+            "num_selection_heads": 1 if level == 1 else self.num_selection_heads,
+            "init_blocks": routing.init_blocks,
+            "local_blocks": routing.local_blocks,
+            "causal": 1,
+        }
+
+    @property
+    def attention_scale(self) -> float:
+        """Factor on q.k before the softmax."""
+        return float(self.head_dim**-0.5)
 
     @property
     def route_dim(self) -> int:

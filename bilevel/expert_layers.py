@@ -37,17 +37,7 @@ class ExpertGate(nn.Module):
         else:
             group_logits = logits.new_zeros(x.shape[0], spec.n_group)
         bias = self.e_score_correction_bias if spec.select_bias else logits.new_zeros(spec.num_experts)
-        ids, weights = ops.expert_route(
-            logits,
-            group_logits,
-            bias.float(),
-            top_k=spec.top_k,
-            topk_group=spec.topk_group,
-            score_func=spec.score_func,
-            group_score=spec.group_score,
-            normalize=int(spec.normalize),
-            scale=float(spec.scale),
-        )
+        ids, weights = ops.expert_route(logits, group_logits, bias.float(), **spec.route_attributes())
         if trace is not None:
             trace.expert_logits.append(logits)
             trace.group_logits.append(group_logits)

@@ -48,15 +48,7 @@ class Attention(nn.Module):
 
     def route(self, q: Tensor, block_key: Tensor, step: Step) -> Tensor:
         """The blocks that each word of this layer reads: int32 [B, Hs, L, K2]."""
-        routing = self.config.routing
-        attributes = {
-            "block_size": routing.block_size,
-            "topk": routing.topk,
-            "num_selection_heads": self.config.num_selection_heads,
-            "init_blocks": routing.init_blocks,
-            "local_blocks": routing.local_blocks,
-            "causal": 1,
-        }
+        attributes = self.config.route_attributes(2)
         if step.candidates is None:
             return ops.coarse_route(q, block_key, step.past_len, step.new_len, **attributes)
         return ops.fine_route(q, block_key, step.candidates, step.past_len, step.new_len, **attributes)
@@ -72,7 +64,7 @@ class Attention(nn.Module):
         q, k = apply_rotary(q, step.cos, step.sin), apply_rotary(k, step.cos, step.sin)
         key = _extend(state.key if state else None, k, step.past_len, size)
         value = _extend(state.value if state else None, v, step.past_len, size)
-        scale = config.head_dim**-0.5
+        scale = config.attention_scale
         block_key = None
         if config.routing.is_dense:
             out = dense_attention(q, key, value, step.past_len, step.new_len, scale=scale)

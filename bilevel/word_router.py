@@ -25,7 +25,7 @@ class WordRouter(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.routing = config.routing
+        self.config = config
         self.proj = nn.Linear(config.hidden_size, config.route_dim, bias=False) if config.routing.route_dim else nn.Identity()
 
     def words(self, embeddings: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ class WordRouter(nn.Module):
 
     def query(self, token_ids: Tensor, past_len: Tensor, length: int, embed: nn.Embedding) -> Tensor:
         """[B, 1, L, Dr]: normalised mean over the last ``window`` words up to each position; token_ids [B, M]."""
-        offset = torch.arange(self.routing.window, device=token_ids.device)
+        offset = torch.arange(self.config.routing.window, device=token_ids.device)
         position = past_len[:, None].long() + torch.arange(length, device=token_ids.device)
         index = position[..., None] - offset
         ids = token_ids.gather(1, index.clamp(min=0, max=token_ids.shape[1] - 1).flatten(1)).unflatten(1, (length, -1))
@@ -51,8 +51,7 @@ class WordRouter(nn.Module):
         trace: Trace | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns (candidates int32 [B, 1, L, K1], token_ids [B, M], word_block_key [B, 1, N, Dr])."""
-        routing, length = self.routing, input_ids.shape[1]
-        size = routing.block_size
+        length, size = input_ids.shape[1], self.config.routing.block_size
         if state is None or state.token_ids is None or state.word_block_key is None:
             token_ids, block_key = F.pad(input_ids, (0, -length % size)), None
         else:
@@ -63,18 +62,7 @@ class WordRouter(nn.Module):
         pooled = unit(self.words(embed(touched)).mean(2))[:, None].to(embed.weight.dtype)
         block_key = pooled if block_key is None else ops.write_cache(block_key, pooled, first)
         query = self.query(token_ids, past_len, length, embed)
-        candidates = ops.coarse_route(
-            query,
-            block_key,
-            past_len,
-            new_len,
-            block_size=size,
-            topk=routing.coarse_topk,
-            num_selection_heads=1,
-            init_blocks=routing.init_blocks,
-            local_blocks=routing.local_blocks,
-            causal=1,
-        )
+        candidates = ops.coarse_route(query, block_key, past_len, new_len, **self.config.route_attributes(1))
         if trace is not None:
             trace.word_query, trace.word_block_key, trace.candidates = query, block_key, candidates
         return candidates, token_ids, block_key

@@ -5,6 +5,7 @@ The report is a plain dict, the same that ``bilevel check --json`` prints and ``
     passed            bool, all of the below
     bundle, against   folders; model_sha256, checkpoint_sha256: what was compared
     data              where the tokens came from, and how many
+    attributes        one entry per attribute of a routed node that differs from the model's: name, attribute, graph, model
     selection         one entry per router: rows, exact_rate, jaccard, excused, unexcused, smallest_margin, example
     computation       one entry per tensor: error (over the largest magnitude), limit
     end_to_end        teacher_forced (kl_mean, kl_max, top1_agreement), greedy (agreed), chunking (error)
@@ -119,7 +120,9 @@ def check_bundle(
     ends = _end_to_end(open_session(bundle / GRAPH_FILE), model, ids)
     judgements: list[Selection | Computation] = [*replay.selections.values(), *replay.computations.values()]
     report = {
-        "passed": all(j.passed for j in judgements) and all(entry["passed"] for entry in ends.values()),
+        "passed": not replay.attributes
+        and all(j.passed for j in judgements)
+        and all(entry["passed"] for entry in ends.values()),
         "bundle": str(bundle),
         "against": str(checkpoint),
         "model_sha256": manifest["files"][GRAPH_FILE]["sha256"],
@@ -127,6 +130,7 @@ def check_bundle(
         "precision": manifest["precision"],
         "backend": f"ONNX Runtime on CPU, PyTorch {torch.__version__}",
         "data": {"source": source, "tokens": len(ids)},
+        "attributes": replay.attributes,
         "selection": [{**s.as_dict(), "passed": s.passed} for s in replay.selections.values()],
         "computation": [{**c.as_dict(), "passed": c.passed} for c in replay.computations.values()],
         "end_to_end": ends,

@@ -81,6 +81,7 @@ def print_summary(report: dict[str, Any]) -> None:
         ),
     ]
     console = require("rich.console").Console()
+    _print_attributes(console, report["attributes"])
     for name, text, entries in lines:
         console.print(f"{name:12} {_mark(all(entry['passed'] for entry in entries))}  {text}", highlight=False, soft_wrap=True)
 
@@ -113,11 +114,21 @@ def print_report(report: dict[str, Any]) -> None:
         computation.add_row(entry["name"], f"{entry['error']:.1e}", f"{entry['limit']:.0e}", _mark(entry["passed"]))
     console.print(computation)
     _print_ends(console, table, report["end_to_end"])
+    _print_attributes(console, report["attributes"])
     for entry in report["selection"]:
         if entry["example"]:
             console.print(f"{entry['name']}: {entry['example']}", highlight=False)
     verdict = "[green]parity holds[/green]" if report["passed"] else "[bold red]parity FAILS[/bold red]"
     console.print(f"{verdict} ({report['seconds']:.1f} s)", highlight=False)
+
+
+def _print_attributes(console: Any, differing: list[dict[str, Any]]) -> None:
+    for entry in differing:
+        console.print(
+            f"[bold red]FAIL[/bold red] {entry['name']}: the node says {entry['attribute']}={entry['graph']}, "
+            f"the model means {entry['model']}",
+            highlight=False,
+        )
 
 
 def _print_ends(console: Any, table: Any, ends: dict[str, dict[str, Any]]) -> None:

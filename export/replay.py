@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from bilevel.config import ModelConfig
+from bilevel.export.attributes import differing_attributes
 from bilevel.export.choices import block_choice, expert_choices
 from bilevel.export.decoder import flatten_state, state_tensors
 from bilevel.export.judge import Array, Computation, Selection, judge_selection, loosen
@@ -57,13 +58,18 @@ def _steps(config: ModelConfig, nodes: list[ProbedNode]) -> list[_Step]:
 class Replay:
     """Runs one batch through both sides and keeps the statistics. Raises BundleError for a graph of another structure.
 
-    selections: one per router. computations: one per tensor. Both by name and in graph order, so that the first one that
+    attributes: those of routed nodes that differ from the model's. selections: one per router. computations: one per tensor. Both by name and in graph order, so that the first one that
     fails is the cause.
     """
 
     def __init__(self, model: CausalLM, probe: Probe) -> None:
         self.model, self.probe = model, probe
         self.steps = _steps(model.config, probe.nodes)
+        self.attributes = [
+            entry
+            for step in self.steps
+            for entry in differing_attributes(model.config, step.node.op_type, step.label, step.node.attributes)
+        ]
         self.selections: dict[str, Selection] = {}
         self.computations: dict[str, Computation] = {}
 

@@ -216,6 +216,31 @@ def test_check_bundle_names_planted_fault_moba(copied: Exported, op_type: str, n
     assert not report["passed"] and failing(report)[:1] == [first]
 
 
+@pytest.mark.parametrize(
+    ("op_type", "label", "name", "value"),
+    [
+        ("CoarseRoute", "level 1", "topk", 4),
+        ("FineRoute", "layer 0 level 2", "local_blocks", 2),
+        ("RoutedAttention", "layer 0 attention", "scale", 0.354),
+        ("ExpertRoute", "layer 1 experts", "group_score", "max"),
+    ],
+)
+def test_check_bundle_names_attribute_that_only_a_plugin_reads(
+    copied: Exported, op_type: str, label: str, name: str, value: Any
+) -> None:
+    """The folded body computes the right thing all the same, so only the node's own words can show the fault."""
+    checkpoint, bundle = copied("two_level")
+
+    def edit(model: onnx.ModelProto) -> None:
+        (attribute,) = (a for a in nth(model.graph, op_type, 0).attribute if a.name == name)
+        attribute.CopyFrom(helper.make_attribute(name, value))
+
+    edit_model(bundle, edit)
+    report = check_bundle(bundle, checkpoint, tokens=TOKENS)
+    assert not report["passed"]
+    assert [(entry["name"], entry["attribute"]) for entry in report["attributes"]] == [(label, name)]
+
+
 # What must pass
 
 
