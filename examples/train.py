@@ -284,7 +284,9 @@ def main(arguments: list[str]) -> int:
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return 2
     except OSError as error:
-        console.print(f"error: {error}; when that is mended, the same command continues", style="red", markup=False, soft_wrap=True)
+        console.print(
+            f"error: {error}; when that is mended, the same command continues", style="red", markup=False, soft_wrap=True
+        )
         return 2
     return 0
 
