@@ -29,31 +29,15 @@ def joint_heads(num_selection_heads, num_key_heads, num_route_heads):
 
 
 @script(_private, default_opset=op)
-def joint_query(query, joint):
-    """[B, J, L, Dr] fp32: route heads that are scored together, summed (q1.k + q2.k = (q1 + q2).k)."""
+def sum_heads(x, heads):
+    """[B, H, L, D] -> [B, heads, L, D]: neighbouring heads summed (of queries, too: q1.k + q2.k = (q1 + q2).k)."""
     apart = op.Reshape(
-        op.Cast(query, to=1),
+        x,
         op.Concat(
-            op.Shape(query, start=0, end=1),
-            joint,
-            op.Div(op.Shape(query, start=1, end=2), joint),
-            op.Shape(query, start=2, end=4),
-            axis=0,
-        ),
-    )
-    return op.ReduceSum(apart, [2], keepdims=0)
-
-
-@script(_private, default_opset=op)
-def sum_joint(scores, num_selection_heads):
-    """[B, J, L, U] -> [B, Hs, L, U]: the joint heads of a selection head summed."""
-    apart = op.Reshape(
-        scores,
-        op.Concat(
-            op.Shape(scores, start=0, end=1),
-            num_selection_heads,
-            op.Div(op.Shape(scores, start=1, end=2), num_selection_heads),
-            op.Shape(scores, start=2, end=4),
+            op.Shape(x, start=0, end=1),
+            heads,
+            op.Div(op.Shape(x, start=1, end=2), heads),
+            op.Shape(x, start=2, end=4),
             axis=0,
         ),
     )
@@ -124,11 +108,11 @@ def CoarseRoute(
     # Queries that read one key head become rows of one matrix product, so no key is copied.
     joint = joint_heads(num_selected, num_key_heads, op.Shape(query, start=1, end=2))
     rows = op.Reshape(
-        joint_query(query, joint),
+        sum_heads(op.Cast(query, to=1), joint),
         op.Concat(batch, num_key_heads, op.Div(joint, num_key_heads) * length, op.Shape(query, start=3, end=4), axis=0),
     )
     product = op.MatMul(rows, op.Transpose(op.Cast(unit_key, to=1), perm=[0, 1, 3, 2]))
-    scores = sum_joint(op.Reshape(product, op.Concat(batch, joint, length, num_units, axis=0)), num_selected)
+    scores = sum_heads(op.Reshape(product, op.Concat(batch, joint, length, num_units, axis=0)), num_selected)
 
     position = positions(past_len, length)
     horizon = horizons(position, past_len, new_len, op.Constant(value_int=causal))
@@ -165,8 +149,8 @@ def candidate_scores(query, unit_key, blocks, joint, num_selected):
     row = op.Unsqueeze(op.Unsqueeze(key_head, [0]) + first_head, [2, 3]) * num_units
     flat = op.Reshape(unit_key, op.Concat([-1], width, axis=0))
     keys = op.Cast(op.Gather(flat, spread + row, axis=0), to=1)
-    scores = op.Squeeze(op.MatMul(keys, op.Unsqueeze(joint_query(query, joint), [4])), [4])
-    return sum_joint(scores, num_selected)
+    scores = op.Squeeze(op.MatMul(keys, op.Unsqueeze(sum_heads(op.Cast(query, to=1), joint), [4])), [4])
+    return sum_heads(scores, num_selected)
 
 
 @script(_bilevel, default_opset=op)
