@@ -33,9 +33,10 @@ types: $(VENV)/dev  ## type-check the folders under their import names
 pytest: $(VENV)/dev
 	$(BIN)/python -m pytest -q -n 2 --durations 8
 
-train: $(VENV)/dev  ## train the example model and its dense twin anew (about two hours on two cores)
-	$(BIN)/python examples/train.py build/train-two-level
-	$(BIN)/python examples/train.py build/train-dense --dense
+train: $(VENV)/dev  ## train the example model and its dense twin anew, and compare them (half an hour on two idle cores)
+	$(BIN)/python examples/train.py build/two-level --steps 1000
+	$(BIN)/python examples/train.py build/dense --dense --steps 1000
+	$(BIN)/python examples/train_report.py build/two-level build/dense build/report
 
 $(BUNDLE)/bundle.json: $(VENV)/run $(MODEL)/model.safetensors $(MODEL)/config.json $(wildcard export/*.py bilevel/*.py plugins/*.py)
 	$(BIN)/bilevel export $(MODEL) $(BUNDLE) --force
