@@ -5,7 +5,8 @@ The ONNX schema, the PyTorch custom op and its shape function, the exported func
 attribute values are allowed.
 
 Letters: B batch rows, L tokens of this call, Hq query heads, Hkv key/value heads, Hr/Hk route query/key heads, Hs selection
-heads, Hc candidate heads, D head dim, Dr route dim, U pooled key units, M cache capacity in tokens, K blocks kept, T
+heads, Hc candidate heads, D head dim, Dr route dim, U pooled key units (one per block, at least ceil(valid tokens / block_size)
+of them), M cache capacity in tokens, K blocks kept, T
 flattened tokens, E experts, Gp expert groups, d model width, f expert width. "T" as a dtype is the model's float type.
 """
 
