@@ -9,7 +9,7 @@ PROMPT ?= def read_lines(path):
 # Whatever is slow to import stays out of the way of two test processes on two cores.
 export OMP_NUM_THREADS ?= $(if $(filter test pytest,$(MAKECMDGOALS)),1,$(shell nproc 2>/dev/null || echo 2))
 
-.PHONY: help run test lint types pytest train clean
+.PHONY: help run test lint types pytest train train-two-level train-dense clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*##/  make \1\t/'
@@ -33,10 +33,15 @@ types: $(VENV)/dev  ## type-check the folders under their import names
 pytest: $(VENV)/dev
 	$(BIN)/python -m pytest -q -n 2 --durations 8
 
-train: $(VENV)/dev  ## train the example model and its dense twin anew, and compare them (half an hour on two idle cores)
-	$(BIN)/python examples/train.py build/two-level --steps 1000
-	$(BIN)/python examples/train.py build/dense --dense --steps 1000
+train: train-two-level train-dense  ## train the example model and its dense twin, compare them (make -j2 train: half an hour)
 	$(BIN)/python examples/train_report.py build/two-level build/dense build/report
+
+# One thread each: another number of threads adds the same numbers in another order, and the weights differ.
+train-two-level: $(VENV)/dev
+	OMP_NUM_THREADS=1 $(BIN)/python examples/train.py build/two-level --steps 1000
+
+train-dense: $(VENV)/dev
+	OMP_NUM_THREADS=1 $(BIN)/python examples/train.py build/dense --dense --steps 1000
 
 $(BUNDLE)/bundle.json: $(VENV)/run $(MODEL)/model.safetensors $(MODEL)/config.json $(wildcard export/*.py bilevel/*.py plugins/*.py)
 	$(BIN)/bilevel export $(MODEL) $(BUNDLE) --force
