@@ -53,12 +53,18 @@ class Attention(nn.Module):
             return ops.coarse_route(q, block_key, step.past_len, step.new_len, **attributes)
         return ops.fine_route(q, block_key, step.candidates, step.past_len, step.new_len, **attributes)
 
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, Hq, L, D], keys and values [B, Hkv, L, D], before normalisation and rotation."""
+        width = self.config.head_dim
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, width)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return q, k, v
+
     def forward(self, x: Tensor, step: Step, state: LayerState | None) -> tuple[Tensor, LayerState]:
         """x: [B, L, d]. Returns ([B, L, d], the layer's state after this call)."""
         config, size, length = self.config, self.config.routing.block_size, x.shape[1]
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, config.head_dim)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = self.project(x)
         if config.has_qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rotary(q, step.cos, step.sin), apply_rotary(k, step.cos, step.sin)

@@ -35,6 +35,8 @@ def rotary_angles(position: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the channel pairs (i, i + D/2) of [B, H, L, D] by each position's angles, in fp32."""
+    if torch.compiler.is_exporting():
+        return torch.onnx.ops.rotary_embedding(x.float(), cos, sin).to(x.dtype)  # one node
     first, second = x.float().chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.config import ModelConfig
+from bilevel.export.fused import FusedAttention, fused_projections
 from bilevel.export.module import Inputs, save_onnx
 from bilevel.model import CausalLM
 from bilevel.state import DecoderState, LayerState
@@ -69,8 +70,8 @@ def flatten_state(state: DecoderState) -> list[Tensor]:
     return flat
 
 
-def save_decoder(model: CausalLM, path: Path) -> onnx.ModelProto:
-    """Export the decoder to ``path``. Free sizes: batch, new_tokens, capacity, num_blocks."""
+def save_decoder(model: CausalLM, path: Path, attention: type[FusedAttention] = FusedAttention) -> onnx.ModelProto:
+    """Export the decoder to ``path``, every layer with ``attention``. Free sizes: batch, new_tokens, capacity, num_blocks."""
     config = model.config
     tensors = state_tensors(config)
     batch, length = 2, config.routing.block_size + 3  # any sizes of at least 2 would do: they stay free
@@ -91,11 +92,6 @@ def save_decoder(model: CausalLM, path: Path) -> onnx.ModelProto:
     }
     for tensor in tensors:
         dynamic[f"past.{tensor.name}"] = {axis: size for axis, size in enumerate(tensor.shape) if isinstance(size, str)}
-    return save_onnx(
-        ExportableDecoder(model),
-        inputs,
-        path,
-        input_names=names,
-        output_names=["logits", *(f"present.{t.name}" for t in tensors)],
-        dynamic=dynamic,
-    )
+    outputs = ["logits", *(f"present.{t.name}" for t in tensors)]
+    with fused_projections(model, attention):
+        return save_onnx(ExportableDecoder(model), inputs, path, input_names=names, output_names=outputs, dynamic=dynamic)

@@ -129,16 +129,20 @@ def _write_cache(cache: Any, update: Any, start: Any, length: Any) -> Any:
 
 
 def _gather_blocks(tokens: Any, first_block: Any, num_blocks: Any, block_size: int) -> Any:
-    """Gather of whole blocks from the cache seen as rows of block_size * D numbers."""
-    heads = _heads(tokens)
-    num_heads = _ints(heads) if isinstance(heads, int) else heads
-    blocks = _op.Div(_op.Shape(tokens, start=2, end=3), _ints(block_size))
+    """GatherND of (head, block) in each row of the cache seen as [B, H, N, R, D].
+
+    The indices depend on first_block and num_blocks only, so ONNX Runtime computes them once for all layers.
+    """
+    heads, width = _heads(tokens), tokens.shape[3]
     count = _op.Reshape(num_blocks, _ints(1))
-    first_row = _op.Mul(_op.Unsqueeze(_range(_op.Shape(first_block)), _ints(1)), num_heads)
-    row = _op.Mul(_op.Add(first_row, _range(heads)), blocks)
+    shape = _op.Concat(_op.Shape(first_block), _ints(heads) if isinstance(heads, int) else heads, count, axis=0)
     start = _op.Unsqueeze(_op.Cast(first_block, to=onnx.TensorProto.INT64), _ints(1))
-    index = _op.Add(_op.Unsqueeze(_op.Add(row, start), _ints(2)), _range(count))
-    width = _op.Shape(tokens, start=3, end=4)
-    size = _ints(block_size)
-    flat = _op.Reshape(tokens, _op.Concat(_ints(-1), _op.Mul(size, width), axis=0))
-    return _op.Reshape(_op.Gather(flat, index, axis=0), _op.Concat(_ints(0, 0), count, size, width, axis=0))
+    block = _op.Unsqueeze(_op.Add(start, _range(count)), _ints(1))
+    columns = [_op.Unsqueeze(_range(heads), _ints(0, 2)), block]
+    index = _op.Concat(*(_op.Unsqueeze(_op.Expand(column, shape), _ints(-1)) for column in columns), axis=-1)
+    if isinstance(width, int):
+        blocks = _op.Reshape(tokens, _ints(0, 0, -1, block_size, width))
+    else:
+        sizes = [_ints(0, 0, -1, block_size), _op.Shape(tokens, start=3, end=4)]
+        blocks = _op.Reshape(tokens, _op.Concat(*sizes, axis=0))
+    return _op.GatherND(blocks, index, batch_dims=1)

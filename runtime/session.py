@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from bilevel.plugins.errors import BundleError, MissingDependency, RequestError, require
 from bilevel.runtime.bundle import CALL_INPUTS, Bundle, load_bundle
+from bilevel.runtime.cpu_library import VARIABLE, find_cpu_library
 from bilevel.runtime.tensors import DTYPES, TensorSpec
 
 
@@ -46,7 +47,8 @@ class Session(Protocol):
 class OnnxSession:
     """A bundle opened in ONNX Runtime on the CPU.
 
-    threads: threads inside one operator; 0 leaves the choice to ONNX Runtime (one per core).
+    threads: threads inside one operator; 0 leaves the choice to ONNX Runtime (one per core). The routed operators run in the
+    fast CPU library where there is one (``cpu_library`` is then its path), else in the graph's portable bodies.
     Raises BundleError when the graph cannot be opened or is not the one that the manifest describes.
     """
 
@@ -59,6 +61,11 @@ class OnnxSession:
         options = self._ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
+        # The library's kernels are fp32; a graph without routed operators has no use for it.
+        self.cpu_library = find_cpu_library() if bundle.operators and bundle.precision == "float32" else None
+        if self.cpu_library is not None:
+            with _translated(f"{self.cpu_library} cannot be loaded", f"reinstall bilevel, or set {VARIABLE}=none"):
+                options.register_custom_ops_library(str(self.cpu_library))
         with _translated(f"{bundle.graph_path} cannot be opened by ONNX Runtime", bundle.remedy):
             self._session = self._ort.InferenceSession(bundle.graph_path, options, providers=["CPUExecutionProvider"])
         self._check_ports("input", self._session.get_inputs(), bundle.inputs)
@@ -146,9 +153,18 @@ class OnnxCaches:
 
 
 def _require_onnxruntime(bundle: Bundle) -> ModuleType:
-    """The library, recent enough for the graph: 1.24 is the first version with opset 24 and its TensorScatter."""
+    """The library, recent enough for the graph.
+
+    1.24 is the first version with opset 24 and its TensorScatter; 1.23 the earliest in which MatMulNBits was tried.
+    """
     ort = require("onnxruntime")
-    if bundle.opset >= 24 and tuple(map(int, ort.__version__.split(".")[:2])) < (1, 24):
+    version, format_name = tuple(map(int, ort.__version__.split(".")[:2])), bundle.weights["format"]
+    if format_name != "fp32" and version < (1, 23):
+        raise MissingDependency(
+            f"onnxruntime {ort.__version__} is too old for the {format_name} weights of {bundle.folder}; "
+            "they take 1.23 or later: pip install -U 'bilevel[cpu]'"
+        )
+    if bundle.opset >= 24 and version < (1, 24):
         raise MissingDependency(
             f"onnxruntime {ort.__version__} cannot run opset {bundle.opset}, which {bundle.folder} uses; "
             "it takes 1.24 or later, which needs Python 3.11 or later: pip install -U 'bilevel[cpu]'"

@@ -1,0 +1,15 @@
+// Every standard header comes first: what follows the pragma may use the wider instructions, shared inline code may not.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma")
+#define BILEVEL_ISA avx512
+#define BILEVEL_VECTOR_BYTES 64
+#include "kernels.inc"
+#endif
