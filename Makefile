@@ -51,7 +51,7 @@ $(VENV)/bin/python:
 	  { echo "bilevel needs Python 3.10 to 3.13; name one with: make PYTHON=python3.12 run"; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 
-$(VENV)/run: $(VENV)/bin/python pyproject.toml constraints.txt
+$(VENV)/run: $(VENV)/bin/python pyproject.toml constraints.txt $(wildcard plugins/csrc/*)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[cpu,export]'
 	@touch $@
 

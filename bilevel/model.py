@@ -56,9 +56,7 @@ class Attention(nn.Module):
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, Hq, L, D], keys and values [B, Hkv, L, D], before normalisation and rotation."""
         width = self.config.head_dim
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, width)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (proj(x).unflatten(-1, (-1, width)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
         return q, k, v
 
     def forward(self, x: Tensor, step: Step, state: LayerState | None) -> tuple[Tensor, LayerState]:

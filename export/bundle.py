@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 
 import bilevel
@@ -20,8 +21,12 @@ from bilevel.checkpoint import load_model
 from bilevel.config import ModelConfig
 from bilevel.config_json import config_to_dict, load_config
 from bilevel.export.decoder import save_decoder, state_tensors
+from bilevel.export.dense_twin import dense_config, save_dense_twin
+from bilevel.export.dense_twin_kv8 import cache_ranges, save_int8_cache
 from bilevel.export.functions import routed_nodes
+from bilevel.export.quantise import check_format, quantise_graph
 from bilevel.export.schemas import ONNX_OPSET
+from bilevel.export.shared_weights import share_weights
 from bilevel.folders import replacing
 from bilevel.plugins.contract import BY_NAME
 from bilevel.plugins.errors import ExportError
@@ -29,19 +34,30 @@ from bilevel.plugins.errors import ExportError
 FORMAT = "bilevel-bundle"
 FORMAT_VERSION = 1
 GRAPH_FILE = "model.onnx"
+TWIN_FILE = "dense.onnx"
 MANIFEST = "bundle.json"
-_DTYPES = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.INT32: "int32", onnx.TensorProto.INT64: "int64"}
+_DTYPES = {
+    onnx.TensorProto.FLOAT: "float32",
+    onnx.TensorProto.INT8: "int8",
+    onnx.TensorProto.INT32: "int32",
+    onnx.TensorProto.INT64: "int64",
+}
+_CALIBRATION = 512  # tokens that the range of an int8 cache is taken from
 # Copied as they are where the checkpoint has them.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export did: where the bundle lies, how large it is, and how many nodes of each operator its graph has."""
+    """What an export did: where the bundle lies, how large it is, and how many nodes of each operator its graph has.
+
+    weights: the manifest's entry of that name (``bilevel.export.quantise``).
+    """
 
     path: Path
     size_bytes: int
     operators: dict[str, int]
+    weights: dict[str, Any]
 
 
 def export_bundle(
@@ -50,13 +66,16 @@ def export_bundle(
     *,
     force: bool = False,
     prefill_chunk: int = 512,
+    weights: str = "fp32",
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> ExportReport:
     """Export the model in ``checkpoint`` to ``bundle``. Raises BilevelError; an existing bundle is replaced only with force.
 
-    prefill_chunk: tokens that the runtime prefills per call unless told otherwise. on_stage: told what is being done.
+    prefill_chunk: tokens that the runtime prefills per call unless told otherwise. weights: fp32, int8 or int4
+    (``bilevel.export.quantise`` says what is rounded). on_stage: told what is being done.
     """
     checkpoint, bundle = Path(checkpoint), Path(bundle)
+    check_format(weights)
     _check_target(bundle, force)
     if prefill_chunk < 1:
         raise ExportError(f"prefill_chunk={prefill_chunk} must be at least 1")
@@ -66,18 +85,37 @@ def export_bundle(
     model = load_model(checkpoint)
     with replacing(bundle, ExportError) as folder:
         on_stage("tracing and translating to ONNX")
-        graph = save_decoder(model, folder / GRAPH_FILE)
+        graphs = {GRAPH_FILE: save_decoder(model, folder / GRAPH_FILE)}
+        if not config.routing.is_dense:
+            on_stage("tracing the dense twin")
+            graphs[TWIN_FILE] = save_dense_twin(model, folder / TWIN_FILE)
+        on_stage(f"storing the weights as {weights}")
+        stored = {name: quantise_graph(folder / name, weights) for name in graphs}[GRAPH_FILE]
+        share_weights(folder, list(graphs))
+        if TWIN_FILE in graphs and weights != "fp32":
+            graphs[TWIN_FILE] = _with_small_cache(folder / TWIN_FILE, config)
         on_stage("writing the bundle")
         for name, contents in tokenizer.items():
             (folder / name).write_bytes(contents)
         _write_json(folder / "config.json", config_to_dict(config))
-        manifest = _manifest(graph, config, _end_tokens(checkpoint, config), prefill_chunk)
+        manifest = _manifest(graphs[GRAPH_FILE], config, _end_tokens(checkpoint, config), prefill_chunk)
+        if TWIN_FILE in graphs:
+            twin = graphs[TWIN_FILE]
+            manifest["dense_twin"] = {**_ports(TWIN_FILE, twin, dense_config(config)), "operators": _versions(twin)}
+        manifest["weights"] = stored
         manifest["files"] = {path.name: describe_file(path) for path in sorted(folder.iterdir())}
         _write_json(folder / MANIFEST, manifest)
     counts: dict[str, int] = {}
-    for node in routed_nodes(graph.graph):
+    for node in routed_nodes(graphs[GRAPH_FILE].graph):
         counts[node.op_type] = counts.get(node.op_type, 0) + 1
-    return ExportReport(bundle, sum(entry["bytes"] for entry in manifest["files"].values()), counts)
+    return ExportReport(bundle, sum(entry["bytes"] for entry in manifest["files"].values()), counts, stored)
+
+
+def _with_small_cache(twin: Path, config: ModelConfig) -> onnx.ModelProto:
+    """Give the twin of a quantised model int8 caches too, the best that the engine has; their range is that of random tokens."""
+    length = min(_CALIBRATION, config.max_position_embeddings)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, length)
+    return save_int8_cache(twin, twin, cache_ranges(twin, tokens))
 
 
 def _check_target(bundle: Path, force: bool) -> None:
@@ -135,11 +173,25 @@ def _specs(values: Any) -> list[dict[str, Any]]:
     ]
 
 
+def _ports(file: str, graph: onnx.ModelProto, config: ModelConfig) -> dict[str, Any]:
+    """How bundle.json describes a graph: its file, inputs, outputs and the caches among them."""
+    return {
+        "file": file,
+        "inputs": _specs(graph.graph.input),
+        "outputs": _specs(graph.graph.output),
+        "state": [{"input": f"past.{t.name}", "output": f"present.{t.name}"} for t in state_tensors(config)],
+    }
+
+
+def _versions(graph: onnx.ModelProto) -> dict[str, int]:
+    """The contract's operators that a graph uses, and their versions."""
+    return {name: BY_NAME[name].version for name in sorted({node.op_type for node in routed_nodes(graph.graph)})}
+
+
 def _manifest(graph: onnx.ModelProto, config: ModelConfig, end_tokens: list[int], prefill_chunk: int) -> dict[str, Any]:
-    """``bundle.json`` without its ``files``."""
+    """``bundle.json`` without its ``files``, ``weights`` and ``dense_twin``."""
     import torch
 
-    used = sorted({node.op_type for node in routed_nodes(graph.graph)})
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -149,13 +201,7 @@ def _manifest(graph: onnx.ModelProto, config: ModelConfig, end_tokens: list[int]
         "block_size": config.routing.block_size,
         "limits": {"max_positions": config.max_position_embeddings, "prefill_chunk": prefill_chunk},
         "tokens": {"bos": config.bos_token_id, "eos": end_tokens},
-        "operators": {name: BY_NAME[name].version for name in used},
-        "graph": {
-            "file": GRAPH_FILE,
-            "opset": ONNX_OPSET,
-            "inputs": _specs(graph.graph.input),
-            "outputs": _specs(graph.graph.output),
-            "state": [{"input": f"past.{t.name}", "output": f"present.{t.name}"} for t in state_tensors(config)],
-        },
+        "operators": _versions(graph),
+        "graph": {**_ports(GRAPH_FILE, graph, config), "opset": ONNX_OPSET},
         "checks": [],
     }

@@ -4,11 +4,15 @@ The report is a plain dict, the same that ``bilevel check --json`` prints and ``
 
     passed            bool, all of the below
     bundle, against   folders; model_sha256, checkpoint_sha256: what was compared
+    weights           the format of the file's weights; PyTorch's are rounded alike for everything that is judged
     data              where the tokens came from, and how many
     attributes        one entry per attribute of a routed node that differs from the model's: name, attribute, graph, model
     selection         one entry per router: rows, exact_rate, jaccard, excused, unexcused, smallest_margin, example
     computation       one entry per tensor: error (over the largest magnitude), limit
     end_to_end        teacher_forced (kl_mean, kl_max, top1_agreement), greedy (agreed), chunking (error)
+    activations       only with int8 or int4 weights: the shipped file, which rounds activations too (kl_mean, limit)
+    effect            only with them, and not judged: routes, kl_mean, top1_agreement, loss_before and loss_after of the shipped
+                      file against the checkpoint as it was trained
     seconds           how long it took
 """
 
@@ -30,8 +34,10 @@ from bilevel.config_json import config_to_dict
 from bilevel.export import end_to_end
 from bilevel.export.bundle import FORMAT, FORMAT_VERSION, GRAPH_FILE, MANIFEST, describe_file
 from bilevel.export.judge import COMPUTATION_LIMIT, Array, Computation, Selection
-from bilevel.export.probe import open_probe, open_session
+from bilevel.export.probe import open_judged, open_probe, open_shown
+from bilevel.export.quantise import FORMATS
 from bilevel.export.replay import Replay
+from bilevel.export.rounding import Effect, round_weights
 from bilevel.model import CausalLM
 from bilevel.plugins.errors import BundleError, RequestError
 
@@ -113,31 +119,56 @@ def check_bundle(
     _verify(bundle, manifest, config)
     _check_count(tokens, config)
     ids, source = token_ids(bundle, checkpoint, config, data, tokens)
-    on_stage("selection and computation: PyTorch's routes forced into the graph")
-    replay = Replay(model, open_probe(bundle / GRAPH_FILE))
-    replay.run(*_batch(ids, config.routing.block_size))
-    on_stage("end to end: the shipped graph on its own")
-    ends = _end_to_end(open_session(bundle / GRAPH_FILE), model, ids)
-    judgements: list[Selection | Computation] = [*replay.selections.values(), *replay.computations.values()]
+    weights = _weights(bundle, manifest)
     report = {
-        "passed": not replay.attributes
-        and all(j.passed for j in judgements)
-        and all(entry["passed"] for entry in ends.values()),
         "bundle": str(bundle),
         "against": str(checkpoint),
         "model_sha256": manifest["files"][GRAPH_FILE]["sha256"],
         "checkpoint_sha256": _checkpoint_hash(checkpoint),
         "precision": manifest["precision"],
+        "weights": weights,
         "backend": f"ONNX Runtime on CPU, PyTorch {torch.__version__}",
         "data": {"source": source, "tokens": len(ids)},
-        "attributes": replay.attributes,
-        "selection": [{**s.as_dict(), "passed": s.passed} for s in replay.selections.values()],
-        "computation": [{**c.as_dict(), "passed": c.passed} for c in replay.computations.values()],
-        "end_to_end": ends,
+        **_judge(bundle / GRAPH_FILE, model, weights, ids, on_stage),
         "seconds": time.perf_counter() - started,
     }
     _record(bundle, manifest, report)
     return report
+
+
+def _judge(path: Path, model: CausalLM, weights: str, ids: Array, on_stage: Callable[[str], None]) -> dict[str, Any]:
+    """The judgements of the graph at ``path``, and whether all of them hold. Rounds the weights of ``model``."""
+    effect = Effect(model, ids) if weights != "fp32" else None
+    round_weights(model, weights)
+    on_stage("selection and computation: PyTorch's routes forced into the graph")
+    replay = Replay(model, open_probe(path))
+    replay.run(*_batch(ids, model.config.routing.block_size))
+    on_stage("end to end: the shipped graph on its own")
+    ends = _end_to_end(open_judged(path, weights), model, ids)
+    judgements: list[Selection | Computation] = [*replay.selections.values(), *replay.computations.values()]
+    passed = not replay.attributes and all(j.passed for j in judgements) and all(entry["passed"] for entry in ends.values())
+    rounding: dict[str, Any] = {}
+    if effect is not None:
+        on_stage("the shipped graph against the checkpoint as it was trained")
+        rounding["activations"], rounding["effect"] = effect.judge(open_shown(path))
+        passed = passed and rounding["activations"]["passed"]
+    return {
+        "passed": passed,
+        "attributes": replay.attributes,
+        "selection": [{**s.as_dict(), "passed": s.passed} for s in replay.selections.values()],
+        "computation": [{**c.as_dict(), "passed": c.passed} for c in replay.computations.values()],
+        "end_to_end": ends,
+        **rounding,
+    }
+
+
+def _weights(bundle: Path, manifest: dict[str, Any]) -> str:
+    """The format of the bundle's weights; bundles from before there was a choice do not say."""
+    entry = manifest.get("weights", {"format": "fp32"})
+    found = entry.get("format") if isinstance(entry, dict) else entry
+    if found not in FORMATS:
+        raise BundleError(f"{bundle} says its weights are {found!r}, this bilevel knows {', '.join(FORMATS)}; export it again")
+    return str(found)
 
 
 def _check_count(tokens: int, config: ModelConfig) -> None:
@@ -176,7 +207,7 @@ def _checkpoint_hash(checkpoint: Path) -> str:
 
 def _record(bundle: Path, manifest: dict[str, Any], report: dict[str, Any]) -> None:
     """Append the verdict to ``bundle.json``, which stays whole if this is interrupted."""
-    kept = ("passed", "model_sha256", "checkpoint_sha256", "precision", "backend", "data")
+    kept = ("passed", "model_sha256", "checkpoint_sha256", "precision", "weights", "backend", "data")
     excused = sum(entry["excused"] for entry in report["selection"])
     worst = max(entry["error"] for entry in report["computation"])
     verdict = {key: report[key] for key in kept} | {

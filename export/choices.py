@@ -9,7 +9,7 @@ import numpy as np
 from bilevel.export.judge import UNIT_ROUNDOFF, Array, Choice, dot_bound
 
 
-def _as_set(indices: Array, size: int) -> Array:
+def as_set(indices: Array, size: int) -> Array:
     """Indices [..., K] as bool [..., size]; what is out of range is dropped."""
     mask = np.zeros((*indices.shape[:-1], size + 1), dtype=bool)
     inside = (indices >= 0) & (indices < size)
@@ -47,11 +47,11 @@ def block_choice(
     forced = (block <= own) & (block > own - attributes["local_blocks"]) | (block < attributes["init_blocks"])
     competes = np.broadcast_to(~forced & ((block + 1) * size <= horizon), score.shape)
     if candidates is not None:
-        proposed = _as_set(candidates, units)
+        proposed = as_set(candidates, units)
         competes = competes & proposed[:, np.arange(selection) * proposed.shape[1] // selection]
     rows = np.broadcast_to(position < valid, (batch, selection, length, 1))[..., 0]
     bound = dot_bound(magnitude, width * heads // selection)
-    return Choice(score[rows], bound[rows], _as_set(routes, units)[rows], competes[rows])
+    return Choice(score[rows], bound[rows], as_set(routes, units)[rows], competes[rows])
 
 
 def expert_choices(
@@ -82,4 +82,4 @@ def expert_choices(
     np.put_along_axis(kept_groups, order, True, axis=1)
     inside = np.repeat(kept_groups, size, axis=1)
     everything = np.ones((tokens, groups), dtype=bool)
-    return Choice(group, group_bound, kept_groups, everything), Choice(choice, bound, _as_set(ids, experts), inside)
+    return Choice(group, group_bound, kept_groups, everything), Choice(choice, bound, as_set(ids, experts), inside)

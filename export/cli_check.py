@@ -16,6 +16,12 @@ Three judgements, never one number:
   computation   with PyTorch's choices forced into the graph, every tensor must agree to 1e-4 of its largest magnitude.
   end to end    the shipped graph on its own: distribution of the next token, greedy text, any cut into calls.
 
+A bundle with int8 or int4 weights is held to the same limits, against PyTorch over weights that are rounded alike and with
+MatMulNBits computing in fp32. Two lines more:
+  activations   the shipped file also rounds activations to 8 bits: it may lie at most twice as far (KL) from that PyTorch model
+                as PyTorch itself does with activations so rounded.
+  effect        routes, next token and loss of the shipped file against the checkpoint as it was trained; reported, not judged.
+
 The verdict is recorded in the bundle. Exit status: 0 parity holds, 1 it fails, 2 the check could not run.
 """
 
@@ -31,7 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--data", type=Path, metavar="TEXT", help="UTF-8 text to check on (default: CHECKPOINT/heldout.txt, else random tokens)"
     )
     parser.add_argument("--tokens", type=int, default=512, metavar="N", help="how many tokens to check on (default 512)")
-    parser.add_argument("--summary", action="store_true", help="print three lines instead of the tables")
+    parser.add_argument("--summary", action="store_true", help="print one line per judgement instead of the tables")
     parser.add_argument("--json", action="store_true", help="print the whole report as one JSON object")
 
 
@@ -84,6 +90,7 @@ def print_summary(report: dict[str, Any]) -> None:
     _print_attributes(console, report["attributes"])
     for name, text, entries in lines:
         console.print(f"{name:12} {_mark(all(entry['passed'] for entry in entries))}  {text}", highlight=False, soft_wrap=True)
+    _print_rounding(console, report)
 
 
 def print_report(report: dict[str, Any]) -> None:
@@ -114,6 +121,9 @@ def print_report(report: dict[str, Any]) -> None:
         computation.add_row(entry["name"], f"{entry['error']:.1e}", f"{entry['limit']:.0e}", _mark(entry["passed"]))
     console.print(computation)
     _print_ends(console, table, report["end_to_end"])
+    if "effect" in report:
+        _print_routes(console, table, report)
+    _print_rounding(console, report)
     _print_attributes(console, report["attributes"])
     for entry in report["selection"]:
         if entry["example"]:
@@ -129,6 +139,35 @@ def _print_attributes(console: Any, differing: list[dict[str, Any]]) -> None:
             f"the model means {entry['model']}",
             highlight=False,
         )
+
+
+def _print_rounding(console: Any, report: dict[str, Any]) -> None:
+    """The two lines on int8 or int4 weights; nothing for fp32."""
+    if "effect" not in report:
+        return
+    activations, effect = report["activations"], report["effect"]
+    kinds: dict[str, list[float]] = {"level 1": [], "level 2": [], "experts": []}
+    for entry in effect["routes"]:
+        kinds[next(kind for kind in kinds if entry["name"].endswith(kind))].append(entry["exact_rate"])
+    routes = ", ".join(f"{kind} {min(rates):.1%}" for kind, rates in kinds.items() if rates) or "none"
+    text = f"8 bits: KL {activations['kl_mean']:.1e} nats, {activations['limit']:.1e} allowed (twice PyTorch's own)"
+    console.print(f"{'activations':12} {_mark(activations['passed'])}  {text}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{'effect':12} of {report['weights']}  loss {effect['loss_before']:.4f} -> {effect['loss_after']:.4f} nats a token, "
+        f"KL {effect['kl_mean']:.1e}, same best token {effect['top1_agreement']:.1%}, equal routes at least: {routes}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _print_routes(console: Any, table: Any, report: dict[str, Any]) -> None:
+    routes = table(
+        "router", "rows", "same set", "Jaccard", title=f"Effect of {report['weights']}: routes against the checkpoint"
+    )
+    for entry in report["effect"]["routes"]:
+        routes.add_row(entry["name"], str(entry["rows"]), f"{entry['exact_rate']:.2%}", f"{entry['jaccard']:.5f}")
+    if report["effect"]["routes"]:
+        console.print(routes)
 
 
 def _print_ends(console: Any, table: Any, ends: dict[str, dict[str, Any]]) -> None:

@@ -17,6 +17,10 @@ whose config.json has a "routing" section (and "experts"). BUNDLE is the folder 
   bilevel check my-bundle --against my-model
   bilevel run my-bundle "Once upon a time"
 
+--weights int8 and int4 make the matrix products smaller (blocks of 32 weights share a scale) and faster on a CPU, through ONNX
+Runtime's MatMulNBits. Routers, the embedding table, norms and the experts' weights stay in fp32. bilevel check then compares
+with PyTorch over the same rounded weights, and reports apart from that what the rounding changed.
+
 An export that is interrupted leaves an existing bundle as it was.
 """
 
@@ -32,6 +36,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prefill-chunk", type=int, default=512, metavar="N", help="tokens the runtime prefills per call (default 512)"
     )
+    parser.add_argument(
+        "--weights",
+        default="fp32",
+        metavar="FORMAT",
+        help="fp32, int8 or int4 (default fp32); int8 and int4 need ONNX Runtime on the device, TensorRT cannot read them",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
@@ -42,6 +52,7 @@ def main(args: argparse.Namespace) -> int:
     for name in ("torch", "onnx", "onnxscript", "safetensors"):
         require(name)
     from bilevel.export.bundle import export_bundle
+    from bilevel.export.quantise import describe
 
     console = require("rich.console").Console(stderr=True)
     started = time.perf_counter()
@@ -51,15 +62,18 @@ def main(args: argparse.Namespace) -> int:
             args.bundle,
             force=args.force,
             prefill_chunk=args.prefill_chunk,
+            weights=args.weights,
             on_stage=lambda stage: status.update(stage),
         )
     seconds = time.perf_counter() - started
     if args.json:
-        content = {"bundle": str(report.path), "bytes": report.size_bytes, "operators": report.operators, "seconds": seconds}
-        print(json.dumps(content))
+        content = {"bundle": str(report.path), "bytes": report.size_bytes, "operators": report.operators}
+        print(json.dumps({**content, "weights": report.weights, "seconds": seconds}))
         return 0
     nodes = ", ".join(f"{count} {name}" for name, count in report.operators.items()) or "none (a dense model)"
     print(f"wrote {report.path} ({report.size_bytes / 1e6:.1f} MB) in {seconds:.1f} s")
     print(f"routed nodes: {nodes}")
+    if args.weights != "fp32":
+        print(f"weights: {describe(report.weights)}")
     print(f"next: bilevel check {report.path} --against {args.checkpoint}")
     return 0

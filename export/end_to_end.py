@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,11 @@ TOP1_LIMIT = 0.99
 
 
 class Device:
-    """The shipped graph with its caches, one row."""
+    """The shipped graph with its caches, one row. show: further outputs, kept in ``shown`` after each call."""
 
-    def __init__(self, session: Any, model: CausalLM, capacity: int) -> None:
-        self.session = session
+    def __init__(self, session: Any, model: CausalLM, capacity: int, show: Sequence[str] = ()) -> None:
+        self.session, self.show = session, list(show)
+        self.shown: Arrays = {}
         self.tensors = state_tensors(model.config)
         sizes = {"batch": 1, "capacity": capacity, "num_blocks": capacity // model.config.routing.block_size}
         self.caches = {
@@ -36,8 +38,10 @@ class Device:
         """Logits [vocab] after ``ids`` [L]."""
         lengths = {"past_len": np.array([self.past], np.int32), "new_len": np.array([len(ids)], np.int32)}
         feeds: Arrays = {"input_ids": ids[None].astype(np.int64), **lengths, **self.caches}
-        logits, *present = run_session(self.session, None, feeds)
-        self.caches = {f"past.{t.name}": cache for t, cache in zip(self.tensors, present, strict=True)}
+        outputs = ["logits", *(f"present.{t.name}" for t in self.tensors), *self.show]
+        logits, *rest = run_session(self.session, outputs, feeds)
+        self.caches = {f"past.{t.name}": cache for t, cache in zip(self.tensors, rest, strict=False)}
+        self.shown = dict(zip(self.show, rest[len(self.tensors) :], strict=True))
         self.past += len(ids)
         return np.asarray(logits[0])
 
@@ -47,6 +51,12 @@ def _log_softmax(logits: Array) -> Array:
     return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
 
 
+def divergence(expected: Array, got: Array) -> Array:
+    """KL(expected || got) of every row of logits [rows, vocab], in nats."""
+    p, q = _log_softmax(expected), _log_softmax(got)
+    return np.asarray(np.maximum((np.exp(p) * (p - q)).sum(-1), 0))
+
+
 def teacher_forced(session: Any, model: CausalLM, ids: Array, prompt: int) -> dict[str, Any]:
     """Prefill ``prompt`` tokens, then feed the rest one by one; compare every step's distribution with PyTorch's."""
     size = model.config.routing.block_size
@@ -54,8 +64,7 @@ def teacher_forced(session: Any, model: CausalLM, ids: Array, prompt: int) -> di
     got = np.stack([device.feed(ids[:prompt]), *(device.feed(ids[i : i + 1]) for i in range(prompt, len(ids)))])
     with torch.no_grad():
         expected = model(torch.from_numpy(ids[None].astype(np.int64)))[0, prompt - 1 :].numpy()
-    p, q = _log_softmax(expected), _log_softmax(got)
-    kl = np.maximum((np.exp(p) * (p - q)).sum(-1), 0)
+    kl = divergence(expected, got)
     top1 = float((expected.argmax(-1) == got.argmax(-1)).mean())
     return {
         "tokens": len(kl),

@@ -99,8 +99,8 @@ def attach_functions(model: onnx.ModelProto) -> onnx.ModelProto:
     for function in model.functions:
         del function.opset_import[:]
         function.opset_import.append(onnx.helper.make_opsetid("", ONNX_OPSET))
-    domains = ("", DOMAIN) if by_name else ("",)
-    imports = [opset for opset in model.opset_import if opset.domain in domains]
+    used = {"", *(node.domain for node in _all_nodes(model.graph.node))}
+    imports = [opset for opset in model.opset_import if opset.domain in used]
     del model.opset_import[:]
     model.opset_import.extend(imports)
     return model

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from bilevel.model import Attention, CausalLM
+from bilevel.model import Attention, CausalLM, DecoderLayer
 
 
 class FusedAttention(Attention):
@@ -40,7 +40,7 @@ def _joined(projections: list[nn.Linear]) -> nn.Linear:
 @contextmanager
 def fused_projections(model: CausalLM, attention: type[FusedAttention] = FusedAttention) -> Iterator[None]:
     """While the context lasts, q, k and v of every layer are one projection, and its attention is of the class given."""
-    layers = [layer.self_attn for layer in model.model.layers]
+    layers = [layer.self_attn for layer in model.model.layers if isinstance(layer, DecoderLayer)]
     apart = [[layer.q_proj, layer.k_proj, layer.v_proj] for layer in layers]
     try:
         with torch.no_grad():

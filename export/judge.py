@@ -109,6 +109,14 @@ def loosen(inner: Choice, outer_reference: Choice, outer_device: Choice) -> None
     inner.bound = np.where(unsure[:, None], np.inf, inner.bound)
 
 
+def count_equal(stats: Selection, ours: Array, theirs: Array) -> None:
+    """Add the rows of two sides' choices, bool [rows, options], to the counts of ``stats``, without a judgement."""
+    stats.rows += len(ours)
+    stats.exact += int((ours == theirs).all(1).sum())
+    union = (ours | theirs).sum(1)
+    stats.jaccard_sum += float(np.where(union, (ours & theirs).sum(1) / np.maximum(union, 1), 1.0).sum())
+
+
 def judge_selection(stats: Selection, reference: Choice, device: Choice, where: str = "") -> None:
     """Compare two sides' choices row by row and add them to ``stats``; ``reference.open`` says what competed.
 
@@ -125,10 +133,7 @@ def judge_selection(stats: Selection, reference: Choice, device: Choice, where: 
         )
         return
     differs = a != b
-    stats.rows += len(a)
-    stats.exact += int((~differs.any(1)).sum())
-    union = (a | b).sum(1)
-    stats.jaccard_sum += float(np.where(union, (a & b).sum(1) / np.maximum(union, 1), 1.0).sum())
+    count_equal(stats, a, b)
     stats.smallest_margin = min(stats.smallest_margin, _smallest_margin(reference))
     slack = reference.bound + device.bound + np.abs(device.score - reference.score)
     for row in np.nonzero(differs.any(1))[0]:

@@ -29,7 +29,6 @@ from bilevel.export.schemas import ONNX_OPSET, translation_table
 from bilevel.export.specialise import specialise_functions
 from bilevel.plugins.errors import BilevelError, ExportError
 
-DATA_FILE = "model.data"
 Inputs = Mapping[str, Tensor | Sequence[Tensor]]
 Dynamic = Mapping[str, Mapping[int, str]]
 
@@ -163,7 +162,7 @@ def save_onnx(
     input_names: Sequence[str] | None = None,
     dynamic: Dynamic | None = None,
 ) -> onnx.ModelProto:
-    """Export ``module`` to ``path`` (weights beside it in ``model.data``); returns the model without its weights.
+    """Export ``module`` to ``path`` (weights beside it, model.onnx: model.data); returns the model without its weights.
 
     inputs: example tensors by the parameter names of ``module.forward``; a list or tuple of tensors is allowed. Use at least 2
     for every size that shall stay free (torch.export treats a size of 1 as fixed).
@@ -176,7 +175,7 @@ def save_onnx(
     # In a folder of its own first: what is refused, or interrupted, leaves no file and no earlier file is lost.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
         written = Path(folder) / path.name
-        onnx_ir.save(ir_model, written, external_data=DATA_FILE)
+        onnx_ir.save(ir_model, written, external_data=f"{path.stem}.data")
         model = onnx.load(written, load_external_data=False)
         guards.check_selections(model.graph)
         model = specialise_functions(attach_functions(model))

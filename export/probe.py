@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 
 from bilevel.export.functions import routed_nodes
+from bilevel.export.quantise import ROUTERS, compute_in_fp32
 from bilevel.plugins.contract import BY_NAME
 from bilevel.plugins.errors import BundleError
 
@@ -95,7 +96,7 @@ def add_probes(model: onnx.ModelProto) -> list[ProbedNode]:
 
     for node in routed_nodes(graph):
         op = BY_NAME[node.op_type]
-        is_selection = node.op_type in ("CoarseRoute", "FineRoute", "ExpertRoute")
+        is_selection = node.op_type in ROUTERS
         outputs = tuple(node.output)
         selected = tuple(f"{name}/selected" for name in outputs) if is_selection else ()
         if is_selection:
@@ -116,12 +117,39 @@ def add_probes(model: onnx.ModelProto) -> list[ProbedNode]:
     return probed
 
 
-def open_probe(path: Path) -> Probe:
-    """Load ``model.onnx`` without its weights, probe it, and open it with the weights beside it."""
+def load_graph(path: Path) -> onnx.ModelProto:
+    """``model.onnx`` without its weights."""
     try:
-        model = onnx.load(path, load_external_data=False)
+        return onnx.load(path, load_external_data=False)
     except Exception as error:
         raise BundleError(f"{path} is no readable ONNX file; export it again") from error
+
+
+def open_probe(path: Path) -> Probe:
+    """Probe the graph at ``path`` and open it with the weights beside it; quantised products compute with fp32 activations."""
+    model = compute_in_fp32(load_graph(path))
     nodes = add_probes(model)
     session = open_session(path, model.SerializeToString())
     return Probe(session, nodes, [output.name for output in session.get_outputs()])
+
+
+def open_shown(path: Path) -> Probe:
+    """Open the graph at ``path`` as it is, with every router's own choices as further outputs; nothing is forced."""
+    model = load_graph(path)
+    shown = {value.name for value in model.graph.output}
+    nodes = []
+    for node in routed_nodes(model.graph):
+        selected = tuple(node.output) if node.op_type in ROUTERS else ()
+        for port, name in zip(BY_NAME[node.op_type].outputs, selected, strict=bool(selected)):
+            if name not in shown:
+                model.graph.output.append(onnx.helper.make_tensor_value_info(name, _DTYPES[port.dtype], None))
+        nodes.append(ProbedNode(node.op_type, tuple(node.input), tuple(node.output), selected, _attributes(node)))
+    session = open_session(path, model.SerializeToString())
+    return Probe(session, nodes, [output.name for output in session.get_outputs()])
+
+
+def open_judged(path: Path, weights: str) -> Any:
+    """A session over the shipped file; with int8 or int4 ``weights`` over a copy that computes with fp32 activations."""
+    if weights == "fp32":
+        return open_session(path)
+    return open_session(path, compute_in_fp32(load_graph(path)).SerializeToString())

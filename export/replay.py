@@ -21,7 +21,7 @@ from bilevel.state import DecoderState, Trace
 
 
 @dataclass(frozen=True)
-class _Step:
+class RoutedStep:
     """One routed node, what a report calls it, and its index among the trace's tensors of its kind."""
 
     node: ProbedNode
@@ -29,7 +29,7 @@ class _Step:
     index: int
 
 
-def _steps(config: ModelConfig, nodes: list[ProbedNode]) -> list[_Step]:
+def routed_steps(config: ModelConfig, nodes: list[ProbedNode]) -> list[RoutedStep]:
     """The routed nodes in graph order. Raises BundleError when they are not those of the model."""
     layers, experts = range(config.num_hidden_layers), sorted(config.experts.layers) if config.experts else []
     coarse = ["level 1"] if config.routing.is_two_level else [f"layer {i} level 2" for i in layers]
@@ -51,8 +51,17 @@ def _steps(config: ModelConfig, nodes: list[ProbedNode]) -> list[_Step]:
     steps = []
     for node in nodes:
         index, label = next(numbered[node.op_type])
-        steps.append(_Step(node, label, index))
+        steps.append(RoutedStep(node, label, index))
     return steps
+
+
+def chosen(step: RoutedStep, trace: Trace) -> tuple[torch.Tensor, ...]:
+    """What PyTorch selected at this node; nothing where the node is no router."""
+    if step.node.op_type == "ExpertRoute":
+        return trace.expert_ids[step.index], trace.expert_weights[step.index]
+    if step.label == "level 1" and trace.candidates is not None:
+        return (trace.candidates,)
+    return (trace.routes[step.index],) if step.node.selected else ()
 
 
 class Replay:
@@ -64,7 +73,7 @@ class Replay:
 
     def __init__(self, model: CausalLM, probe: Probe) -> None:
         self.model, self.probe = model, probe
-        self.steps = _steps(model.config, probe.nodes)
+        self.steps = routed_steps(model.config, probe.nodes)
         self.attributes = [
             entry
             for step in self.steps
@@ -99,21 +108,12 @@ class Replay:
             # A finished row writes its padding at the front of its own cache, which nobody reads again.
             past = np.where(lengths <= last, 0, past).astype(np.int32)
 
-    @staticmethod
-    def _chosen(step: _Step, trace: Trace) -> tuple[torch.Tensor, ...]:
-        """What PyTorch selected at this node; nothing where the node is no router."""
-        if step.node.op_type == "ExpertRoute":
-            return trace.expert_ids[step.index], trace.expert_weights[step.index]
-        if step.label == "level 1" and trace.candidates is not None:
-            return (trace.candidates,)
-        return (trace.routes[step.index],) if step.node.selected else ()
-
     def _forced(self, trace: Trace) -> Arrays:
         return {
             name: tensor.numpy()
             for step in self.steps
             if step.node.selected
-            for name, tensor in zip(step.node.outputs, self._chosen(step, trace), strict=True)
+            for name, tensor in zip(step.node.outputs, chosen(step, trace), strict=True)
         }
 
     def _computation(self, name: str, got: Array, expected: Array) -> None:
@@ -129,7 +129,7 @@ class Replay:
                 outputs = trace.attention if step.node.op_type == "RoutedAttention" else trace.expert_out
                 self._computation(step.label, got[step.node.outputs[0]], outputs[step.index].numpy())
 
-    def _compare_blocks(self, got: Arrays, trace: Trace, step: _Step, past: Array, new: Array, where: str) -> None:
+    def _compare_blocks(self, got: Arrays, trace: Trace, step: RoutedStep, past: Array, new: Array, where: str) -> None:
         node, label = step.node, step.label
         if label == "level 1":
             query, block_key = trace.word_query, trace.word_block_key
@@ -140,7 +140,7 @@ class Replay:
         lengths = past.astype(np.int64), new.astype(np.int64)
         shown = got[node.operands[0]], got[node.operands[1]]
         expected = query.numpy(), block_key.numpy()
-        (routes,) = self._chosen(step, trace)
+        (routes,) = chosen(step, trace)
         reference = block_choice(*expected, routes.numpy(), candidates, *lengths, node.attributes)
         device = block_choice(*shown, got[node.selected[0]], candidates, *lengths, node.attributes)
         judge_selection(self.selections.setdefault(label, Selection(label)), reference, device, where)
@@ -151,10 +151,10 @@ class Replay:
                 self._computation(f"{label} block keys", shown[1][row, :, :count], expected[1][row, :, :count])
                 self._computation(f"{label} query", shown[0][row, :, : new[row]], expected[0][row, :, : new[row]])
 
-    def _compare_experts(self, got: Arrays, trace: Trace, step: _Step, new: Array, where: str) -> None:
+    def _compare_experts(self, got: Arrays, trace: Trace, step: RoutedStep, new: Array, where: str) -> None:
         node, label = step.node, step.label
         logits, groups = trace.expert_logits[step.index].numpy(), trace.group_logits[step.index].numpy()
-        ids, weights = (tensor.numpy() for tensor in self._chosen(step, trace))
+        ids, weights = (tensor.numpy() for tensor in chosen(step, trace))
         valid = (np.arange(len(ids) // len(new)) < new[:, None]).reshape(-1)
         layer = sorted(self.model.config.experts.layers)[step.index] if self.model.config.experts else 0
         gate: Any = self.model.model.layers[layer].get_submodule("mlp.gate")

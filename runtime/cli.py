@@ -20,6 +20,7 @@ COMMANDS = {
     "export": ("bilevel.export.cli_export", "PyTorch checkpoint to ONNX bundle"),
     "check": ("bilevel.export.cli_check", "prove that a bundle computes what its checkpoint computes, routes included"),
     "run": ("bilevel.runtime.cli_run", "generate text, streaming to the terminal"),
+    "bench": ("bilevel.runtime.cli_bench", "speed and memory against context length, with the dense twin beside it"),
     "inspect": ("bilevel.runtime.cli_inspect", "what is in a bundle, and whether it is whole"),
 }
 DESCRIPTION = "Takes a trained two-level-routing Transformer from PyTorch to the device."
@@ -28,6 +29,7 @@ from a checkpoint to text:
   bilevel export my-checkpoint my-bundle            PyTorch to one ONNX file, its tokenizer and a manifest
   bilevel check my-bundle --against my-checkpoint   the same routes, the same numbers, the same tokens?
   bilevel run my-bundle "Once upon a time"          text, on a machine that needs no PyTorch
+  bilevel bench my-bundle                           what it costs on this machine, and what a dense model would cost
   bilevel inspect my-bundle                         geometry, routing, files, memory per token
 
 bilevel COMMAND --help explains a command. Exit status: 0 success, 1 a check failed, 2 bad input, 130 interrupted.

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from bilevel.plugins.errors import MissingDependency, require
-from bilevel.runtime.bundle import FORMAT_VERSION, Bundle, read_manifest
+from bilevel.runtime.bundle import Bundle, read_manifest
+from bilevel.runtime.manifest import FORMAT_VERSION
 
 # Keys of config.json worth a line, with what they are called in a table.
 GEOMETRY = {
@@ -51,6 +52,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "created_by": dict(bundle.created_by),
         "precision": bundle.precision,
+        "weights": dict(bundle.weights),
         "model": {key: bundle.config[key] for key in GEOMETRY if key in bundle.config},
         "routing": bundle.config.get("routing"),
         "experts": bundle.config.get("experts"),
@@ -89,6 +91,7 @@ def _sections(facts: dict[str, Any]) -> list[Section]:
                 *((f"{key} token", _text(value)) for key, value in facts["tokens"].items()),
             ],
         ),
+        ("weights", _weight_rows(facts["weights"])),
         ("routing", _rows(facts["routing"] or {"preset": "dense"})),
         ("experts", _rows(facts["experts"] or {})),
         ("operators", [(name, f"version {version}") for name, version in facts["operators"].items()]),
@@ -111,6 +114,13 @@ def _sections(facts: dict[str, Any]) -> list[Section]:
 
 def _rows(values: dict[str, Any]) -> list[tuple[str, str]]:
     return [(key.replace("_", " "), _text(value)) for key, value in values.items()]
+
+
+def _weight_rows(weights: dict[str, Any]) -> list[tuple[str, str]]:
+    """How the weights are stored; sizes of what stayed in fp32 in human units."""
+    kept = weights.get("kept_fp32", {})
+    rows = _rows({key: value for key, value in weights.items() if key != "kept_fp32"})
+    return [*rows, *((f"fp32: {name}", _size(num_bytes)) for name, num_bytes in kept.items())]
 
 
 def _text(value: Any) -> str:

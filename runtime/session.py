@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bilevel.plugins.errors import BundleError, MissingDependency, RequestError, require
-from bilevel.runtime.bundle import CALL_INPUTS, Bundle, load_bundle
+from bilevel.runtime.bundle import Bundle, load_bundle
 from bilevel.runtime.cpu_library import VARIABLE, find_cpu_library
+from bilevel.runtime.manifest import CALL_INPUTS
 from bilevel.runtime.tensors import DTYPES, TensorSpec
 
 
@@ -49,10 +50,11 @@ class OnnxSession:
 
     threads: threads inside one operator; 0 leaves the choice to ONNX Runtime (one per core). The routed operators run in the
     fast CPU library where there is one (``cpu_library`` is then its path), else in the graph's portable bodies.
+    profile: where given, ONNX Runtime records every node's time, and ``end_profiling`` writes a file that begins with this name.
     Raises BundleError when the graph cannot be opened or is not the one that the manifest describes.
     """
 
-    def __init__(self, bundle: Bundle, threads: int = 0) -> None:
+    def __init__(self, bundle: Bundle, threads: int = 0, profile: Path | None = None) -> None:
         if threads < 0:
             raise RequestError(f"threads={threads} must be at least 0 (0: one per core)")
         self.bundle = bundle
@@ -61,6 +63,8 @@ class OnnxSession:
         options = self._ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
+        if profile is not None:
+            options.enable_profiling, options.profile_file_prefix = True, str(profile)
         # The library's kernels are fp32; a graph without routed operators has no use for it.
         self.cpu_library = find_cpu_library() if bundle.operators and bundle.precision == "float32" else None
         if self.cpu_library is not None:
@@ -75,6 +79,10 @@ class OnnxSession:
     def open(cls, path: str | Path, *, verify: bool = True, threads: int = 0) -> OnnxSession:
         """Load the bundle at ``path`` and open it."""
         return cls(load_bundle(path, verify), threads)
+
+    def end_profiling(self) -> Path:
+        """Stop recording and return the profile's file: JSON, events in Chrome's trace format with times in microseconds."""
+        return Path(self._session.end_profiling())
 
     def _check_ports(self, kind: str, found: list[Any], expected: tuple[TensorSpec, ...]) -> None:
         types = {port.name: port.type for port in found}

@@ -137,13 +137,13 @@ def next_expert(graph: Graph, old: str, new: str) -> list[onnx.NodeProto]:
     ]
 
 
-def change_weight(shape: list[int], index: int) -> Callable[[onnx.ModelProto], None]:
-    """A hundredth of the largest more in one entry of the index-th weight of this shape."""
+def change_weight(shape: list[int], index: int, column: int) -> Callable[[onnx.ModelProto], None]:
+    """A hundredth of the largest more in one entry of the first row of the index-th weight of this shape."""
 
     def edit(model: onnx.ModelProto) -> None:
         tensor = [t for t in model.graph.initializer if list(t.dims) == shape][index]
         values = numpy_helper.to_array(tensor).copy()
-        values[0, 0] += 0.01 * np.abs(values).max()
+        values[0, column] += 0.01 * np.abs(values).max()
         tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
 
     return edit
@@ -192,13 +192,17 @@ def test_check_bundle_names_planted_fault(copied: Exported, fault: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "index", "first"),
-    [([24, 32], 1, "layer 1 level 2 query"), ([24, 16], 0, "layer 0 level 2 block keys"), ([293, 24], 0, "level 1 block keys")],
-    ids=["q_proj of layer 1", "k_proj of layer 0", "embedding"],
+    ("shape", "index", "column", "first"),
+    [
+        ([24, 64], 1, 0, "layer 1 level 2 query"),
+        ([24, 64], 0, 32, "layer 0 level 2 block keys"),
+        ([293, 24], 0, 0, "level 1 block keys"),
+    ],
+    ids=["queries of layer 1", "keys of layer 0", "embedding"],
 )
-def test_check_bundle_names_perturbed_weight(copied: Exported, shape: list[int], index: int, first: str) -> None:
+def test_check_bundle_names_perturbed_weight(copied: Exported, shape: list[int], index: int, column: int, first: str) -> None:
     checkpoint, bundle = copied("two_level")
-    edit_model(bundle, change_weight(shape, index), weights=True)
+    edit_model(bundle, change_weight(shape, index, column), weights=True)
     report = check_bundle(bundle, checkpoint, tokens=TOKENS)
     assert not report["passed"]
     assert failing(report)[:1] == [first]
@@ -286,8 +290,10 @@ def test_check_bundle_passes_exact_ties(copied: Exported) -> None:
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
 
     def zero_query(model: onnx.ModelProto) -> None:
-        tensor = [t for t in model.graph.initializer if list(t.dims) == [24, 32]][1]
-        tensor.CopyFrom(numpy_helper.from_array(np.zeros((24, 32), np.float32), tensor.name))
+        tensor = [t for t in model.graph.initializer if list(t.dims) == [24, 64]][1]
+        values = numpy_helper.to_array(tensor).copy()
+        values[:, :32] = 0  # queries come first
+        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
 
     edit_model(bundle, zero_query, weights=True)
     report = check_bundle(bundle, checkpoint, tokens=TOKENS, data=periodic_text(bundle))

@@ -25,7 +25,7 @@ LAW: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     "bilevel.export": (("bilevel", "bilevel.plugins", "bilevel.export"), None),
     "bilevel.runtime": (
         ("bilevel.runtime", *SHARED),
-        ("numpy", "onnxruntime", "tokenizers", "rich", "starlette", "uvicorn", "tensorrt", "cuda"),
+        ("numpy", "onnxruntime", "tokenizers", "rich", "matplotlib", "starlette", "uvicorn", "tensorrt", "cuda"),
     ),
 }
 HEAVY = ("torch", "triton", "tensorrt", "onnx", "onnxruntime", "onnxscript", "safetensors", "tokenizers", "rich", "cuda")

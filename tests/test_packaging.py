@@ -52,6 +52,14 @@ def test_package_data_exists(pyproject: dict[str, Any]) -> None:
     assert (ROOT / "bilevel" / "py.typed").is_file()
 
 
+def test_every_source_of_the_cpu_library_is_listed(pyproject: dict[str, Any]) -> None:
+    """What is not listed is not compiled, is missing from the sdist, or changes without a rebuild."""
+    (module,) = pyproject["tool"]["setuptools"]["ext-modules"]
+    found = {path.relative_to(ROOT).as_posix() for path in (ROOT / "plugins" / "csrc").iterdir()}
+    assert sorted(module["sources"]) == sorted(name for name in found if name.endswith(".cpp"))
+    assert sorted(module["depends"]) == sorted(name for name in found if not name.endswith(".cpp"))
+
+
 def test_version_is_one(pyproject: dict[str, Any]) -> None:
     assert pyproject["project"]["version"] == bilevel.__version__
 

@@ -113,6 +113,16 @@ def test_open_refuses_negative_threads(session: OnnxSession) -> None:
         OnnxSession(session.bundle, threads=-1)
 
 
+def test_open_refuses_an_onnxruntime_without_the_quantised_product(
+    session: OnnxSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onnxruntime.__version__", "1.22.1")
+    with pytest.raises(
+        MissingDependency, match="onnxruntime 1.22.1 is too old for the int4 weights of .* they take 1.23 or later"
+    ):
+        OnnxSession(dataclasses.replace(session.bundle, weights={"format": "int4"}))
+
+
 @pytest.mark.parametrize("version", ["1.9.0", "1.23.2"])
 def test_open_refuses_an_onnxruntime_that_is_too_old(
     session: OnnxSession, monkeypatch: pytest.MonkeyPatch, version: str

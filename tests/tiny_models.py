@@ -69,16 +69,16 @@ def edit_config(checkpoint: Path, **changes: Any) -> None:
     path.write_text(json.dumps(config), encoding="utf-8")
 
 
-def export_once(folder: Path, preset: str) -> tuple[Path, Path]:
+def export_once(folder: Path, preset: str, weights: str = "fp32") -> tuple[Path, Path]:
     """(checkpoint, bundle) below ``folder``, which test processes share; the first one that asks makes them."""
     from bilevel.export.bundle import export_bundle
 
-    checkpoint, bundle = folder / preset / "checkpoint", folder / preset / "bundle"
+    checkpoint, bundle = folder / preset / "checkpoint", folder / preset / ("bundle" if weights == "fp32" else weights)
     bundle.parent.mkdir(parents=True, exist_ok=True)
     with (folder / f"{preset}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not bundle.exists():
             if not checkpoint.exists():
                 save_checkpoint(checkpoint, preset)
-            export_bundle(checkpoint, bundle, prefill_chunk=PREFILL_CHUNK)
+            export_bundle(checkpoint, bundle, prefill_chunk=PREFILL_CHUNK, weights=weights)
     return checkpoint, bundle

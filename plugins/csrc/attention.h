@@ -111,14 +111,15 @@ BILEVEL_INLINE void add_rows(const float* weights, int64_t stride, const float* 
       for (int64_t j = 0; j < keys; ++j) acc[r * width + d] += weights[r * stride + j] * v[j * width + d];
 }
 
-// Scores to softmax weights, in place; the row is padded to whole vectors.
+// Scores to softmax weights, in place; the row is padded to whole vectors. No score at all: peak -inf, total 0; only scores of
+// -inf: total 0, but a finite peak.
 BILEVEL_INLINE void weigh_direct(float* scores, int64_t count, float* peak, float* total) {
   std::fill(scores + count, scores + count + kLanes, -INFINITY);
   Vector most = splat(-3.402823466e38f), sum_of = {};
   for (int64_t j = 0; j < count; j += kLanes) most = larger(load(scores + j), most);
   float lane[kLanes];
   store(lane, most);
-  *peak = *std::max_element(lane, lane + kLanes);
+  *peak = count > 0 ? *std::max_element(lane, lane + kLanes) : -INFINITY;
   for (int64_t j = 0; j < count; j += kLanes) {
     const Vector weight = exp_nonpositive(load(scores + j) - splat(*peak));
     store(scores + j, weight);
@@ -162,8 +163,8 @@ static void attend_blocks(const AttentionArguments& a, int64_t b, const VirtualH
 
 // Each token's blocks are cut into pieces for the threads; the pieces' partial softmaxes are merged by their log-sum-exp.
 static void attend_direct(const AttentionArguments& a, const std::vector<VirtualHead>& heads, const Parallel& parallel) {
-  constexpr int64_t kBlocks = 8;  // blocks per unit of work
-  const int64_t pieces = (a.kept + kBlocks - 1) / kBlocks, lists = heads.size();
+  const int64_t blocks = std::max<int64_t>(8, (a.kept + 31) / 32);  // per unit of work; at most 32 partial results
+  const int64_t pieces = (a.kept + blocks - 1) / blocks, lists = heads.size();
   int64_t most = 0;
   for (const VirtualHead& head : heads) most = std::max(most, head.count);
   const int64_t record = most * (a.width + 2);  // acc [most, D], peak [most], total [most]
@@ -176,7 +177,7 @@ static void attend_direct(const AttentionArguments& a, const std::vector<Virtual
     float *peak = acc + most * a.width, *total = peak + most;
     scratch.blocks.resize(a.kept);
     const int64_t all = i < a.new_len[b] ? visible_blocks(a, b, heads[v].list, i, scratch.blocks.data()) : 0;
-    const int64_t first = std::min(piece * kBlocks, all), count = std::min(kBlocks, all - first);
+    const int64_t first = std::min(piece * blocks, all), count = std::min(blocks, all - first);
     attend_blocks(a, b, heads[v], i, scratch.blocks.data() + first, count, scratch.scores, acc, peak, total);
   });
   for (int64_t token = 0; token < a.batch * lists * a.length; ++token) {
@@ -185,19 +186,17 @@ static void attend_direct(const AttentionArguments& a, const std::vector<Virtual
     for (int64_t r = 0; r < heads[v].count; ++r) {
       float* out = a.out + ((b * a.heads + heads[v].first + r) * a.length + i) * a.width;
       float peak = -INFINITY, total = 0.0f;
-      for (int64_t n = 0; n < pieces; ++n)
-        if (records[n * record + most * a.width + most + r] != 0.0f)
-          peak = std::max(peak, records[n * record + most * a.width + r]);
+      for (int64_t n = 0; n < pieces; ++n) peak = std::max(peak, records[n * record + most * a.width + r]);
       std::fill(out, out + a.width, 0.0f);
       for (int64_t n = 0; n < pieces; ++n) {
         const float* acc = records + n * record;
         const float share = acc[most * (a.width + 1) + r];
-        if (share == 0.0f) continue;  // this piece saw no token
+        if (share == 0.0f) continue;  // this piece saw no token, or gives none any weight
         const float factor = std::exp(acc[most * a.width + r] - peak);
         total += factor * share;
         for (int64_t d = 0; d < a.width; ++d) out[d] += factor * acc[r * a.width + d];
       }
-      if (total != 0.0f)
+      if (peak != -INFINITY)  // else 0: the row has no visible token; 0 / 0 where all its scores are -inf, as in a softmax
         for (int64_t d = 0; d < a.width; ++d) out[d] /= total;
     }
   }

@@ -165,7 +165,7 @@ static void attend_range(const AttentionArguments& a, int64_t b, const VirtualHe
   for (int64_t row = 0; row < (last - first) * head.count; ++row) {
     const int64_t i = first + row / head.count, h = head.first + row % head.count;
     float* out = a.out + ((b * a.heads + h) * a.length + i) * a.width;
-    if (s.total[row] == 0.0f) continue;
+    if (s.counts[row / head.count] == 0) continue;  // no visible token: 0
     for (int64_t d = 0; d < a.width; ++d) out[d] /= s.total[row];
   }
 }

@@ -44,11 +44,38 @@ struct AttentionArguments {
   float scale;
 };
 
+enum class GroupScore { kMax, kTop2Sum, kExternal };
+
+struct ExpertRouteArguments {
+  const float* logits;        // [T, E]
+  const float* group_logits;  // [T, Gp]
+  const float* select_bias;   // [E]
+  int32_t* ids;               // [T, k]
+  float* weights;             // [T, k]
+  int64_t tokens, experts, groups, top_k, topk_group;
+  bool is_softmax, normalize;
+  GroupScore group_score;
+  float scale;
+};
+
+// RoutedExperts.
+struct ExpertsArguments {
+  const float* x;        // [T, d]
+  const int32_t* ids;    // [T, k]
+  const float* weights;  // [T, k]
+  const float* gate_up;  // [E, 2f, d]
+  const float* down;     // [E, d, f]
+  float* out;            // [T, d]
+  int64_t tokens, kept, experts, width, hidden;
+};
+
 // One implementation per instruction set; the library takes the best one that this CPU has.
 struct Kernels {
   const char* name;
   void (*route)(const RouteArguments&, const Parallel&);
   void (*attention)(const AttentionArguments&, const Parallel&);
+  void (*expert_route)(const ExpertRouteArguments&, const Parallel&);
+  void (*experts)(const ExpertsArguments&, const Parallel&);
 };
 
 #if defined(__x86_64__)

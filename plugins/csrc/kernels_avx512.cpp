@@ -3,13 +3,21 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
 
 #if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma"))), apply_to = function)
+#else
 #pragma GCC target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma")
+#endif
 #define BILEVEL_ISA avx512
 #define BILEVEL_VECTOR_BYTES 64
 #include "kernels.inc"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
 #endif

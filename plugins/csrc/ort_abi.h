@@ -22,6 +22,7 @@ struct Domain;
 // Positions in the table of functions.
 enum Slot : int {
   kCreateStatus = 0,
+  kGetErrorMessage = 2,
   kCreateCustomOpDomain = 26,
   kCustomOpDomainAdd = 27,
   kAddCustomOpDomain = 28,

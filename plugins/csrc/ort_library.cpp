@@ -3,13 +3,18 @@
 #include <cstring>
 #include <exception>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
 #include "kernels.h"
 #include "ort_abi.h"
+#include "ort_context.h"
 
 namespace {
+
+using ort::Context;
+using ort::require;
 
 // The best kernels that this CPU has, or those that BILEVEL_CPU_ISA names (for tests; ignored where the CPU lacks them).
 const bilevel::Kernels& best_kernels() {
@@ -30,64 +35,16 @@ const bilevel::Kernels& best_kernels() {
   return *usable[0];
 }
 
-struct Failure : std::exception {
-  explicit Failure(std::string text) : text(std::move(text)) {}
-  const char* what() const noexcept override { return text.c_str(); }
-  std::string text;
-};
-
-// One call's tensors.
-class Context {
- public:
-  Context(const ort::Api& api, ort::KernelContext* context) : api_(api), context_(context) {}
-
-  template <typename Element>
-  const Element* input(size_t index, std::vector<int64_t>& shape) const {
-    const ort::Value* value = nullptr;
-    check(api_.call(ort::kKernelContextGetInput, const_cast<const ort::KernelContext*>(context_), index, &value));
-    ort::TensorInfo* info = nullptr;
-    check(api_.call(ort::kGetTensorTypeAndShape, value, &info));
-    size_t rank = 0;
-    check(api_.call(ort::kGetDimensionsCount, const_cast<const ort::TensorInfo*>(info), &rank));
-    shape.resize(rank);
-    check(api_.call(ort::kGetDimensions, const_cast<const ort::TensorInfo*>(info), shape.data(), rank));
-    api_.call<void>(ort::kReleaseTensorInfo, info);
-    void* data = nullptr;
-    check(api_.call(ort::kGetTensorMutableData, const_cast<ort::Value*>(value), &data));
-    return static_cast<const Element*>(data);
-  }
-
-  template <typename Element>
-  Element* output(size_t index, const std::vector<int64_t>& shape) const {
-    ort::Value* value = nullptr;
-    check(api_.call(ort::kKernelContextGetOutput, context_, index, shape.data(), shape.size(), &value));
-    void* data = nullptr;
-    check(api_.call(ort::kGetTensorMutableData, value, &data));
-    return static_cast<Element*>(data);
-  }
-
-  // ONNX Runtime's own threads.
-  bilevel::Parallel parallel() {
-    return {[](void* self, void (*function)(void*, size_t), size_t total, void* data) {
-              auto* context = static_cast<Context*>(self);
-              if (total == 1) return function(data, 0);
-              check(context->api_.call(ort::kKernelContextParallelFor, const_cast<const ort::KernelContext*>(context->context_),
-                                       function, total, size_t{0}, data));
-            },
-            this};
-  }
-
-  static void check(ort::Status* status) {
-    if (status) throw Failure("ONNX Runtime refused a call of the bilevel library");
-  }
-
- private:
-  const ort::Api& api_;
-  ort::KernelContext* context_;
-};
-
-void require(bool condition, const char* sentence) {
-  if (!condition) throw Failure(sentence);
+// past_len and new_len [B]: how many tokens each row's cache holds, and how many of the L tokens of this call are its own.
+void require_lengths(const ort::Context& context, size_t first, int64_t batch, int64_t length, const int32_t*& past_len,
+                     const int32_t*& new_len) {
+  std::vector<int64_t> past, added;
+  past_len = context.input<int32_t>(first, past);
+  new_len = context.input<int32_t>(first + 1, added);
+  require(past == std::vector<int64_t>{batch} && added == past, "past_len and new_len must be [B]; export the model anew");
+  for (int64_t b = 0; b < batch; ++b)
+    require(past_len[b] >= 0 && new_len[b] >= 0 && new_len[b] <= length,
+            "past_len must be at least 0 and new_len lie between 0 and L; correct the lengths of the call");
 }
 
 struct Kernel {
@@ -95,14 +52,25 @@ struct Kernel {
   virtual ~Kernel() = default;
   virtual void compute(Context& context) const = 0;
 
-  int64_t integer(const char* name) const {
+  int64_t integer(const char* name, int64_t least = 0) const {
     int64_t value = 0;
-    Context::check(api.call(ort::kKernelInfoGetAttributeInt64, info, name, &value));
+    ort::check(api, api.call(ort::kKernelInfoGetAttributeInt64, info, name, &value));
+    if (value < least || value > INT32_MAX)
+      throw ort::Failure(std::string(name) + " is out of range; export the model anew");
     return value;
   }
   float number(const char* name) const {
     float value = 0;
-    Context::check(api.call(ort::kKernelInfoGetAttributeFloat, info, name, &value));
+    ort::check(api, api.call(ort::kKernelInfoGetAttributeFloat, info, name, &value));
+    return value;
+  }
+  std::string text(const char* name) const {
+    size_t size = 0;  // with the closing zero
+    ort::Status* too_small = api.call(ort::kKernelInfoGetAttributeString, info, name, static_cast<char*>(nullptr), &size);
+    if (too_small) api.call<void>(ort::kReleaseStatus, too_small);
+    std::string value(size, 0);
+    ort::check(api, api.call(ort::kKernelInfoGetAttributeString, info, name, &value[0], &size));
+    value.resize(std::strlen(value.c_str()));
     return value;
   }
 
@@ -113,9 +81,9 @@ struct Kernel {
 
 struct Route : Kernel {
   Route(const ort::Api& api, const ort::KernelInfo* info, bool is_fine) : Kernel(api, info), is_fine(is_fine) {
-    a.block_size = integer("block_size");
-    a.topk = integer("topk");
-    a.selection_heads = integer("num_selection_heads");
+    a.block_size = integer("block_size", 1);
+    a.topk = integer("topk", 1);
+    a.selection_heads = integer("num_selection_heads", 1);
     a.init_blocks = integer("init_blocks");
     a.local_blocks = integer("local_blocks");
     a.causal = integer("causal") != 0;
@@ -123,20 +91,23 @@ struct Route : Kernel {
 
   void compute(Context& context) const override {
     bilevel::RouteArguments call = a;
-    std::vector<int64_t> query, keys, candidates, lengths;
+    std::vector<int64_t> query, keys, candidates;
     size_t next = 0;
     call.query = context.input<float>(next++, query);
     call.unit_key = context.input<float>(next++, keys);
     call.candidates = is_fine ? context.input<int32_t>(next++, candidates) : nullptr;
-    call.past_len = context.input<int32_t>(next++, lengths);
-    call.new_len = context.input<int32_t>(next++, lengths);
-    require(query.size() == 4 && keys.size() == 4 && query[0] == keys[0] && query[3] == keys[3],
+    require(query.size() == 4 && keys.size() == 4 && query[0] == keys[0] && query[3] == keys[3] && keys[1] > 0,
             "a route's query [B, Hr, L, Dr] and unit_key [B, Hk, U, Dr] do not fit together; export the model anew");
     call.batch = query[0], call.route_heads = query[1], call.length = query[2], call.width = query[3];
     call.key_heads = keys[1], call.units = keys[2];
-    call.candidate_heads = is_fine ? candidates.at(1) : 1, call.candidates_kept = is_fine ? candidates.at(3) : 0;
-    require(!is_fine || (candidates[0] == call.batch && candidates[2] == call.length),
-            "FineRoute's candidates [B, Hc, L, K1] do not fit its query; export the model anew");
+    if (is_fine) {
+      require(candidates.size() == 4 && candidates[0] == call.batch && candidates[1] > 0 && candidates[2] == call.length,
+              "FineRoute's candidates [B, Hc, L, K1] do not fit its query; export the model anew");
+      call.candidate_heads = candidates[1], call.candidates_kept = candidates[3];
+      static const int32_t none = -1;
+      if (!call.candidates) call.candidates = &none;  // an empty tensor; null would mean CoarseRoute
+    }
+    require_lengths(context, next, call.batch, call.length, call.past_len, call.new_len);
     call.routes = context.output<int32_t>(0, {call.batch, call.selection_heads, call.length, call.topk});
     kernels.route(call, context.parallel());
   }
@@ -147,25 +118,24 @@ struct Route : Kernel {
 
 struct Attention : Kernel {
   Attention(const ort::Api& api, const ort::KernelInfo* info) : Kernel(api, info) {
-    a.block_size = integer("block_size");
+    a.block_size = integer("block_size", 1);
     a.causal = integer("causal") != 0;
     a.scale = number("scale");
   }
 
   void compute(Context& context) const override {
     bilevel::AttentionArguments call = a;
-    std::vector<int64_t> q, k, v, routes, lengths;
+    std::vector<int64_t> q, k, v, routes;
     call.q = context.input<float>(0, q);
     call.k = context.input<float>(1, k);
     call.v = context.input<float>(2, v);
     call.routes = context.input<int32_t>(3, routes);
-    call.past_len = context.input<int32_t>(4, lengths);
-    call.new_len = context.input<int32_t>(5, lengths);
     require(q.size() == 4 && k.size() == 4 && k == v && routes.size() == 4 && q[0] == k[0] && q[3] == k[3] &&
-                routes[0] == q[0] && routes[2] == q[2] && k[2] % call.block_size == 0,
+                routes[0] == q[0] && routes[1] > 0 && routes[2] == q[2] && k[1] > 0 && k[2] % call.block_size == 0,
             "RoutedAttention's q, k, v and routes do not fit together; export the model anew");
     call.batch = q[0], call.heads = q[1], call.length = q[2], call.width = q[3];
     call.kv_heads = k[1], call.capacity = k[2], call.selection_heads = routes[1], call.kept = routes[3];
+    require_lengths(context, 4, call.batch, call.length, call.past_len, call.new_len);
     call.out = context.output<float>(0, q);
     kernels.attention(call, context.parallel());
   }
@@ -173,7 +143,58 @@ struct Attention : Kernel {
   bilevel::AttentionArguments a{};
 };
 
-enum class Operator { kCoarseRoute, kFineRoute, kRoutedAttention };
+struct ExpertRoute : Kernel {
+  ExpertRoute(const ort::Api& api, const ort::KernelInfo* info) : Kernel(api, info) {
+    a.top_k = integer("top_k");
+    a.topk_group = integer("topk_group");
+    a.normalize = integer("normalize") != 0;
+    a.scale = number("scale");
+    a.is_softmax = text("score_func") == "softmax";
+    const std::string group = text("group_score");
+    a.group_score = group == "max"        ? bilevel::GroupScore::kMax
+                    : group == "top2_sum" ? bilevel::GroupScore::kTop2Sum
+                                          : bilevel::GroupScore::kExternal;
+  }
+
+  void compute(Context& context) const override {
+    bilevel::ExpertRouteArguments call = a;
+    std::vector<int64_t> logits, groups, bias;
+    call.logits = context.input<float>(0, logits);
+    call.group_logits = context.input<float>(1, groups);
+    call.select_bias = context.input<float>(2, bias);
+    require(logits.size() == 2 && groups.size() == 2 && bias.size() == 1 && bias[0] == logits[1] && groups[0] == logits[0] &&
+                groups[1] > 0 && logits[1] % groups[1] == 0,
+            "ExpertRoute's logits [T, E], group_logits [T, Gp] and select_bias [E] do not fit together; export the model anew");
+    call.tokens = logits[0], call.experts = logits[1], call.groups = groups[1];
+    call.ids = context.output<int32_t>(0, {call.tokens, call.top_k});
+    call.weights = context.output<float>(1, {call.tokens, call.top_k});
+    kernels.expert_route(call, context.parallel());
+  }
+
+  bilevel::ExpertRouteArguments a{};
+};
+
+struct Experts : Kernel {
+  using Kernel::Kernel;
+
+  void compute(Context& context) const override {
+    bilevel::ExpertsArguments call{};
+    std::vector<int64_t> x, ids, weights, gate_up, down;
+    call.x = context.input<float>(0, x);
+    call.ids = context.input<int32_t>(1, ids);
+    call.weights = context.input<float>(2, weights);
+    call.gate_up = context.input<float>(3, gate_up);
+    call.down = context.input<float>(4, down);
+    require(x.size() == 2 && ids.size() == 2 && ids == weights && gate_up.size() == 3 && down.size() == 3 && ids[0] == x[0] &&
+                gate_up[0] == down[0] && gate_up[2] == x[1] && down[1] == x[1] && gate_up[1] == 2 * down[2],
+            "RoutedExperts' x, ids, weights, gate_up and down do not fit together; export the model anew");
+    call.tokens = x[0], call.width = x[1], call.kept = ids[1], call.experts = down[0], call.hidden = down[2];
+    call.out = context.output<float>(0, x);
+    kernels.experts(call, context.parallel());
+  }
+};
+
+enum class Operator { kCoarseRoute, kFineRoute, kRoutedAttention, kExpertRoute, kRoutedExperts };
 
 // An operator's declaration: "T" is fp32 here, 'i' int32.
 struct Op : ort::CustomOp {
@@ -189,10 +210,13 @@ ort::ElementType element(char letter) { return letter == 'i' ? ort::kInt32 : ort
 ort::Status* create(const ort::CustomOp* op, const ort::Api* api, const ort::KernelInfo* info, void** kernel) {
   try {
     std::unique_ptr<Kernel> made;
-    if (self(op).which == Operator::kRoutedAttention)
-      made = std::make_unique<Attention>(*api, info);
-    else
-      made = std::make_unique<Route>(*api, info, self(op).which == Operator::kFineRoute);
+    switch (self(op).which) {
+      case Operator::kCoarseRoute: made = std::make_unique<Route>(*api, info, false); break;
+      case Operator::kFineRoute: made = std::make_unique<Route>(*api, info, true); break;
+      case Operator::kRoutedAttention: made = std::make_unique<Attention>(*api, info); break;
+      case Operator::kExpertRoute: made = std::make_unique<ExpertRoute>(*api, info); break;
+      case Operator::kRoutedExperts: made = std::make_unique<Experts>(*api, info); break;
+    }
     *kernel = made.release();
     return nullptr;
   } catch (const std::exception& error) {
@@ -242,14 +266,20 @@ __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::Sessi
       declare(Operator::kCoarseRoute, "CoarseRoute", "ffii", "i"),
       declare(Operator::kFineRoute, "FineRoute", "ffiii", "i"),
       declare(Operator::kRoutedAttention, "RoutedAttention", "fffiii", "f"),
+      declare(Operator::kExpertRoute, "ExpertRoute", "fff", "if"),
+      declare(Operator::kRoutedExperts, "RoutedExperts", "fifff", "f"),
   };
   const ort::Api* api = base->get_api(ort::kApiVersion);
   if (!api) return nullptr;  // older than 1.17: the graph's own bodies run
-  static ort::Domain* domain = nullptr;  // lives as long as the process: sessions refer to it
+  static std::mutex mutex;  // sessions may be opened by several threads at once
+  const std::lock_guard<std::mutex> lock(mutex);
+  static ort::Domain* domain = nullptr;  // lives as long as the library: sessions refer to it
   if (!domain) {
-    if (ort::Status* status = api->call(ort::kCreateCustomOpDomain, "bilevel", &domain)) return status;
+    ort::Domain* made = nullptr;
+    if (ort::Status* status = api->call(ort::kCreateCustomOpDomain, "bilevel", &made)) return status;
     for (const Op& op : operators)
-      if (ort::Status* status = api->call(ort::kCustomOpDomainAdd, domain, static_cast<const ort::CustomOp*>(&op))) return status;
+      if (ort::Status* status = api->call(ort::kCustomOpDomainAdd, made, static_cast<const ort::CustomOp*>(&op))) return status;
+    domain = made;
   }
   return api->call(ort::kAddCustomOpDomain, options, domain);
 }

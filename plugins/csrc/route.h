@@ -44,6 +44,11 @@ struct RouteScratch {
   std::vector<float> scores;
   std::vector<uint64_t> ranks;
   std::vector<int32_t> blocks;
+
+  static RouteScratch& of_this_thread() {
+    thread_local RouteScratch scratch;
+    return scratch;
+  }
 };
 
 // q1.k + q2.k = (q1 + q2).k: the route heads of a selection head that read one key head are summed first.
@@ -76,37 +81,39 @@ static void write_route(const RouteArguments& a, const Position& at, std::vector
   std::fill(route + count, route + a.topk, -1);
 }
 
-// Scores of blocks [0, count) for the summed queries in `scratch`.
-static void score_all(const RouteArguments& a, int64_t b, int64_t count, RouteScratch& scratch) {
-  scratch.scores.assign(count, 0.0f);
+// Adds to scores [count] those of `blocks` (null: of first, first + 1, ...) for the summed queries in `scratch`.
+static void score_blocks(const RouteArguments& a, int64_t b, const RouteScratch& scratch, const int32_t* blocks, int64_t first,
+                         int64_t count, float* scores) {
   for (size_t h = 0; h < scratch.head.size(); ++h) {
-    const float* query = scratch.query.data() + h * a.width;
     const float* keys = a.unit_key + (b * a.key_heads + scratch.head[h]) * a.units * a.width;
-    float four[4];
-    int64_t j = 0;
-    for (; j + 4 <= count; j += 4) {
-      dots<4>(query, keys + j * a.width, a.width, a.width, four);
-      for (int n = 0; n < 4; ++n) scratch.scores[j + n] += four[n];
-    }
-    for (; j < count; ++j) {
-      dots<1>(query, keys + j * a.width, a.width, a.width, four);
-      scratch.scores[j] += four[0];
+    for (int64_t j = 0; j < count; j += kLanes) {
+      const int64_t some = std::min<int64_t>(kLanes, count - j);
+      const float* key[kLanes];
+      float part[kLanes];
+      for (int64_t n = 0; n < some; ++n) key[n] = keys + (blocks ? blocks[j + n] : first + j + n) * a.width;
+      dots(scratch.query.data() + h * a.width, key, some, a.width, part);
+      for (int64_t n = 0; n < some; ++n) scores[j + n] += part[n];
     }
   }
+}
+
+// From the scores of every block that may be chosen to the route.
+static void select_coarse(const RouteArguments& a, const Position& at, const float* scores, RouteScratch& scratch, int32_t* route) {
+  scratch.ranks.clear();
+  for (int64_t j = 0; j < std::min(at.complete, a.units); ++j) {
+    if (at.is_forced(a, j)) continue;
+    if (const uint64_t rank = rank_of(scores[j], j)) scratch.ranks.push_back(rank);
+  }
+  write_route(a, at, scratch.ranks, route);
 }
 
 static void route_coarse(const RouteArguments& a, int64_t b, int64_t s, int64_t i, RouteScratch& scratch, int32_t* route) {
   const Position at(a, b, i);
   const int64_t count = std::min(at.complete, a.units);
-  scratch.ranks.clear();
-  // All of them fit: no score is needed, unless one could be NaN or -inf, which are never selected.
   sum_queries(a, b, s, i, scratch);
-  score_all(a, b, count, scratch);
-  for (int64_t j = 0; j < count; ++j) {
-    if (at.is_forced(a, j)) continue;
-    if (const uint64_t rank = rank_of(scratch.scores[j], j)) scratch.ranks.push_back(rank);
-  }
-  write_route(a, at, scratch.ranks, route);
+  scratch.scores.assign(count, 0.0f);
+  score_blocks(a, b, scratch, nullptr, 0, count, scratch.scores.data());
+  select_coarse(a, at, scratch.scores.data(), scratch, route);
 }
 
 static void route_fine(const RouteArguments& a, int64_t b, int64_t s, int64_t i, RouteScratch& scratch, int32_t* route) {
@@ -114,41 +121,76 @@ static void route_fine(const RouteArguments& a, int64_t b, int64_t s, int64_t i,
   const int64_t list = s * a.candidate_heads / a.selection_heads;
   const int32_t* given = a.candidates + ((b * a.candidate_heads + list) * a.length + i) * a.candidates_kept;
   const int64_t limit = std::min(at.complete, a.units);
-  scratch.blocks.clear();
-  for (int64_t n = 0; n < a.candidates_kept; ++n)
-    if (given[n] >= 0 && given[n] < limit && !at.is_forced(a, given[n])) scratch.blocks.push_back(given[n]);
-  std::sort(scratch.blocks.begin(), scratch.blocks.end());
-  scratch.blocks.erase(std::unique(scratch.blocks.begin(), scratch.blocks.end()), scratch.blocks.end());
-  sum_queries(a, b, s, i, scratch);
-  scratch.ranks.clear();
-  for (const int32_t block : scratch.blocks) {
-    float score = 0.0f, part;
-    for (size_t h = 0; h < scratch.head.size(); ++h) {
-      const float* key = a.unit_key + ((b * a.key_heads + scratch.head[h]) * a.units + block) * a.width;
-      dots<1>(scratch.query.data() + h * a.width, key, 0, a.width, &part);
-      score += part;
-    }
-    if (const uint64_t rank = rank_of(score, block)) scratch.ranks.push_back(rank);
+  std::vector<int32_t>& blocks = scratch.blocks;
+  blocks.clear();
+  bool ascending = true;  // CoarseRoute writes them so
+  for (int64_t n = 0; n < a.candidates_kept; ++n) {
+    if (given[n] < 0 || given[n] >= limit || at.is_forced(a, given[n])) continue;
+    ascending = ascending && (blocks.empty() || blocks.back() < given[n]);
+    blocks.push_back(given[n]);
   }
+  if (!ascending) {
+    std::sort(blocks.begin(), blocks.end());
+    blocks.erase(std::unique(blocks.begin(), blocks.end()), blocks.end());
+  }
+  sum_queries(a, b, s, i, scratch);
+  scratch.scores.assign(blocks.size(), 0.0f);
+  score_blocks(a, b, scratch, blocks.data(), 0, blocks.size(), scratch.scores.data());
+  scratch.ranks.clear();
+  for (size_t n = 0; n < blocks.size(); ++n)
+    if (const uint64_t rank = rank_of(scratch.scores[n], blocks[n])) scratch.ranks.push_back(rank);
   write_route(a, at, scratch.ranks, route);
 }
 
+// One position's place in the batch.
+struct RouteRow {
+  int64_t b, s, i;
+  int32_t* route;
+
+  RouteRow(const RouteArguments& a, int64_t row)
+      : b(row / (a.selection_heads * a.length)), s(row / a.length % a.selection_heads), i(row % a.length),
+        route(a.routes + row * a.topk) {}
+};
+
+// A few positions against many blocks: the blocks are shared out among the threads, then every position selects.
+static void route_few(const RouteArguments& a, int64_t rows, const Parallel& parallel) {
+  constexpr int64_t kBlocks = 256;  // blocks per unit of work
+  const int64_t pieces = (a.units + kBlocks - 1) / kBlocks;
+  std::vector<float> scores(rows * a.units);
+  parallel.each(rows * pieces, [&](size_t unit) {
+    RouteScratch& scratch = RouteScratch::of_this_thread();
+    const RouteRow row(a, unit / pieces);
+    if (row.i >= a.new_len[row.b]) return;
+    const int64_t first = unit % pieces * kBlocks;
+    const int64_t last = std::min({first + kBlocks, Position(a, row.b, row.i).complete, a.units});
+    sum_queries(a, row.b, row.s, row.i, scratch);
+    if (first < last)
+      score_blocks(a, row.b, scratch, nullptr, first, last - first, scores.data() + unit / pieces * a.units + first);
+  });
+  for (int64_t n = 0; n < rows; ++n) {
+    const RouteRow row(a, n);
+    if (row.i >= a.new_len[row.b])
+      std::fill(row.route, row.route + a.topk, -1);
+    else
+      select_coarse(a, Position(a, row.b, row.i), scores.data() + n * a.units, RouteScratch::of_this_thread(), row.route);
+  }
+}
+
 static void route(const RouteArguments& a, const Parallel& parallel) {
-  constexpr int64_t kTokens = 16;  // positions per unit of work
-  const int64_t pieces = (a.length + kTokens - 1) / kTokens;
-  parallel.each(a.batch * a.selection_heads * pieces, [&](size_t unit) {
-    thread_local RouteScratch scratch;
-    const int64_t b = unit / (a.selection_heads * pieces), s = unit / pieces % a.selection_heads;
-    const int64_t first = unit % pieces * kTokens, last = std::min(first + kTokens, a.length);
-    for (int64_t i = first; i < last; ++i) {
-      int32_t* route = a.routes + ((b * a.selection_heads + s) * a.length + i) * a.topk;
-      if (i >= a.new_len[b]) {
-        std::fill(route, route + a.topk, -1);
-      } else if (a.candidates) {
-        route_fine(a, b, s, i, scratch, route);
-      } else {
-        route_coarse(a, b, s, i, scratch, route);
-      }
+  constexpr int64_t kRows = 16;  // positions per unit of work
+  const int64_t rows = a.batch * a.selection_heads * a.length;
+  if (!a.candidates && rows <= kRows) return route_few(a, rows, parallel);
+  parallel.each((rows + kRows - 1) / kRows, [&](size_t unit) {
+    RouteScratch& scratch = RouteScratch::of_this_thread();
+    const int64_t last = std::min<int64_t>((unit + 1) * kRows, rows);
+    for (int64_t n = unit * kRows; n < last; ++n) {
+      const RouteRow row(a, n);
+      if (row.i >= a.new_len[row.b])
+        std::fill(row.route, row.route + a.topk, -1);
+      else if (a.candidates)
+        route_fine(a, row.b, row.s, row.i, scratch, row.route);
+      else
+        route_coarse(a, row.b, row.s, row.i, scratch, row.route);
     }
   });
 }

@@ -40,19 +40,30 @@ BILEVEL_INLINE Vector exp_nonpositive(Vector x) {
   return x < splat(-87.3f) ? Vector{} : result;
 }
 
+// Two vectors laid side by side, in groups of 2 * width lanes: which lane goes to `lane` of the vector of their left halves.
+constexpr int left_half(int width, int lane) {
+  const int group = lane / (2 * width) * 2 * width, at = lane - group;
+  return group + (at < width ? at : at - width + kLanes);
+}
+
+// The left halves (Shift 0) or right halves (Shift Width) of a and b.
+template <int Width, int Shift, int... Lane>
+BILEVEL_INLINE Vector halves(Vector a, Vector b, std::integer_sequence<int, Lane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (left_half(Width, Lane) + Shift)...);
+#else
+  return __builtin_shuffle(a, b, Ints{(left_half(Width, Lane) + Shift)...});  // GCC before 12 lacks the other one
+#endif
+}
+
 // Lane i of the result is the sum of all lanes of values[i]: a tree that folds pairs of vectors into one.
 template <int Count>
 BILEVEL_INLINE void fold(Vector* values) {
   constexpr int kWidth = Count / 2;
-  Ints low, high;
-  for (int i = 0; i < kLanes; ++i) {
-    const int group = i / (2 * kWidth) * 2 * kWidth, at = i - group;
-    low[i] = group + (at < kWidth ? at : at - kWidth + kLanes);
-    high[i] = low[i] + kWidth;
-  }
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes>{};
   for (int n = 0; n < kWidth; ++n) {
     const Vector a = values[n], b = values[n + kWidth];
-    values[n] = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+    values[n] = halves<kWidth, 0>(a, b, lanes) + halves<kWidth, kWidth>(a, b, lanes);
   }
   if constexpr (kWidth > 1) fold<kWidth>(values);
 }
@@ -62,18 +73,19 @@ BILEVEL_INLINE Vector sums(Vector (&values)[kLanes]) {
   return values[0];
 }
 
-// Dot products of one vector of `width` floats with `Rows` others, `stride` floats apart.
-template <int Rows>
-BILEVEL_INLINE void dots(const float* one, const float* others, int64_t stride, int64_t width, float* out) {
-  Vector total[Rows] = {};
+// Dot products of `one` with `count` (at most kLanes) other vectors of the same width, into out [count].
+BILEVEL_INLINE void dots(const float* one, const float* const* others, int64_t count, int64_t width, float* out) {
+  const float* other[kLanes];
+  for (int n = 0; n < kLanes; ++n) other[n] = others[n < count ? n : 0];
+  Vector total[kLanes] = {};
   int64_t d = 0;
   for (; d + kLanes <= width; d += kLanes) {
     const Vector factor = load(one + d);
-    for (int r = 0; r < Rows; ++r) total[r] += factor * load(others + r * stride + d);
+    for (int n = 0; n < kLanes; ++n) total[n] += factor * load(other[n] + d);
   }
-  for (int r = 0; r < Rows; ++r) {
-    float value = sum(total[r]);
-    for (int64_t tail = d; tail < width; ++tail) value += one[tail] * others[r * stride + tail];
-    out[r] = value;
-  }
+  float result[kLanes];
+  store(result, sums(total));
+  for (; d < width; ++d)
+    for (int64_t n = 0; n < count; ++n) result[n] += one[d] * other[n][d];
+  std::copy(result, result + count, out);
 }

@@ -1,0 +1,166 @@
+// ExpertRoute and RoutedExperts. Included once per instruction set.
+
+struct ExpertScratch {
+  std::vector<float> scores;              // [E], unbiased
+  std::vector<uint64_t> choices, groups;  // ranks: score descending, index ascending; 0: never selected
+  std::vector<float> best;
+};
+
+// Scores of one token's experts from their logits: sigmoid, or softmax over all of them.
+static void expert_scores(const ExpertRouteArguments& a, const float* logits, float* scores) {
+  if (!a.is_softmax) {
+    for (int64_t e = 0; e < a.experts; ++e) scores[e] = 1.0f / (1.0f + std::exp(-logits[e]));
+    return;
+  }
+  float peak = -INFINITY, total = 0.0f;
+  for (int64_t e = 0; e < a.experts; ++e) peak = std::max(peak, logits[e]);
+  for (int64_t e = 0; e < a.experts; ++e) total += scores[e] = std::exp(logits[e] - peak);
+  for (int64_t e = 0; e < a.experts; ++e) scores[e] /= total;
+}
+
+// A score as the selection sees it: NaN is -inf, +inf the largest finite number.
+BILEVEL_INLINE float bounded(float score) { return std::isnan(score) ? -INFINITY : std::min(score, 3.402823466e38f); }
+
+static float group_value(const ExpertRouteArguments& a, const float* choice, int64_t size, float given) {
+  if (a.group_score == GroupScore::kExternal) return given;
+  float first = -INFINITY, second = -INFINITY;
+  for (int64_t n = 0; n < size; ++n) {
+    const float value = bounded(choice[n]);
+    second = std::max(second, std::min(first, value));
+    first = std::max(first, value);
+  }
+  return a.group_score == GroupScore::kMax || size == 1 ? first : first + second;
+}
+
+static void keep_best(std::vector<uint64_t>& ranks, int64_t count) {
+  ranks.erase(std::remove(ranks.begin(), ranks.end(), uint64_t{0}), ranks.end());
+  std::sort(ranks.begin(), ranks.end(), std::greater<uint64_t>());
+  if (static_cast<int64_t>(ranks.size()) > count) ranks.resize(count);
+}
+
+static void route_token(const ExpertRouteArguments& a, int64_t t, ExpertScratch& s) {
+  const int64_t size = a.experts / a.groups;
+  s.scores.resize(a.experts);
+  s.best.resize(a.experts);
+  expert_scores(a, a.logits + t * a.experts, s.scores.data());
+  for (int64_t e = 0; e < a.experts; ++e) s.best[e] = s.scores[e] + a.select_bias[e];
+  s.groups.clear();
+  for (int64_t g = 0; g < a.groups; ++g)
+    s.groups.push_back(rank_of(group_value(a, s.best.data() + g * size, size, a.group_logits[t * a.groups + g]), g));
+  keep_best(s.groups, a.topk_group);
+  s.choices.clear();
+  for (const uint64_t group : s.groups)
+    for (int64_t e = block_of(group) * size; e < (block_of(group) + 1) * size; ++e) s.choices.push_back(rank_of(s.best[e], e));
+  keep_best(s.choices, a.top_k);
+  float total = 1e-20f;
+  for (const uint64_t choice : s.choices) total += s.scores[block_of(choice)];
+  for (int64_t n = 0; n < a.top_k; ++n) {
+    const bool used = n < static_cast<int64_t>(s.choices.size());
+    const int32_t expert = used ? block_of(s.choices[n]) : -1;
+    a.ids[t * a.top_k + n] = expert;
+    a.weights[t * a.top_k + n] = used ? s.scores[expert] / (a.normalize ? total : 1.0f) * a.scale : 0.0f;
+  }
+}
+
+static void expert_route(const ExpertRouteArguments& a, const Parallel& parallel) {
+  constexpr int64_t kTokens = 64;  // tokens per unit of work
+  parallel.each((a.tokens + kTokens - 1) / kTokens, [&](size_t unit) {
+    thread_local ExpertScratch scratch;
+    const int64_t last = std::min<int64_t>((unit + 1) * kTokens, a.tokens);
+    for (int64_t t = unit * kTokens; t < last; ++t) route_token(a, t, scratch);
+  });
+}
+
+// Up to kTileRows (token, slot) pairs of one expert.
+struct ExpertTile {
+  int64_t expert, first, rows;  // pairs [first, first + rows) of the sorted list
+};
+
+// out [count, kTileRows] = weights [count, width] times x [width, kTileRows], of which `rows` columns are used.
+static void times_tile(const float* weights, int64_t count, int64_t width, const float* x, int64_t rows, float* out) {
+  constexpr int64_t kFew = 2;  // that few columns are cheaper as dot products
+  if (rows > kFew) {
+    int64_t n = 0;
+    for (; n + kKeys <= count; n += kKeys) score_keys<kKeys>(x, weights + n * width, width, out + n * kTileRows);
+    for (; n < count; ++n) score_keys<1>(x, weights + n * width, width, out + n * kTileRows);
+    return;
+  }
+  thread_local std::vector<float> column;
+  column.resize(width);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t d = 0; d < width; ++d) column[d] = x[d * kTileRows + r];
+    for (int64_t n = 0; n < count; n += kLanes) {
+      const int64_t some = std::min<int64_t>(kLanes, count - n);
+      const float* row[kLanes];
+      float result[kLanes];
+      for (int64_t m = 0; m < some; ++m) row[m] = weights + (n + m) * width;
+      dots(column.data(), row, some, width, result);
+      for (int64_t m = 0; m < some; ++m) out[(n + m) * kTileRows + r] = result[m];
+    }
+  }
+}
+
+// The pairs sorted by expert: pairs[n] = token * k + slot; returns the tiles.
+static std::vector<ExpertTile> expert_tiles(const ExpertsArguments& a, std::vector<int64_t>& pairs) {
+  std::vector<int64_t> start(a.experts + 2, 0);
+  for (int64_t n = 0; n < a.tokens * a.kept; ++n)
+    if (a.ids[n] >= 0 && a.ids[n] < a.experts) ++start[a.ids[n] + 2];
+  for (int64_t e = 1; e <= a.experts; ++e) start[e + 1] += start[e];
+  pairs.resize(start[a.experts + 1]);
+  for (int64_t n = 0; n < a.tokens * a.kept; ++n)
+    if (a.ids[n] >= 0 && a.ids[n] < a.experts) pairs[start[a.ids[n] + 1]++] = n;
+  std::vector<ExpertTile> tiles;
+  for (int64_t e = 0; e < a.experts; ++e)
+    for (int64_t first = start[e]; first < start[e + 1]; first += kTileRows)
+      tiles.push_back({e, first, std::min<int64_t>(kTileRows, start[e + 1] - first)});
+  return tiles;
+}
+
+// Three passes, each shared out among the threads: SwiGLU of every tile, its product with `down`, the weighted sum per token.
+static void experts(const ExpertsArguments& a, const Parallel& parallel) {
+  constexpr int64_t kRows = 64;  // rows of a weight matrix per unit of work
+  std::vector<int64_t> pairs, place(a.tokens * a.kept, -1);
+  const std::vector<ExpertTile> tiles = expert_tiles(a, pairs);
+  std::vector<float> x(tiles.size() * a.width * kTileRows), hidden(tiles.size() * a.hidden * kTileRows), y(x.size());
+  parallel.each(tiles.size(), [&](size_t n) {
+    const ExpertTile& tile = tiles[n];
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const float* from = a.x + pairs[tile.first + r] / a.kept * a.width;
+      for (int64_t d = 0; d < a.width; ++d) x[(n * a.width + d) * kTileRows + r] = from[d];
+      place[pairs[tile.first + r]] = n * a.width * kTileRows + r;
+    }
+  });
+  const int64_t pieces = (a.hidden + kRows - 1) / kRows;
+  parallel.each(tiles.size() * pieces, [&](size_t unit) {
+    thread_local std::vector<float> up;
+    const size_t n = unit / pieces;
+    const int64_t first = unit % pieces * kRows, count = std::min(kRows, a.hidden - first);
+    const float* weights = a.gate_up + (tiles[n].expert * 2 * a.hidden + first) * a.width;
+    float* gate = hidden.data() + (n * a.hidden + first) * kTileRows;
+    up.resize(count * kTileRows);
+    times_tile(weights, count, a.width, x.data() + n * a.width * kTileRows, tiles[n].rows, gate);
+    times_tile(weights + a.hidden * a.width, count, a.width, x.data() + n * a.width * kTileRows, tiles[n].rows, up.data());
+    for (int64_t j = 0; j < count; ++j)
+      for (int64_t r = 0; r < tiles[n].rows; ++r) {
+        float& value = gate[j * kTileRows + r];
+        value = value / (1.0f + std::exp(-value)) * up[j * kTileRows + r];
+      }
+  });
+  const int64_t parts = (a.width + kRows - 1) / kRows;
+  parallel.each(tiles.size() * parts, [&](size_t unit) {
+    const size_t n = unit / parts;
+    const int64_t first = unit % parts * kRows, count = std::min(kRows, a.width - first);
+    times_tile(a.down + (tiles[n].expert * a.width + first) * a.hidden, count, a.hidden, hidden.data() + n * a.hidden * kTileRows,
+               tiles[n].rows, y.data() + (n * a.width + first) * kTileRows);
+  });
+  parallel.each(a.tokens, [&](size_t t) {
+    float* out = a.out + t * a.width;
+    std::fill(out, out + a.width, 0.0f);
+    for (int64_t slot = 0; slot < a.kept; ++slot) {
+      const int64_t from = place[t * a.kept + slot];
+      if (from < 0) continue;
+      const float weight = a.weights[t * a.kept + slot];
+      for (int64_t d = 0; d < a.width; ++d) out[d] += weight * y[from + d * kTileRows];
+    }
+  });
+}

@@ -1,0 +1,163 @@
+"""The least time that a call can take: its bytes and operations over what this machine was measured to reach.
+
+Counted are the weights of the matrix products (read once per call), the keys and values that are attended, the keys that the
+routers score, and two operations for every multiplication. Small things (norms, indices, activations) are left out, so the
+bound is a bound.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FLOAT_BYTES = 4
+# Bytes of one weight in a matrix product; 32 quantised weights share a float scale and a zero point of their own width.
+WEIGHT_BYTES = {"fp32": 4.0, "int8": 1 + 5 / 32, "int4": 0.5 + 4.5 / 32}
+
+
+# What is read again and again may lie in a cache, so the rate belongs to an amount: caches of servers hold small models whole.
+READ_SIZES = tuple(2**power for power in (24, 26, 28, 30))
+
+
+@dataclass(frozen=True)
+class Work:
+    """Bytes that must be read and floating-point operations that must be done."""
+
+    bytes: float
+    flops: float
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the machine reaches: flops_per_second of an fp32 matrix product, bytes_per_second when READ_SIZES bytes are read anew."""
+
+    flops_per_second: float
+    bytes_per_second: tuple[float, ...]
+
+    def read_rate(self, num_bytes: float) -> float:
+        """Bytes per second where ``num_bytes`` are read in every step."""
+        return float(np.interp(math.log(max(num_bytes, 1)), np.log(READ_SIZES), self.bytes_per_second))
+
+    def seconds(self, work: Work, calls: int = 1) -> float:
+        """The least time for ``work`` that is spread over ``calls`` equal steps."""
+        return max(work.bytes / self.read_rate(work.bytes / calls), work.flops / self.flops_per_second)
+
+
+class CeilingMeter:
+    """Measures the ceilings with numpy, in a process whose linear algebra has the given number of threads."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+
+    def measure(self, size: int = 2048) -> Ceilings:
+        """Read arrays of READ_SIZES bytes, and multiply two matrices [size, size]; the best of several runs each."""
+        values = np.ones(READ_SIZES[-1] // FLOAT_BYTES, np.float32)
+        with ThreadPoolExecutor(self.threads) as pool:
+            rates = tuple(num_bytes / self._read(pool, values[: num_bytes // FLOAT_BYTES]) for num_bytes in READ_SIZES)
+        matrix = np.ones((size, size), np.float32)
+        return Ceilings(2 * size**3 / _best(lambda: matrix @ matrix), rates)
+
+    def _read(self, pool: ThreadPoolExecutor, values: NDArray[np.float32]) -> float:
+        """Seconds to read ``values`` with every thread; the largest value is the operation that numpy has the fastest loop for."""
+        slices = np.array_split(values, self.threads)
+        return _best(lambda: list(pool.map(np.max, slices)))
+
+
+def _best(action: Callable[[], object], runs: int = 6) -> float:
+    """Seconds of the fastest of several runs."""
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+class Geometry:
+    """Counts of one model, from the ``config`` of its bundle.
+
+    weights: "fp32", "int8" or "int4". twin_cache_bytes: bytes of one number in the dense twin's caches.
+    """
+
+    def __init__(self, config: Mapping[str, Any], weights: str, twin_cache_bytes: int = FLOAT_BYTES) -> None:
+        self.config, self.weights, self.twin_cache_bytes = config, weights, twin_cache_bytes
+        self.routing: Mapping[str, Any] = config.get("routing") or {"preset": "dense"}
+        self.layers = int(config["num_hidden_layers"])
+        self.query_heads, self.heads = int(config["num_attention_heads"]), int(config["num_key_value_heads"])
+        self.width = int(config["head_dim"])
+
+    @property
+    def num_weights(self) -> int:
+        """Weights that one token is multiplied with: projections, MLP or chosen experts, head."""
+        config, hidden = self.config, int(self.config["hidden_size"])
+        attention = hidden * self.width * (2 * self.query_heads + 2 * self.heads)
+        mlp = 3 * hidden * int(config["intermediate_size"])
+        experts = config.get("experts") or {"layers": []}
+        with_experts = len(experts["layers"])
+        total = self.layers * attention + (self.layers - with_experts) * mlp + hidden * int(config["vocab_size"])
+        return total + self.num_expert_weights
+
+    @property
+    def num_expert_weights(self) -> int:
+        """Those of the chosen experts and of their gates, which stay floats in every format."""
+        experts, hidden = self.config.get("experts"), int(self.config["hidden_size"])
+        if not experts:
+            return 0
+        groups = experts["n_group"] if experts["group_score"] == "external" else 0
+        chosen = 3 * experts["intermediate_size"] * experts["top_k"]
+        return len(experts["layers"]) * hidden * (chosen + experts["num_experts"] + groups)
+
+    @property
+    def weight_bytes(self) -> float:
+        """Bytes of the weights that one token is multiplied with, as they are stored."""
+        floats = self.num_expert_weights
+        return (self.num_weights - floats) * WEIGHT_BYTES[self.weights] + floats * FLOAT_BYTES
+
+    def attended(self, length: int, is_twin: bool) -> int:
+        """Tokens that the last of ``length`` tokens reads in every layer."""
+        if is_twin or self.routing["preset"] == "dense":
+            return length
+        size, kept = int(self.routing["block_size"]), int(self.routing["topk"])
+        own = (length - 1) % size + 1
+        return min(length, (kept - 1) * size + own)
+
+    def scored(self, length: int, is_twin: bool) -> tuple[int, int]:
+        """(level 1's, level 2's) block keys that the last of ``length`` tokens is compared with: complete past blocks."""
+        if is_twin or self.routing["preset"] == "dense":
+            return 0, 0
+        blocks = (length - 1) // int(self.routing["block_size"])
+        if self.routing["preset"] != "two_level":
+            return 0, blocks
+        return blocks, min(blocks, int(self.routing["coarse_topk"]))
+
+    def decode(self, context: int, is_twin: bool) -> Work:
+        """One token behind ``context`` cached ones."""
+        tokens, (level_1, level_2) = self.attended(context + 1, is_twin), self.scored(context + 1, is_twin)
+        route_width = int(self.routing.get("route_dim") or self.config["hidden_size"])
+        cached = 2 * self.layers * self.heads * self.width * tokens * (self.twin_cache_bytes if is_twin else FLOAT_BYTES)
+        scored = FLOAT_BYTES * (self.layers * self.heads * self.width * level_2 + level_1 * route_width)
+        num_bytes = self.weight_bytes + cached + scored
+        per_layer = self.query_heads * self.width * (2 * tokens + level_2)
+        flops = 2 * (self.num_weights + self.layers * per_layer + level_1 * route_width)
+        return Work(num_bytes, flops)
+
+    def prefill(self, length: int, chunk: int, is_twin: bool) -> Work:
+        """``length`` tokens from nothing, ``chunk`` a call: every call reads the weights and the caches so far once."""
+        head = int(self.config["hidden_size"]) * int(self.config["vocab_size"])  # only each call's last token needs it
+        calls = math.ceil(length / chunk)
+        attended = sum(self.attended(position, is_twin) for position in range(1, length + 1))
+        scored = [self.scored(position, is_twin) for position in range(1, length + 1)]
+        level_1, level_2 = (sum(values) for values in zip(*scored, strict=True))
+        route_width = int(self.routing.get("route_dim") or self.config["hidden_size"])
+        cached = sum(min((call + 1) * chunk, length) for call in range(calls)) * 2 * self.heads * self.width * self.layers
+        num_bytes = calls * self.weight_bytes + cached * (self.twin_cache_bytes if is_twin else FLOAT_BYTES)
+        per_layer = self.query_heads * self.width * (2 * attended + level_2)
+        weights = length * (self.num_weights - head) + calls * head
+        return Work(num_bytes, 2 * (weights + self.layers * per_layer + level_1 * route_width))
