@@ -17,16 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bilevel.plugins.errors import BilevelError
-from bilevel.runtime.bench_plan import BURST, CHECKED, DENSE, UNCOUNTED, Case, Plan, SideResult, Spread
+from bilevel.runtime.bench_plan import BURST, CHECKED, DENSE, UNCOUNTED, Case, Plan, SideResult, Spread, busy_share
 from bilevel.runtime.bench_profile import PARTS
-from bilevel.runtime.bench_roofline import CeilingMeter, Ceilings, Geometry, Work
+from bilevel.runtime.bench_roofline import CeilingMeter, Ceilings, Geometry
 from bilevel.runtime.bench_side import Side, SideSpec
 from bilevel.runtime.bench_worker import Worker
 from bilevel.runtime.cpu_library import VARIABLE
 
 # Largest relative error (norm of the difference over norm) of right logits. Rounded activations turn the last bit of a sum into
 # a whole step now and then, which may also turn over a near-tie of a router; a wrong result is off by about 1.
-LIMITS = {"fp32": 1e-3, "int8": 0.1, "int4": 0.1}
+LIMITS = {"fp32": 1e-3, "int8": 0.3, "int4": 0.3}
 
 
 class WrongOutput(BilevelError):
@@ -52,10 +52,32 @@ class Benchmark:
     def run(self) -> list[Case]:
         """Measure every context. Raises WrongOutput where a side's outputs are not right, BilevelError otherwise."""
         checks = self._check_all_kept() if self.plan.has_twin else {}
+        cases = []
+        for context in self.plan.contexts:
+            busy = busy_share()
+            self._measure_ceilings()
+            cases.append(self._case(context, checks))
+            cases[-1].busy = busy
+        for case in cases:
+            self._add_rooflines(case)
+        return cases
+
+    def _measure_ceilings(self) -> None:
+        """Before every context, because a machine that is busy for a moment lowers them; the highest count."""
         self._on_stage("measuring memory bandwidth and matrix products")
         with closing(Worker(CeilingMeter, self.plan.threads, threads=self.plan.threads)) as meter:
-            self.ceilings = meter.call("measure")
-        return [self._case(context, checks) for context in self.plan.contexts]
+            found: Ceilings = meter.call("measure")
+        self.ceilings = found if self.ceilings is None else self.ceilings.best(found)
+
+    def _add_rooflines(self, case: Case) -> None:
+        """The least times of one case, by the ceilings of the whole run."""
+        assert self.ceilings is not None
+        chunk = self.plan.bundle.prefill_chunk
+        for side, result in case.sides.items():
+            result.decode_roofline = self.ceilings.seconds(self._geometry.decode(case.context, side == DENSE))
+            if result.prefill is not None:
+                work = self._geometry.prefill(case.context, chunk, side == DENSE)
+                result.prefill_roofline = self.ceilings.seconds(work, calls=-(-case.context // chunk))
 
     def _open(self, side: str, capacity: int, *, portable: bool = False, profile: bool = False) -> Worker:
         spec = SideSpec(self.plan.bundle.folder, side == DENSE, self.plan.threads, capacity, profile)
@@ -150,26 +172,15 @@ class Benchmark:
     def _result(
         self, side: str, worker: Worker, context: int, steps: list[tuple[float, float]], prefill: Spread | None
     ) -> SideResult:
-        geometry, is_twin = self._geometry, side == DENSE
         return SideResult(
             decode=Spread.of([seconds for seconds, _ in steps]),
             outside_engine=float(np.median([(seconds - engine) / seconds for seconds, engine in steps])),
             peak_bytes=worker.call("peak_memory"),
             state_bytes=worker.call("state_bytes"),
-            decode_roofline=self._least(geometry.decode(context, is_twin)),
-            attended=geometry.attended(context + 1, is_twin) / (context + 1),
+            attended=self._geometry.attended(context + 1, side == DENSE) / (context + 1),
             prefill=prefill,
-            prefill_roofline=self._least_prefill(context, is_twin) if prefill else None,
             cpu_library=worker.call("cpu_library"),
         )
-
-    def _least(self, work: Work, calls: int = 1) -> float:
-        assert self.ceilings is not None
-        return self.ceilings.seconds(work, calls)
-
-    def _least_prefill(self, context: int, is_twin: bool) -> float:
-        chunk = self.plan.bundle.prefill_chunk
-        return self._least(self._geometry.prefill(context, chunk, is_twin), -(-context // chunk))
 
     def _profile(self, side: str, context: int, capacity: int) -> dict[str, float]:
         """Median seconds by part of a decoded token, in a process of its own: recording costs time."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,9 +48,9 @@ class SideResult:
     outside_engine: float
     peak_bytes: int
     state_bytes: int
-    decode_roofline: float
     attended: float
     prefill: Spread | None = None
+    decode_roofline: float | None = None
     prefill_roofline: float | None = None
     parts: dict[str, float] = field(default_factory=dict)
     cpu_library: str | None = None
@@ -62,11 +63,16 @@ class SideResult:
 
 @dataclass
 class Case:
-    """One context length. checks: relative errors of what was verified before timing."""
+    """One context length.
+
+    checks: relative errors of what was verified before timing. busy: share of the machine's cores that other processes kept
+    busy just before (None where the system does not say).
+    """
 
     context: int
     sides: dict[str, SideResult]
     checks: dict[str, float]
+    busy: float | None = None
 
     def ratio(self, name: str) -> float | None:
         """How many times the routed side is faster ("decode", "prefill"), or smaller ("peak_bytes"), than the dense twin."""
@@ -135,6 +141,22 @@ class Plan:
         bundles = [self.bundle, *([self.bundle.dense_twin()] if self.has_twin else [])]
         weights = sum(record.num_bytes for record in self.bundle.files.values())
         return sum(b.state_bytes(1, self.capacity(context)) + 2 * weights + 2**28 for b in bundles)
+
+
+def busy_share(seconds: float = 0.5) -> float | None:
+    """Share of all cores' time that is not idle while this process sleeps (Linux), None where the system does not say."""
+
+    def ticks() -> tuple[int, int]:
+        values = [int(value) for value in Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
+        return sum(values), values[3] + values[4]  # idle, and waiting for a disk
+
+    try:
+        total, idle = ticks()
+        time.sleep(seconds)
+        total, idle = (after - before for after, before in zip(ticks(), (total, idle), strict=True))
+    except OSError:
+        return None
+    return 1 - idle / max(total, 1)
 
 
 def available_memory() -> int | None:

@@ -17,6 +17,7 @@ from bilevel.runtime.bench_profile import PARTS
 from bilevel.runtime.bench_roofline import READ_SIZES, Ceilings
 
 MILLI, MEBI = 1e3, 2**20
+BUSY = 0.1  # share of the cores from which other processes are worth a warning
 _COLOURS = {ROUTED: "#1b6ca8", DENSE: "#c8553d"}
 
 
@@ -93,7 +94,7 @@ def _case_as_json(case: Case) -> dict[str, Any]:
             "first_token_seconds": side.prefill.median if side.prefill else None,
         }
     ratios = {name: case.ratio(name) for name in ("decode", "prefill", "peak_bytes")}
-    return {"context": case.context, "checks": case.checks, "sides": sides, "ratio": ratios}
+    return {"context": case.context, "busy": case.busy, "checks": case.checks, "sides": sides, "ratio": ratios}
 
 
 def print_tables(plan: Plan, cases: list[Case], ceilings: Ceilings, skipped: dict[int, str]) -> None:
@@ -114,6 +115,9 @@ def print_tables(plan: Plan, cases: list[Case], ceilings: Ceilings, skipped: dic
             console.print(table)
     console.print("Medians; in brackets the middle half of the measurements. roofline: the least time that the machine allows.")
     console.print("Decode runs on caches filled with random numbers. runtime: share of the time outside ONNX Runtime.")
+    disturbed = [case.context for case in cases if case.busy is not None and case.busy > BUSY]
+    if disturbed:
+        console.print(f"Other processes kept the machine busy before {', '.join(map(str, disturbed))} tokens: measure again.")
     for context, reason in skipped.items():
         console.print(f"not measured: {context} tokens ({reason})")
 
@@ -131,7 +135,7 @@ def _decode(cases: list[Case]) -> Table:
                     str(case.context),
                     name,
                     *_spread(side.decode, MILLI),
-                    f"{side.decode_roofline * MILLI:.2f}",
+                    f"{(side.decode_roofline or 0) * MILLI:.2f}",
                     f"{side.tokens_per_second:.1f}",
                     _times(case.ratio("decode") if name == ROUTED else None),
                     f"{side.attended:.1%}",

@@ -41,6 +41,11 @@ class Ceilings:
     flops_per_second: float
     bytes_per_second: tuple[float, ...]
 
+    def best(self, other: Ceilings) -> Ceilings:
+        """The higher of two measurements, number by number: what else runs on the machine can only lower one."""
+        rates = tuple(map(max, self.bytes_per_second, other.bytes_per_second))
+        return Ceilings(max(self.flops_per_second, other.flops_per_second), rates)
+
     def read_rate(self, num_bytes: float) -> float:
         """Bytes per second where ``num_bytes`` are read in every step."""
         return float(np.interp(math.log(max(num_bytes, 1)), np.log(READ_SIZES), self.bytes_per_second))

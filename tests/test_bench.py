@@ -48,6 +48,7 @@ def test_one_run(exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixtu
             assert side["decode"]["count"] == bench_plan.BURST, "whole bursts"
             assert 0 < side["outside_engine"] < 1
             assert side["peak_bytes"] > side["state_bytes"] > 0
+            assert side["decode_roofline"] > 0 and (side["prefill_roofline"] is None) == (side["prefill"] is None)
             assert side["decode_tokens_per_second"] == pytest.approx(1 / side["decode"]["median"])
             assert set(side["parts"]) == set(PARTS)
             assert side["parts"]["attention"] > 0 and side["parts"]["experts"] > 0 and side["parts"]["matmuls"] > 0
@@ -243,6 +244,7 @@ def test_ceilings() -> None:
         10
     )
     assert 20 < ceilings.read_rate(READ_SIZES[1] * 2) < 30
+    assert ceilings.best(Ceilings(90.0, (50.0, 1.0, 1.0, 11.0))) == Ceilings(100.0, (50.0, 30.0, 20.0, 11.0))
     assert ceilings.seconds(Work(READ_SIZES[-1], 0), calls=64) == pytest.approx(READ_SIZES[-1] / 40)
 
 
@@ -282,6 +284,16 @@ def test_profile_of_one_level() -> None:
     nodes = [_node("node_cast", "Cast", 0, 3), _node("node_coarse_route", "CoarseRoute", 5, 4)]
     parts = split_call(nodes, 20, has_fine=False)
     assert (parts["level 1"], parts["level 2"], parts["other"]) == (0, pytest.approx(4e-6), pytest.approx(3e-6))
+
+
+def test_busy_share_counts_what_is_not_idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 100 ticks, 60 idle and 10 waiting for the disk: 30 % busy. The tick counts of a guest are not counted twice."""
+    stat = tmp_path / "stat"
+    contents = iter(["cpu 10 0 0 100 0 0 0 0 9 9\ncpu0 1", "cpu 25 5 5 160 10 0 0 5 99 9\ncpu0 1"])
+    monkeypatch.setattr(bench_plan, "Path", lambda name: stat if stat.write_text(next(contents)) else None)
+    assert bench_plan.busy_share(0) == pytest.approx(0.3)
+    monkeypatch.setattr(bench_plan, "Path", lambda name: tmp_path / "missing")
+    assert bench_plan.busy_share(0) is None
 
 
 def test_worker_reports_errors_and_death(tmp_path: Path) -> None:

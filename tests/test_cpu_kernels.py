@@ -134,12 +134,12 @@ def test_routed_attention_kernel_is_as_exact_as_pytorch(index: int, length: int)
     for isa in sets_here():
         (out,) = run_kernel("RoutedAttention", inputs, attributes, isa)
         got = error(out)
-        assert got[0] <= 2 * root_mean_square + 1e-7 and got[1] <= 3 * most + 1e-6, isa
+        assert got[0] <= 2 * root_mean_square + 1e-8 and got[1] <= 4 * most + 1e-7, isa
         assert (out[empty] == 0).all(), isa
 
 
 @pytest.mark.parametrize("width", [5, 24, 768])
-@pytest.mark.parametrize("length", [1, 5, 33, 300])
+@pytest.mark.parametrize("length", [1, 5, 33, 100])
 @pytest.mark.parametrize("causal", [0, 1], ids=["full", "causal"])
 def test_route_kernels_equal_pytorch(length: int, width: int, causal: int) -> None:
     """Many blocks (several pieces of work), K of 1, 40 and more than there are; whole scores, so ties are common and exact."""
@@ -203,6 +203,13 @@ def test_routed_attention_kernel_ignores_what_no_row_may_see(length: int, causal
     q[1, :, 2:], routes[1, :, 2:] = torch.nan, 2
     for isa, expected in zip(sets_here(), plain, strict=True):
         assert torch.equal(run_kernel("RoutedAttention", inputs, attributes, isa)[0], expected), isa
+
+
+def test_expert_route_kernel_minus_zero_ties_with_zero() -> None:
+    inputs, attributes = make_call("ExpertRoute")
+    inputs["group_logits"] = torch.tensor([-0.0, 0.0, -0.0, 0.0]).expand(6, 4).contiguous()
+    (ids, _) = check("ExpertRoute", inputs, attributes)
+    assert (ids // 2 < 2).all()  # the first two of four groups
 
 
 # Threads and memory
