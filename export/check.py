@@ -5,6 +5,8 @@ The report is a plain dict, the same that ``bilevel check --json`` prints and ``
     passed            bool, all of the below
     bundle, against   folders; model_sha256, checkpoint_sha256: what was compared
     weights           the format of the file's weights; PyTorch's are rounded alike for everything that is judged
+    executions        what ran the routed nodes: "bodies" (any ONNX Runtime), "CPU kernels" (where the library is installed);
+                      selection and computation hold all of them to the same, end to end is the last one's
     data              where the tokens came from, and how many
     attributes        one entry per attribute of a routed node that differs from the model's: name, attribute, graph, model
     selection         one entry per router: rows, exact_rate, jaccard, excused, unexcused, smallest_margin, example
@@ -39,6 +41,7 @@ from bilevel.export.quantise import FORMATS
 from bilevel.export.replay import Replay
 from bilevel.export.rounding import Effect, round_weights
 from bilevel.model import CausalLM
+from bilevel.plugins.cpu_library import find_cpu_library
 from bilevel.plugins.errors import BundleError, RequestError
 
 HELD_OUT = "heldout.txt"
@@ -141,10 +144,14 @@ def _judge(path: Path, model: CausalLM, weights: str, ids: Array, on_stage: Call
     effect = Effect(model, ids) if weights != "fp32" else None
     round_weights(model, weights)
     on_stage("selection and computation: PyTorch's routes forced into the graph")
-    replay = Replay(model, open_probe(path))
+    # Both executions of the one file: what any ONNX Runtime does with it, and what this machine's users get.
+    probes, library = {"bodies": open_probe(path)}, find_cpu_library()
+    if library is not None and probes["bodies"].nodes:
+        probes["CPU kernels"] = open_probe(path, library)
+    replay = Replay(model, probes)
     replay.run(*_batch(ids, model.config.routing.block_size))
     on_stage("end to end: the shipped graph on its own")
-    ends = _end_to_end(open_judged(path, weights), model, ids)
+    ends = _end_to_end(open_judged(path, weights, library), model, ids)
     judgements: list[Selection | Computation] = [*replay.selections.values(), *replay.computations.values()]
     passed = not replay.attributes and all(j.passed for j in judgements) and all(entry["passed"] for entry in ends.values())
     rounding: dict[str, Any] = {}
@@ -154,6 +161,7 @@ def _judge(path: Path, model: CausalLM, weights: str, ids: Array, on_stage: Call
         passed = passed and rounding["activations"]["passed"]
     return {
         "passed": passed,
+        "executions": list(probes),
         "attributes": replay.attributes,
         "selection": [{**s.as_dict(), "passed": s.passed} for s in replay.selections.values()],
         "computation": [{**c.as_dict(), "passed": c.passed} for c in replay.computations.values()],
@@ -207,7 +215,7 @@ def _checkpoint_hash(checkpoint: Path) -> str:
 
 def _record(bundle: Path, manifest: dict[str, Any], report: dict[str, Any]) -> None:
     """Append the verdict to ``bundle.json``, which stays whole if this is interrupted."""
-    kept = ("passed", "model_sha256", "checkpoint_sha256", "precision", "weights", "backend", "data")
+    kept = ("passed", "model_sha256", "checkpoint_sha256", "precision", "weights", "backend", "executions", "data")
     excused = sum(entry["excused"] for entry in report["selection"])
     worst = max(entry["error"] for entry in report["computation"])
     verdict = {key: report[key] for key in kept} | {

@@ -63,13 +63,18 @@ def run_session(session: Any, outputs: list[str] | None, feeds: Arrays) -> list[
         raise BundleError(f"ONNX Runtime cannot run the graph on the check's tokens ({summary}); export it again") from error
 
 
-def open_session(path: Path, model: bytes | None = None) -> Any:
-    """An ONNX Runtime session on the CPU over ``path``, or over ``model`` with the weights that lie beside ``path``."""
+def open_session(path: Path, model: bytes | None = None, library: Path | None = None) -> Any:
+    """An ONNX Runtime session on the CPU over ``path``, or over ``model`` with the weights that lie beside ``path``.
+
+    library: the fast CPU kernels, which then run in place of the routed nodes' portable bodies.
+    """
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is raised, in one sentence
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    if library is not None:
+        options.register_custom_ops_library(str(library))
     try:
         return ort.InferenceSession(model or str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime raises many types, all of them for a file it cannot run
@@ -125,11 +130,14 @@ def load_graph(path: Path) -> onnx.ModelProto:
         raise BundleError(f"{path} is no readable ONNX file; export it again") from error
 
 
-def open_probe(path: Path) -> Probe:
-    """Probe the graph at ``path`` and open it with the weights beside it; quantised products compute with fp32 activations."""
+def open_probe(path: Path, library: Path | None = None) -> Probe:
+    """Probe the graph at ``path`` and open it with the weights beside it; quantised products compute with fp32 activations.
+
+    library: see :func:`open_session`.
+    """
     model = compute_in_fp32(load_graph(path))
     nodes = add_probes(model)
-    session = open_session(path, model.SerializeToString())
+    session = open_session(path, model.SerializeToString(), library)
     return Probe(session, nodes, [output.name for output in session.get_outputs()])
 
 
@@ -148,8 +156,11 @@ def open_shown(path: Path) -> Probe:
     return Probe(session, nodes, [output.name for output in session.get_outputs()])
 
 
-def open_judged(path: Path, weights: str) -> Any:
-    """A session over the shipped file; with int8 or int4 ``weights`` over a copy that computes with fp32 activations."""
+def open_judged(path: Path, weights: str, library: Path | None = None) -> Any:
+    """A session over the shipped file; with int8 or int4 ``weights`` over a copy that computes with fp32 activations.
+
+    library: see :func:`open_session`.
+    """
     if weights == "fp32":
-        return open_session(path)
-    return open_session(path, compute_in_fp32(load_graph(path)).SerializeToString())
+        return open_session(path, None, library)
+    return open_session(path, compute_in_fp32(load_graph(path)).SerializeToString(), library)

@@ -67,13 +67,14 @@ def chosen(step: RoutedStep, trace: Trace) -> tuple[torch.Tensor, ...]:
 class Replay:
     """Runs one batch through both sides and keeps the statistics. Raises BundleError for a graph of another structure.
 
-    attributes: those of routed nodes that differ from the model's. selections: one per router. computations: one per tensor. Both by name and in graph order, so that the first one that
-    fails is the cause.
+    probes: the graph under each of its executions (portable bodies, CPU kernels), which are held to the same by name.
+    attributes: those of routed nodes that differ from the model's. selections: one per router. computations: one per tensor.
+    Both by name and in graph order, so that the first one that fails is the cause.
     """
 
-    def __init__(self, model: CausalLM, probe: Probe) -> None:
-        self.model, self.probe = model, probe
-        self.steps = routed_steps(model.config, probe.nodes)
+    def __init__(self, model: CausalLM, probes: dict[str, Probe]) -> None:
+        self.model, self.probes = model, probes
+        self.steps = routed_steps(model.config, next(iter(probes.values())).nodes)
         self.attributes = [
             entry
             for step in self.steps
@@ -84,6 +85,10 @@ class Replay:
 
     def run(self, token_ids: Array, lengths: Array, cuts: list[int]) -> None:
         """Feed right-padded rows [B, L] in calls of the given sizes; lengths: valid tokens of each row."""
+        for name, probe in self.probes.items():
+            self._run(name, probe, token_ids, lengths, cuts)
+
+    def _run(self, execution: str, probe: Probe, token_ids: Array, lengths: Array, cuts: list[int]) -> None:
         config = self.model.config
         size = config.routing.block_size
         batch, total = token_ids.shape
@@ -100,8 +105,8 @@ class Replay:
                 tokens, past_len, new_len = (torch.from_numpy(x) for x in (chunk, past, new))
                 logits, state = self.model.step(tokens, past_len, new_len, state, trace)
             feeds = {"input_ids": chunk, "past_len": past, "new_len": new, **caches, **self._forced(trace)}
-            got = self.probe.run(feeds)
-            self._compare(got, trace, past, new, f"tokens {first}..{last - 1}")
+            got = probe.run(feeds)
+            self._compare(got, trace, past, new, f"{execution}, tokens {first}..{last - 1}")
             self._computation("logits", got["logits"][new > 0], logits.numpy()[new > 0])
             caches = {f"past.{name}": got[f"present.{name}"] for name in names}
             past = past + new

@@ -22,7 +22,7 @@ from bilevel.runtime.bench_profile import PARTS
 from bilevel.runtime.bench_roofline import CeilingMeter, Ceilings, Geometry
 from bilevel.runtime.bench_side import Side, SideSpec
 from bilevel.runtime.bench_worker import Worker
-from bilevel.runtime.cpu_library import VARIABLE
+from bilevel.plugins.cpu_library import VARIABLE
 
 # Largest relative error (norm of the difference over norm) of right logits. Rounded activations turn the last bit of a sum into
 # a whole step now and then, which may also turn over a near-tie of a router; a wrong result is off by about 1.

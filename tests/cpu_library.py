@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel.runtime.cpu_library import VARIABLE, find_cpu_library, instruction_set
+from bilevel.plugins.cpu_library import VARIABLE, find_cpu_library, instruction_set
 from tests.operator_calls import Attributes, Inputs, model_of, node_of
 
 SETS = ("avx512", "avx2", "baseline")

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"bilevel": "bilevel", "export": "bilevel.export", "plugins": "bilevel.plugins", "runtime": "bilevel.runtime"}
-SHARED = ("bilevel.plugins.contract", "bilevel.plugins.errors")
+SHARED = ("bilevel.plugins.contract", "bilevel.plugins.cpu_library", "bilevel.plugins.errors")
 
 # Module or package -> (what it may import from this repository, what else; None: anything). The longest name applies.
 # "bilevel" alone is the package itself: its docstring and version.
@@ -21,6 +21,7 @@ LAW: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     "bilevel": (("bilevel", *SHARED), ("torch", "safetensors")),
     "bilevel.plugins": (("bilevel.plugins",), None),
     "bilevel.plugins.contract": (("bilevel.plugins.errors",), ()),
+    "bilevel.plugins.cpu_library": (("bilevel.plugins.errors",), ()),
     "bilevel.plugins.errors": ((), ()),
     "bilevel.export": (("bilevel", "bilevel.plugins", "bilevel.export"), None),
     "bilevel.runtime": (
