@@ -16,13 +16,13 @@ from contextlib import ExitStack, closing
 import numpy as np
 from numpy.typing import NDArray
 
+from bilevel.plugins.cpu_library import VARIABLE
 from bilevel.plugins.errors import BilevelError
 from bilevel.runtime.bench_plan import BURST, CHECKED, DENSE, UNCOUNTED, Case, Plan, SideResult, Spread, busy_share
 from bilevel.runtime.bench_profile import PARTS
 from bilevel.runtime.bench_roofline import CeilingMeter, Ceilings, Geometry
 from bilevel.runtime.bench_side import Side, SideSpec
 from bilevel.runtime.bench_worker import Worker
-from bilevel.plugins.cpu_library import VARIABLE
 
 # Largest relative error (norm of the difference over norm) of right logits. Rounded activations turn the last bit of a sum into
 # a whole step now and then, which may also turn over a near-tie of a router; a wrong result is off by about 1.

@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from bilevel.plugins.cpu_library import VARIABLE, find_cpu_library
 from bilevel.plugins.errors import BundleError, MissingDependency, RequestError, require
 from bilevel.runtime.bundle import Bundle, load_bundle
-from bilevel.plugins.cpu_library import VARIABLE, find_cpu_library
 from bilevel.runtime.manifest import CALL_INPUTS
 from bilevel.runtime.tensors import DTYPES, TensorSpec
 

@@ -15,9 +15,8 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from bilevel.plugins import contract
+from bilevel.plugins import contract, cpu_library
 from bilevel.plugins.errors import BundleError, RequestError
-from bilevel.plugins import cpu_library
 from bilevel.runtime.bundle import load_bundle
 from bilevel.runtime.session import OnnxSession
 from tests.cpu_library import SETS, options_with_library, required_library, run_kernel, sets_here, wanted_set
