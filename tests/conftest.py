@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,3 +37,32 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Pa
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent  # one export for all workers
     return lambda preset, weights="fp32": export_once(folder / "exported", preset, weights)
+
+
+@pytest.fixture
+def copied(exported: Callable[..., tuple[Path, Path]], tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
+    """preset, weights="fp32" -> (checkpoint, bundle), free to be changed."""
+
+    def copy(preset: str, weights: str = "fp32") -> tuple[Path, Path]:
+        checkpoint, bundle = exported(preset, weights)
+        return shutil.copytree(checkpoint, tmp_path / "checkpoint"), shutil.copytree(bundle, tmp_path / "bundle")
+
+    return copy
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The two rates of the planted-fault suite, where it ran (``tests/test_faults.py``)."""
+    rates = []
+    for test, sentence in (
+        ("test_fault_", "faults: {} of {} found at the right place"),
+        ("test_harmless_", "harmless: {} of {} pass"),
+    ):
+        ran = {
+            outcome: {r.nodeid for r in terminalreporter.getreports(outcome) if f"test_faults.py::{test}" in r.nodeid}
+            for outcome in ("passed", "failed", "error")
+        }
+        wrong = ran["failed"] | ran["error"]
+        if ran["passed"] or wrong:
+            rates.append(sentence.format(len(ran["passed"] - wrong), len(ran["passed"] | wrong)))
+    if rates:
+        terminalreporter.write_line("; ".join(rates))

@@ -23,21 +23,11 @@ from bilevel.export.rounding import round_weights, rounded_activations
 from bilevel.plugins.errors import BundleError
 from bilevel.runtime.cli import main
 from tests.fake_bundle import edit_manifest
-from tests.test_check import FAULTS, TOKENS, edit_model, failing, set_attribute
+from tests.faults import GRAPH_FAULTS, TOKENS, first_failure, nearest_entry
+from tests.surgery import edit_model, set_attribute
 
 Exported = Callable[..., tuple[Path, Path]]
 Edit = Callable[[onnx.ModelProto], Any]
-
-
-@pytest.fixture
-def copied(exported: Exported, tmp_path: Path) -> Exported:
-    """preset, weights -> (checkpoint, bundle), free to be changed."""
-
-    def copy(preset: str, weights: str = "fp32") -> tuple[Path, Path]:
-        checkpoint, bundle = exported(preset, weights)
-        return shutil.copytree(checkpoint, tmp_path / "checkpoint"), shutil.copytree(bundle, tmp_path / "bundle")
-
-    return copy
 
 
 def change(part: str, index: int, edit: Callable[[np.ndarray], None]) -> Edit:
@@ -83,14 +73,14 @@ WEIGHT_FAULTS: dict[str, Edit] = {
     "a zero point": change(".zeros", 1, next_zero),
     "two layers' weights": swap_products,
 }
-GRAPH_FAULTS = [
-    "level 1 block_size",
-    "level 2 topk",
-    "level 2 key of another block",
-    "attention value heads swapped",
-    "attention routes swapped",
-    "experts scale",
-    "experts another id",
+ALSO_IN_FP32 = [
+    "level 1: another block size",
+    "level 2: top-k off by one",
+    "level 2: keys of the block before",
+    "attention: value heads swapped",
+    "attention: routes of the other head",
+    "experts: weights of each other",
+    "experts: ids shifted",
 ]
 
 
@@ -101,7 +91,7 @@ def test_bundle_passes_within_the_limits_of_fp32(exported: Exported, tmp_path: P
     checkpoint, source = exported(preset, weights)
     bundle = shutil.copytree(source, tmp_path / "bundle")
     report = check_bundle(bundle, checkpoint, tokens=TOKENS)
-    assert report["passed"] and not failing(report) and report["weights"] == weights
+    assert report["passed"] and first_failure(report) is None and report["weights"] == weights
     assert {entry["limit"] for entry in report["computation"]} == {COMPUTATION_LIMIT}
     assert max(entry["error"] for entry in report["computation"]) < 1e-5
     assert all(entry["exact_rate"] == 1 for entry in report["selection"])
@@ -133,13 +123,13 @@ def test_fp32_bundle_has_no_looser_judgement(copied: Exported) -> None:
     assert report["passed"] and report["weights"] == "fp32" and not {"activations", "effect"} & set(report)
 
 
-@pytest.mark.parametrize("fault", GRAPH_FAULTS)
-def test_planted_fault_in_an_int4_graph(copied: Exported, fault: str) -> None:
+@pytest.mark.parametrize("name", ALSO_IN_FP32)
+def test_planted_fault_in_an_int4_graph(copied: Exported, name: str) -> None:
+    fault = GRAPH_FAULTS[name]
     checkpoint, bundle = copied("two_level", "int4")
-    edit, first = FAULTS[fault]
-    edit_model(bundle, edit)
+    edit_model(bundle, fault.plant)
     report = check_bundle(bundle, checkpoint, tokens=TOKENS)
-    assert not report["passed"] and failing(report)[:1] == [first]
+    assert not report["passed"] and first_failure(report) == nearest_entry(report, fault.at)
 
 
 @pytest.mark.parametrize("fault", WEIGHT_FAULTS)
@@ -147,7 +137,7 @@ def test_planted_fault_in_int4_weights(copied: Exported, fault: str) -> None:
     checkpoint, bundle = copied("two_level", "int4")
     edit_model(bundle, WEIGHT_FAULTS[fault], weights=True)
     report = check_bundle(bundle, checkpoint, tokens=TOKENS)
-    assert not report["passed"] and failing(report)
+    assert not report["passed"] and first_failure(report) is not None
 
 
 @pytest.mark.parametrize(("stored", "claimed"), [("int4", "int8"), ("int8", "int4"), ("fp32", "int4"), ("int4", "fp32")])
@@ -155,7 +145,7 @@ def test_another_format_than_the_manifest_says(copied: Exported, stored: str, cl
     checkpoint, bundle = copied("two_level", stored)
     edit_manifest(bundle, lambda manifest: manifest.update(weights={"format": claimed}))
     report = check_bundle(bundle, checkpoint, tokens=TOKENS)
-    assert not report["passed"] and failing(report)
+    assert not report["passed"] and first_failure(report) is not None
 
 
 def test_unknown_format(copied: Exported) -> None:
@@ -171,7 +161,7 @@ def test_activations_are_judged(copied: Exported, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(rounding, "ALLOWED_FACTOR", 0.1)
     monkeypatch.setattr(rounding, "KL_LIMIT", 0.0)
     report = check_bundle(bundle, checkpoint, tokens=TOKENS)
-    assert not failing(report) and not report["activations"]["passed"] and not report["passed"]
+    assert first_failure(report) is None and not report["activations"]["passed"] and not report["passed"]
 
 
 def test_shipped_file_rounds_activations_and_the_judged_copy_does_not(exported: Exported) -> None:

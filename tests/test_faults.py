@@ -1,0 +1,80 @@
+"""``bilevel check`` finds every planted fault where it starts and passes every harmless change.
+
+pytest tests/test_faults.py -q      # ends with the two rates
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bilevel.export.check import check_bundle
+from bilevel.plugins.cpu_library import VARIABLE
+from tests.cpu_library import required_library
+from tests.faults import GRAPH_FAULTS, TOKENS, Fault, first_failure, nearest_entry
+from tests.faults_bodies import BODY_FAULTS, KERNEL_FAULTS, KernelFault
+from tests.harmless import HARMLESS, periodic_text
+from tests.surgery import Compiler, Kernel, edit_model
+
+Copied = Callable[[str], tuple[Path, Path]]
+Built = Callable[[Kernel], Path]
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """kernel -> the CPU library with this change."""
+    required_library()  # says what is missing where there is no compiler
+    compiler = Compiler(tmp_path_factory.mktemp("kernels"))
+    return compiler.build
+
+
+def assert_found(report: dict[str, Any], fault: Fault | KernelFault) -> None:
+    assert not report["passed"]
+    assert first_failure(report) == nearest_entry(report, fault.at)
+
+
+@pytest.mark.parametrize("name", GRAPH_FAULTS)
+def test_fault_in_a_graph(copied: Copied, name: str) -> None:
+    fault = GRAPH_FAULTS[name]
+    checkpoint, bundle = copied(fault.model)
+    edit_model(bundle, fault.plant, fault.weights)
+    assert_found(check_bundle(bundle, checkpoint, tokens=fault.tokens), fault)
+
+
+@pytest.mark.parametrize("name", BODY_FAULTS)
+def test_fault_in_a_body(copied: Copied, name: str) -> None:
+    fault = BODY_FAULTS[name]
+    checkpoint, bundle = copied(fault.model)
+    edit_model(bundle, fault.plant)
+    assert_found(check_bundle(bundle, checkpoint, tokens=fault.tokens), fault)
+
+
+@pytest.mark.parametrize("name", KERNEL_FAULTS)
+def test_fault_in_a_kernel(copied: Copied, built: Built, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    fault = KERNEL_FAULTS[name]
+    checkpoint, bundle = copied(fault.model)
+    monkeypatch.setenv(VARIABLE, str(built(fault.kernel)))
+    assert_found(check_bundle(bundle, checkpoint, tokens=TOKENS), fault)
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_harmless_change(copied: Copied, built: Built, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    change = HARMLESS[name]
+    checkpoint, bundle = copied(change.model)
+    if change.files is not None:
+        change.files(checkpoint, bundle)
+    if change.edit is not None:
+        edit_model(bundle, change.edit, change.weights)
+    if change.kernel is not None:
+        monkeypatch.setenv(VARIABLE, str(built(change.kernel)))
+    with change.around():
+        report = check_bundle(bundle, checkpoint, tokens=TOKENS, data=periodic_text(bundle) if change.periodic else None)
+    assert first_failure(report) is None
+    if not change.excused:
+        assert report["passed"]
+        return
+    (entry,) = (entry for entry in report["selection"] if entry["name"] == change.excused)
+    assert entry["excused"] > 0 and entry["exact_rate"] < 1
