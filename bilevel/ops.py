@@ -171,6 +171,16 @@ def pool_blocks(tokens: Tensor, first_block: Tensor, num_blocks: int, block_size
     return gather_blocks(tokens, first_block, num_blocks, block_size).float().mean(3).to(tokens.dtype)
 
 
+_library.define("name_value(Tensor x, str name) -> Tensor")
+_library.impl("name_value", lambda x, name: x.clone(), "CompositeExplicitAutograd")
+torch.library.register_fake("bilevel::name_value", lambda x, name: torch.empty_like(x), lib=_library)
+
+
+def name_value(x: Tensor, name: str) -> Tensor:
+    """``x`` itself; the exported graph calls this value ``name``, so that tools find it there."""
+    return torch.ops.bilevel.name_value(x, name) if torch.compiler.is_exporting() else x
+
+
 def pad_to_blocks(tokens: Tensor, block_size: int) -> Tensor:
     """Zero-pad [B, H, L, D] along L to a multiple of ``block_size`` (what ``routed_attention`` asks of k and v)."""
     return torch.nn.functional.pad(tokens, (0, 0, 0, -tokens.shape[2] % block_size))

@@ -62,7 +62,9 @@ class WordRouter(nn.Module):
         pooled = unit(self.words(embed(touched)).mean(2))[:, None].to(embed.weight.dtype)
         block_key = pooled if block_key is None else ops.write_cache(block_key, pooled, first)
         query = self.query(token_ids, past_len, length, embed)
-        candidates = ops.coarse_route(query, block_key, past_len, new_len, **self.config.route_attributes(1))
+        candidates = trace.given("candidates") if trace is not None else None
+        if candidates is None:
+            candidates = ops.coarse_route(query, block_key, past_len, new_len, **self.config.route_attributes(1))
         if trace is not None:
             trace.word_query, trace.word_block_key, trace.candidates = query, block_key, candidates
         return candidates, token_ids, block_key
