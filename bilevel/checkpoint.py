@@ -233,7 +233,7 @@ def _fill(stored: Mapping[str, _Stored], places: Mapping[str, Tensor]) -> None:
                     continue
                 if torch.isfinite(tensor).all():
                     kind = str(place.dtype).removeprefix("torch.")
-                    raise CheckpointError(f"{name} holds values too large for {kind}; load the model as float32")
+                    raise CheckpointError(f"{name} holds values too large for {kind}; load or export the model in float32")
                 raise CheckpointError(f"{name} in {path.name} holds NaN or infinite values; the model is not usable")
 
 

@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 from bilevel import ops
 from bilevel.config import ModelConfig
+from bilevel.precision import wide
 from bilevel.state import DecoderState, Trace
 
 
 def unit(vectors: Tensor) -> Tensor:
-    """Vectors divided by their length, in fp32."""
-    return F.normalize(vectors.float(), dim=-1)
+    """Vectors divided by their length, in fp32 (fp64 for fp64 vectors)."""
+    return F.normalize(wide(vectors), dim=-1)
 
 
 class WordRouter(nn.Module):
@@ -29,7 +30,7 @@ class WordRouter(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.route_dim, bias=False) if config.routing.route_dim else nn.Identity()
 
     def words(self, embeddings: Tensor) -> Tensor:
-        """ê: fp32 [..., Dr] for embeddings [..., d]."""
+        """ê: fp32 or fp64 [..., Dr] for embeddings [..., d]."""
         return unit(self.proj(embeddings))
 
     def query(self, token_ids: Tensor, past_len: Tensor, length: int, embed: nn.Embedding) -> Tensor:

@@ -29,7 +29,7 @@ def load_adapted(path: Path, precision: str = "float32", *, emulated: bool = Tru
     if precision != "float32" and emulated:
         from bilevel.export.emulate import emulate
 
-        model = emulate(model)
+        model = ir.from_proto(emulate(model))
     return model
 
 

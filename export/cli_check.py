@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from bilevel.export.precision import PRECISIONS
 from bilevel.plugins.errors import BundleError, CheckpointError, RequestError, require
 
-PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 EPILOG = """\
 Three judgements, never one number, and the invariants:
   selection     which blocks and experts every router chose. A differing choice is excused only at a near-tie: its distance to
