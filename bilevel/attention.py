@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bilevel.precision import wide
 from bilevel.routing import block_mask, head_map
 
 
@@ -18,15 +19,13 @@ def visible_tokens(capacity: int, length: int, past_len: Tensor, new_len: Tensor
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Softmax attention in fp32; a row whose mask is empty gives 0 (and no NaN gradient).
+    """Softmax attention in fp32 (fp64 for fp64 operands); a row whose mask is empty gives 0 (and no NaN gradient).
 
     q: [B, Hq, L, D]. k, v: [B, Hkv, M, D]. mask: bool [B, 1 or Hq, L, M]. Returns [B, Hq, L, D] in q's dtype.
     """
     heads = head_map(q.shape[1], k.shape[1], q.device)
     empty = ~mask.any(-1, keepdim=True)
-    out = F.scaled_dot_product_attention(
-        q.float(), k.float()[:, heads], v.float()[:, heads], attn_mask=mask | empty, scale=scale
-    )
+    out = F.scaled_dot_product_attention(wide(q), wide(k)[:, heads], wide(v)[:, heads], attn_mask=mask | empty, scale=scale)
     return torch.where(empty, 0.0, out).to(q.dtype)
 
 

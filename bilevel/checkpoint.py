@@ -40,6 +40,55 @@ class _Stored:
     shape: tuple[int, ...]
 
 
+class Checkpoint:
+    """A checkpoint folder whose weights can be read part by part. Raises ConfigError and CheckpointError.
+
+    The ledger is settled from the file headers when this is made; weights are read by :meth:`fill`, one tensor at a time.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder = Path(folder)
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder} is not a folder; a checkpoint is a folder with {CONFIG} and {WEIGHTS}")
+        self.config = load_config(folder)
+        self._stored = _read_headers(folder)
+        skeleton = self.skeleton()
+        tensors = {**dict(skeleton.named_parameters()), **dict(skeleton.named_buffers())}
+        _check_ledger(folder, self._stored, _places(tensors, self.config, self._stored))
+
+    def skeleton(self) -> CausalLM:
+        """The model with shapes only (on torch's meta device), in eval mode."""
+        with torch.device("meta"):
+            return CausalLM(self.config).eval()
+
+    def fill(self, model: CausalLM, part: str = "", dtype: torch.dtype = torch.float32) -> None:
+        """Give the parameters below the module ``part`` ("": all) their values in ``dtype``; buffers keep the model's own dtype.
+
+        A tied head counts to the embedding: filling either fills both.
+        """
+        tied = self.config.tie_word_embeddings
+        part = _EMBEDDING.removesuffix(".weight") if tied and part == _HEAD.removesuffix(".weight") else part
+        # Parameters that are one tensor (a tied head) appear once here, under the first name.
+        parameters, buffers = (
+            {name: tensor for name, tensor in named if not part or name.startswith(f"{part}.")}
+            for named in (model.named_parameters(), model.named_buffers())
+        )
+        if tied:
+            parameters.pop(_HEAD, None)
+        weights = {name: torch.empty(p.shape, dtype=dtype) for name, p in parameters.items()}
+        weights |= {name: torch.empty_like(b, device="cpu") for name, b in buffers.items()}
+        places = _places(weights, self.config, self._stored)
+        _fill(self._stored, places)
+        if tied and _HEAD in places and not torch.equal(places[_HEAD], places[_EMBEDDING]):
+            raise CheckpointError(
+                f"{self.folder} stores a {_HEAD} that differs from {_EMBEDDING}, but its {CONFIG} ties the two; "
+                "set tie_word_embeddings to false"
+            )
+        model.load_state_dict(weights, assign=True, strict=False)
+        if tied and _EMBEDDING in weights:
+            model.lm_head.weight = model.model.embed_tokens.weight
+
+
 def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> CausalLM:
     """The model in a checkpoint folder, in eval mode, its parameters in ``dtype`` (buffers keep the model's own dtype).
 
@@ -47,30 +96,10 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> CausalLM:
     be stored stacked (``mlp.experts.gate_up_proj`` [E, 2f, d]) or one by one (``mlp.experts.{e}.gate_proj.weight`` [f, d]).
     Raises ConfigError for a config that cannot be honoured, CheckpointError for weights that do not match it.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder; a checkpoint is a folder with {CONFIG} and {WEIGHTS}")
-    config = load_config(folder)
-    stored = _read_headers(folder)
-    with torch.device("meta"):
-        model = CausalLM(config)
-    # Parameters that are one tensor (a tied head) appear once here, under the first name.
-    weights = {name: torch.empty(p.shape, dtype=dtype) for name, p in model.named_parameters()}
-    weights |= {name: torch.empty_like(b, device="cpu") for name, b in model.named_buffers()}
-    places = _places(weights, config, stored)
-    _check_ledger(folder, stored, places)
-    _fill(stored, places)
-    if config.tie_word_embeddings:
-        if _HEAD in places and not torch.equal(places[_HEAD], places[_EMBEDDING]):
-            raise CheckpointError(
-                f"{folder} stores a {_HEAD} that differs from {_EMBEDDING}, but its {CONFIG} ties the two; "
-                "set tie_word_embeddings to false"
-            )
-        weights[_HEAD] = weights[_EMBEDDING]
-    model.load_state_dict(weights, assign=True)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    return model.eval()
+    checkpoint = Checkpoint(folder)
+    model = checkpoint.skeleton()
+    checkpoint.fill(model, dtype=dtype)
+    return model
 
 
 def save_model(model: CausalLM, folder: Path, *, files: Mapping[str, bytes] | None = None, overwrite: bool = False) -> None:
@@ -150,12 +179,12 @@ def _read_headers(folder: Path) -> dict[str, _Stored]:
 def _places(weights: dict[str, Tensor], config: ModelConfig, stored: Mapping[str, _Stored]) -> dict[str, Tensor]:
     """Stored name -> the memory that it fills; experts that are stored one by one fill views of the stacked weights."""
     places = dict(weights)
-    if config.tie_word_embeddings and _HEAD in stored:
+    if config.tie_word_embeddings and _HEAD in stored and _EMBEDDING in weights:
         places[_HEAD] = torch.empty_like(weights[_EMBEDDING])  # a second copy: only compared, then dropped
     for layer in config.experts.layers if config.experts else ():
         prefix = f"model.layers.{layer}.mlp.experts"
         stacked = f"{prefix}.gate_up_proj", f"{prefix}.down_proj"
-        if any(name in stored for name in stacked):
+        if stacked[0] not in places or any(name in stored for name in stacked):
             continue
         gate_up, down = (places.pop(name) for name in stacked)
         for expert in range(down.shape[0]):
@@ -204,7 +233,7 @@ def _fill(stored: Mapping[str, _Stored], places: Mapping[str, Tensor]) -> None:
                     continue
                 if torch.isfinite(tensor).all():
                     kind = str(place.dtype).removeprefix("torch.")
-                    raise CheckpointError(f"{name} holds values too large for {kind}; load the model as float32")
+                    raise CheckpointError(f"{name} holds values too large for {kind}; load or export the model in float32")
                 raise CheckpointError(f"{name} in {path.name} holds NaN or infinite values; the model is not usable")
 
 

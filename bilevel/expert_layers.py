@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from bilevel import ops
 from bilevel.config import Experts, ModelConfig
+from bilevel.precision import wide
 from bilevel.state import Step, Trace
 from bilevel.word_router import unit
 
@@ -31,16 +32,19 @@ class ExpertGate(nn.Module):
     def forward(self, x: Tensor, words: Tensor | None, trace: Trace | None) -> tuple[Tensor, Tensor]:
         """x: [T, d]; words: unit word embeddings fp32 [T, d], for level 1's prior. Returns ids, weights [T, k]."""
         spec = self.experts
-        logits = F.linear(x.float(), self.weight.float())
+        logits = F.linear(wide(x), wide(self.weight))
         if words is not None and spec.group_score == "external":
             group_logits = F.linear(words, unit(self.group_centroid))
         else:
             group_logits = logits.new_zeros(x.shape[0], spec.n_group)
         bias = self.e_score_correction_bias if spec.select_bias else logits.new_zeros(spec.num_experts)
-        ids, weights = ops.expert_route(logits, group_logits, bias.float(), **spec.route_attributes())
+        ids, weights = ops.expert_route(logits, group_logits, bias.to(logits.dtype), **spec.route_attributes())
+        if trace is not None and trace.forced is not None:
+            ids, weights = trace.given("expert_ids"), trace.given("expert_weights")
         if trace is not None:
             trace.expert_logits.append(logits)
             trace.group_logits.append(group_logits)
+            trace.expert_bias.append(bias)
             trace.expert_ids.append(ids)
             trace.expert_weights.append(weights)
         return ids, weights

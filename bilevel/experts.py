@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bilevel.plugins import contract
 from bilevel.plugins.errors import ContractError
+from bilevel.precision import wide
 
 _FLOAT_MAX = torch.finfo(torch.float32).max
 
@@ -76,12 +77,12 @@ def routed_experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, dow
     Work grows with the chosen (token, expert) pairs: each expert runs once over the tokens that chose it.
     """
     contract.ROUTED_EXPERTS.bind_shapes([x.shape, ids.shape, weights.shape, gate_up.shape, down.shape])
-    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    out = wide(torch.zeros_like(x))
     for expert in range(down.shape[0]):
         token, slot = torch.nonzero(ids == expert, as_tuple=True)
         if not len(token):
             continue
         gate, up = F.linear(x[token], gate_up[expert]).chunk(2, dim=-1)
-        y = F.linear(F.silu(gate) * up, down[expert]).float() * weights[token, slot, None]
+        y = wide(F.linear(F.silu(gate) * up, down[expert])) * weights[token, slot, None]
         out = out.index_add(0, token, y)
     return out.to(x.dtype)

@@ -48,6 +48,8 @@ class Attention(nn.Module):
 
     def route(self, q: Tensor, block_key: Tensor, step: Step) -> Tensor:
         """The blocks that each word of this layer reads: int32 [B, Hs, L, K2]."""
+        if step.trace is not None and (given := step.trace.given("routes")) is not None:
+            return given
         attributes = self.config.route_attributes(2)
         if step.candidates is None:
             return ops.coarse_route(q, block_key, step.past_len, step.new_len, **attributes)
@@ -116,6 +118,11 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x), step), state
 
 
+def hidden_name(index: int) -> str:
+    """What an exported graph calls the hidden state that enters layer ``index`` (after the last layer: the final norm)."""
+    return f"hidden.{index}"
+
+
 class Decoder(nn.Module):
     """Embedding, level 1, the layers and the last norm."""
 
@@ -129,10 +136,10 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(
+    def begin(
         self, input_ids: Tensor, past_len: Tensor, new_len: Tensor, state: DecoderState | None, trace: Trace | None = None
-    ) -> tuple[Tensor, DecoderState]:
-        """input_ids: int64 [B, L], right-padded. past_len, new_len: int32 [B]. Returns ([B, L, d], the new state)."""
+    ) -> tuple[Tensor, Step, Tensor | None, Tensor | None]:
+        """What comes before the layers: (embeddings [B, L, d], what all layers share, token_ids, word_block_key)."""
         config = self.config
         x = self.embed_tokens(input_ids)
         candidates = token_ids = word_block_key = None
@@ -144,9 +151,17 @@ class Decoder(nn.Module):
         cos, sin = rotary_angles(position, config)
         needs_words = config.experts is not None and config.experts.group_score == "external"
         step = Step(past_len, new_len, cos, sin, candidates, unit(x) if needs_words else None, trace)
+        return ops.name_value(x, hidden_name(0)), step, token_ids, word_block_key
+
+    def forward(
+        self, input_ids: Tensor, past_len: Tensor, new_len: Tensor, state: DecoderState | None, trace: Trace | None = None
+    ) -> tuple[Tensor, DecoderState]:
+        """input_ids: int64 [B, L], right-padded. past_len, new_len: int32 [B]. Returns ([B, L, d], the new state)."""
+        x, step, token_ids, word_block_key = self.begin(input_ids, past_len, new_len, state, trace)
         layers = []
         for index, layer in enumerate(self.layers):
             x, layer_state = layer(x, step, state.layers[index] if state else None)
+            x = ops.name_value(x, hidden_name(index + 1))
             layers.append(layer_state)
         return self.norm(x), DecoderState(layers, token_ids, word_block_key)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from bilevel import attention, experts, routing
 from bilevel.plugins import contract
 from bilevel.plugins.errors import ContractError
+from bilevel.precision import wide
 
 _KINDS = {"int": "int", "float": "float", "string": "str"}
 # Output dimensions that an attribute fixes.
@@ -37,11 +38,13 @@ def _check(op: contract.Op, tensors: tuple[Tensor, ...], attributes: dict[str, A
     """Shapes, dtypes and attributes against the contract, before any work; returns symbol -> size."""
     op.check_attributes(attributes)
     sizes = op.bind_shapes([tensor.shape for tensor in tensors])
+    dtypes = _port_dtypes(tensors)
     for port, tensor in zip(op.inputs, tensors, strict=True):
-        expected = {"int32": torch.int32, "float32": torch.float32}.get(port.dtype)
+        expected = dtypes.get(port.dtype)
         kind = str(tensor.dtype).removeprefix("torch.")
         if expected is not None and tensor.dtype != expected:
-            raise ContractError(f"{op.name}: {port.name} must be {port.dtype}, got {kind}")
+            wanted = str(expected).removeprefix("torch.")
+            raise ContractError(f"{op.name}: {port.name} must be {wanted}, got {kind}")
         if expected is None and not tensor.dtype.is_floating_point:
             raise ContractError(f"{op.name}: {port.name} must be of a float type, got {kind}")
         if expected is None and tensor.dtype != tensors[0].dtype:
@@ -49,6 +52,11 @@ def _check(op: contract.Op, tensors: tuple[Tensor, ...], attributes: dict[str, A
             raise ContractError(f"{op.name}: {port.name} is {kind}, but {op.inputs[0].name} is {first}; give both one type")
     _check_divisible(op, sizes, attributes)
     return sizes
+
+
+def _port_dtypes(tensors: tuple[Tensor, ...]) -> dict[str, torch.dtype]:
+    """What the contract's dtypes other than "T" stand for: a model in fp64 has fp64 where the contract says float32."""
+    return {"int32": torch.int32, "float32": torch.float64 if tensors[0].dtype == torch.float64 else torch.float32}
 
 
 def _check_divisible(op: contract.Op, sizes: dict[str, int], attributes: dict[str, Any]) -> None:
@@ -74,7 +82,7 @@ def _fake_outputs(op: contract.Op, tensors: tuple[Tensor, ...], attributes: dict
     """Empty outputs of the declared shapes and dtypes (the shape function that tracing uses)."""
     sizes = _check(op, tensors, attributes)
     sizes |= {symbol: attributes[name] for symbol, name in _SIZED_BY.items() if name in attributes}
-    dtypes = {"int32": torch.int32, "float32": torch.float32, "T": tensors[0].dtype}
+    dtypes = {**_port_dtypes(tensors), "T": tensors[0].dtype}
     outputs = tuple(
         tensors[0].new_empty([sizes[symbol] for symbol in port.shape], dtype=dtypes[port.dtype]) for port in op.outputs
     )
@@ -94,6 +102,11 @@ def _define(op: contract.Op, eager: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(*tensors: Tensor, **attributes: Any) -> Any:
         if torch.compiler.is_exporting():
+            if tensors[0].dtype == torch.float64:
+                raise ContractError(
+                    f"{op.name}: {op.inputs[0].name} is float64, which no device has kernels for; "
+                    "export the module in float32, float16 or bfloat16"
+                )
             return node(*tensors, **attributes)
         _check(op, tensors, attributes)
         return eager(*tensors, **attributes)
@@ -163,12 +176,22 @@ def gather_blocks(tokens: Tensor, first_block: Tensor, num_blocks: int, block_si
 
 
 def pool_blocks(tokens: Tensor, first_block: Tensor, num_blocks: int, block_size: int) -> Tensor:
-    """fp32 means of consecutive blocks of a cache, rounded to the cache's dtype: [B, H, num_blocks, D].
+    """fp32 (fp64 for an fp64 cache) means of consecutive blocks of a cache, rounded to the cache's dtype: [B, H, num_blocks, D].
 
     A mean over a block that is not complete yet is never read: only complete blocks are scored, and the block is pooled
     again in the call that completes it.
     """
-    return gather_blocks(tokens, first_block, num_blocks, block_size).float().mean(3).to(tokens.dtype)
+    return wide(gather_blocks(tokens, first_block, num_blocks, block_size)).mean(3).to(tokens.dtype)
+
+
+_library.define("name_value(Tensor x, str name) -> Tensor")
+_library.impl("name_value", lambda x, name: x.clone(), "CompositeExplicitAutograd")
+torch.library.register_fake("bilevel::name_value", lambda x, name: torch.empty_like(x), lib=_library)
+
+
+def name_value(x: Tensor, name: str) -> Tensor:
+    """``x`` itself; the exported graph calls this value ``name``, so that tools find it there."""
+    return torch.ops.bilevel.name_value(x, name) if torch.compiler.is_exporting() else x
 
 
 def pad_to_blocks(tokens: Tensor, block_size: int) -> Tensor:

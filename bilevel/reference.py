@@ -12,6 +12,7 @@ Normative rules kept here:
   local ones, then init.
 * Scores are sums of products accumulated in fp32 from the inputs as stored. Order: score descending, index ascending. NaN
   counts as -inf and -inf is never selected; +inf counts as the largest finite number and so ties by index.
+  In an fp64 model, sums and what is declared float32 are fp64.
 * Routes are ascending, unique, -1 in the unused tail. Rows at or beyond new_len give -1 (routes) and 0 (output).
 """
 
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from bilevel.plugins import contract
+from bilevel.precision import wide
 
 _FLOAT_MAX = torch.finfo(torch.float32).max
 
@@ -67,7 +69,7 @@ def _route(
                     for r in range(num_route_heads):
                         if r * num_selection_heads // num_route_heads == s:
                             key = unit_key[b, r * num_key_heads // num_route_heads, j]
-                            score += float(query[b, r, i].float() @ key.float())
+                            score += float(wide(query[b, r, i]) @ wide(key))
                     if _rank(score) > -math.inf:
                         scored.append((-_rank(score), j))
                 kept = sorted(forced + [j for _, j in sorted(scored)][: topk - len(forced)])
@@ -127,9 +129,9 @@ def routed_attention(
                 tokens = [t for j in blocks for t in range(j * block_size, (j + 1) * block_size) if t < horizon]
                 if not tokens:
                     continue
-                keys = k[b, h * num_kv_heads // num_heads, tokens].float()
-                values = v[b, h * num_kv_heads // num_heads, tokens].float()
-                probability = torch.softmax(keys @ q[b, h, i].float() * scale, dim=0)
+                keys = wide(k[b, h * num_kv_heads // num_heads, tokens])
+                values = wide(v[b, h * num_kv_heads // num_heads, tokens])
+                probability = torch.softmax(keys @ wide(q[b, h, i]) * scale, dim=0)
                 out[b, h, i] = (probability @ values).to(q.dtype)
     return out
 
@@ -156,7 +158,7 @@ def expert_route(
     num_groups = group_logits.shape[1]
     size = num_experts // num_groups
     ids = torch.full((num_tokens, top_k), -1, dtype=torch.int32)
-    weights = torch.zeros(num_tokens, top_k)
+    weights = logits.new_zeros(num_tokens, top_k)
     for t in range(num_tokens):
         scores = torch.sigmoid(logits[t]) if score_func == "sigmoid" else torch.softmax(logits[t], dim=0)
         choice = [_rank(float(score + bias)) for score, bias in zip(scores, select_bias, strict=True)]
@@ -165,7 +167,7 @@ def expert_route(
             best = sorted(choice[g * size : (g + 1) * size], reverse=True)
             value = {
                 "max": best[0],
-                "top2_sum": float(torch.tensor(best[:2]).sum()),
+                "top2_sum": float(logits.new_tensor(best[:2]).sum()),
                 "external": _rank(float(group_logits[t, g])),
             }[group_score]
             groups.append((-_rank(value), g))
@@ -186,11 +188,11 @@ def routed_experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, dow
     Returns [T, d] in x's dtype; the sum over experts is accumulated in fp32.
     """
     num_experts, width = down.shape[0], down.shape[2]
-    out = torch.zeros(x.shape, dtype=torch.float32)
+    out = wide(torch.zeros_like(x))
     for t in range(x.shape[0]):
         for expert, weight in zip(ids[t].tolist(), weights[t].tolist(), strict=True):
             if 0 <= expert < num_experts:
                 hidden = gate_up[expert] @ x[t]
                 activated = torch.nn.functional.silu(hidden[:width]) * hidden[width:]
-                out[t] += weight * (down[expert] @ activated).float()
+                out[t] += weight * wide(down[expert] @ activated)
     return out.to(x.dtype)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from bilevel.plugins import contract
+from bilevel.precision import wide
 
-_FLOAT_MAX = torch.finfo(torch.float32).max
+_FLOAT_MAX = torch.finfo(torch.float32).max  # in an fp64 model too: its routes mean the same
 
 
 def head_map(num_from: int, num_to: int, device: torch.device | None = None) -> Tensor:
@@ -16,13 +17,13 @@ def head_map(num_from: int, num_to: int, device: torch.device | None = None) -> 
 
 
 def block_scores(query: Tensor, unit_key: Tensor, num_selection_heads: int) -> Tensor:
-    """fp32 scores [B, Hs, L, U] of every unit: dot products summed over the route heads that share a selection head.
+    """fp32 (fp64 for fp64 operands) scores [B, Hs, L, U] of every unit: dot products summed over the route heads that share a selection head.
 
     query: [B, Hr, L, Dr]. unit_key: [B, Hk, U, Dr]. Summing the queries first is the same sum and G times cheaper, where
     all heads of one choice read the same key head (only infinite keys tell the two apart: 2*inf - 1*inf).
     """
     num_route_heads, num_key_heads = query.shape[1], unit_key.shape[1]
-    query, unit_key = query.float(), unit_key.float()
+    query, unit_key = wide(query), wide(unit_key)
     if num_selection_heads % num_key_heads == 0:
         query = query.unflatten(1, (num_selection_heads, num_route_heads // num_selection_heads)).sum(2)
         return query @ unit_key[:, head_map(num_selection_heads, num_key_heads, query.device)].mT
@@ -36,7 +37,7 @@ def _positions(length: int, past_len: Tensor) -> Tensor:
 
 
 def _select(scores: Tensor, allowed: Tensor | None, past_len: Tensor, new_len: Tensor, attributes: dict[str, int]) -> Tensor:
-    """Keep K blocks by the normative order. scores: fp32 [B, Hs, L, U]. allowed: bool, same shape, or None for all."""
+    """Keep K blocks by the normative order. scores: fp32 or fp64 [B, Hs, L, U]. allowed: bool, same shape, or None for all."""
     block_size, topk = attributes["block_size"], attributes["topk"]
     length, num_units = scores.shape[2:]
     position = _positions(length, past_len)[:, None, :, None]

@@ -53,9 +53,10 @@ class DecoderState:
 class Trace:
     """What the routers saw and chose, for training losses, recall and parity checks; filled when given to ``forward``.
 
+    forced: another trace whose choices are obeyed in place of the model's own.
     candidates: level 1's blocks, int32 [B, 1, L, K1]. word_query / word_block_key: what level 1 compared.
     Per layer: query [B, Hq, L, D], block_key [B, Hkv, N, D], routes int32 [B, Hs, L, K2], attention [B, Hq, L, D].
-    Per expert layer: expert_logits [T, E], group_logits [T, Gp], expert_ids int32 [T, k], expert_weights [T, k],
+    Per expert layer: expert_logits [T, E], group_logits [T, Gp], expert_bias [E], expert_ids int32 [T, k], expert_weights [T, k],
     expert_out [T, d].
     """
 
@@ -68,9 +69,18 @@ class Trace:
     attention: list[Tensor] = field(default_factory=list)
     expert_logits: list[Tensor] = field(default_factory=list)
     group_logits: list[Tensor] = field(default_factory=list)
+    expert_bias: list[Tensor] = field(default_factory=list)
     expert_ids: list[Tensor] = field(default_factory=list)
     expert_weights: list[Tensor] = field(default_factory=list)
     expert_out: list[Tensor] = field(default_factory=list)
+    forced: Trace | None = None
+
+    def given(self, kind: str) -> Tensor | None:
+        """The choice of this kind ("candidates", "routes", ...) that the next router has to obey, None where it is free."""
+        if self.forced is None:
+            return None
+        forced = getattr(self.forced, kind)
+        return forced[len(getattr(self, kind))] if isinstance(forced, list) else forced
 
 
 @dataclass

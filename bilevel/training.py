@@ -21,8 +21,10 @@ from bilevel import ops
 from bilevel.expert_layers import ExpertMLP
 from bilevel.model import CausalLM
 from bilevel.plugins.errors import ConfigError
+from bilevel.precision import wide
 from bilevel.routing import block_mask, block_scores
 from bilevel.state import Trace
+from bilevel.word_router import unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,7 @@ def training_loss(
     """
     trace = Trace()
     logits = model(input_ids, trace)
-    parts = {"cross_entropy": F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())}
+    parts = {"cross_entropy": F.cross_entropy(wide(logits.flatten(0, 1)), targets.flatten())}
     factors = {"cross_entropy": 1.0, "level1": weights.level1, "group": weights.group, "balance": weights.balance}
     if model.config.routing.is_two_level and model.config.routing.route_dim:
         parts["level1"] = level1_distillation(model, input_ids, trace)
@@ -120,13 +122,13 @@ def group_distillation(model: CausalLM, input_ids: Tensor, trace: Trace, *, temp
     A group's mass is the softmax over all experts' logits [T, E], summed over its members. The prior is the softmax of the
     cosines between the word embedding and the group's centroid, divided by ``temperature``; only the centroids learn.
     """
-    words = F.normalize(model.model.embed_tokens.weight.detach()[input_ids.flatten()].float(), dim=-1)
+    words = unit(model.model.embed_tokens.weight.detach()[input_ids.flatten()])
     mlps = [layer.mlp for layer in model.model.layers if isinstance(layer.mlp, ExpertMLP)]
     losses = []
     for mlp, logits in zip(mlps, trace.expert_logits, strict=True):
         centroid = mlp.gate.group_centroid
         mass = logits.detach().softmax(-1).unflatten(1, (len(centroid), -1)).sum(-1)
-        prior = F.linear(words, F.normalize(centroid.float(), dim=-1)) / temperature
+        prior = F.linear(words, unit(centroid)) / temperature
         losses.append(_divergence(mass, prior.log_softmax(-1)))
     return torch.stack(losses).mean()
 
@@ -201,7 +203,7 @@ def heldout_loss(model: CausalLM, windows: Tensor, *, batch_size: int = 4) -> tu
     total = 0.0
     for batch in windows.split(batch_size):
         logits = model(batch[:, :-1])
-        total += F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum").item()
+        total += F.cross_entropy(wide(logits.flatten(0, 1)), batch[:, 1:].flatten(), reduction="sum").item()
     count = windows.shape[0] * (windows.shape[1] - 1)
     return total / count, count
 

@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 from bilevel import ops
 from bilevel.config import ModelConfig
+from bilevel.precision import wide
 from bilevel.state import DecoderState, Trace
 
 
 def unit(vectors: Tensor) -> Tensor:
-    """Vectors divided by their length, in fp32."""
-    return F.normalize(vectors.float(), dim=-1)
+    """Vectors divided by their length, in fp32 (fp64 for fp64 vectors)."""
+    return F.normalize(wide(vectors), dim=-1)
 
 
 class WordRouter(nn.Module):
@@ -29,7 +30,7 @@ class WordRouter(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.route_dim, bias=False) if config.routing.route_dim else nn.Identity()
 
     def words(self, embeddings: Tensor) -> Tensor:
-        """ê: fp32 [..., Dr] for embeddings [..., d]."""
+        """ê: fp32 or fp64 [..., Dr] for embeddings [..., d]."""
         return unit(self.proj(embeddings))
 
     def query(self, token_ids: Tensor, past_len: Tensor, length: int, embed: nn.Embedding) -> Tensor:
@@ -62,7 +63,9 @@ class WordRouter(nn.Module):
         pooled = unit(self.words(embed(touched)).mean(2))[:, None].to(embed.weight.dtype)
         block_key = pooled if block_key is None else ops.write_cache(block_key, pooled, first)
         query = self.query(token_ids, past_len, length, embed)
-        candidates = ops.coarse_route(query, block_key, past_len, new_len, **self.config.route_attributes(1))
+        candidates = trace.given("candidates") if trace is not None else None
+        if candidates is None:
+            candidates = ops.coarse_route(query, block_key, past_len, new_len, **self.config.route_attributes(1))
         if trace is not None:
             trace.word_query, trace.word_block_key, trace.candidates = query, block_key, candidates
         return candidates, token_ids, block_key

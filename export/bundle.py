@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import torch
 
 import bilevel
 from bilevel.checkpoint import load_model
@@ -24,10 +25,12 @@ from bilevel.export.decoder import save_decoder, state_tensors
 from bilevel.export.dense_twin import dense_config, save_dense_twin
 from bilevel.export.dense_twin_kv8 import cache_ranges, save_int8_cache
 from bilevel.export.functions import routed_nodes
+from bilevel.export.precision import PRECISIONS, TWIN_PRECISIONS, check_precision
 from bilevel.export.quantise import check_format, quantise_graph
 from bilevel.export.schemas import ONNX_OPSET
 from bilevel.export.shared_weights import share_weights
 from bilevel.folders import replacing
+from bilevel.model import CausalLM
 from bilevel.plugins.contract import BY_NAME
 from bilevel.plugins.errors import ExportError
 
@@ -38,6 +41,8 @@ TWIN_FILE = "dense.onnx"
 MANIFEST = "bundle.json"
 _DTYPES = {
     onnx.TensorProto.FLOAT: "float32",
+    onnx.TensorProto.FLOAT16: "float16",
+    onnx.TensorProto.BFLOAT16: "bfloat16",
     onnx.TensorProto.INT8: "int8",
     onnx.TensorProto.INT32: "int32",
     onnx.TensorProto.INT64: "int64",
@@ -67,33 +72,28 @@ def export_bundle(
     force: bool = False,
     prefill_chunk: int = 512,
     weights: str = "fp32",
+    precision: str = "fp32",
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> ExportReport:
     """Export the model in ``checkpoint`` to ``bundle``. Raises BilevelError; an existing bundle is replaced only with force.
 
     prefill_chunk: tokens that the runtime prefills per call unless told otherwise. weights: fp32, int8 or int4
-    (``bilevel.export.quantise`` says what is rounded). on_stage: told what is being done.
+    (``bilevel.export.quantise`` says what is rounded). precision: fp32, fp16 or bf16, the type of weights, activations and caches;
+    routers' scores, expert gates' logits, softmax and norms are accumulated in fp32 in every one, and the logits are fp32.
+    on_stage: told what is being done.
     """
     checkpoint, bundle = Path(checkpoint), Path(bundle)
     check_format(weights)
+    check_precision(precision, weights)
     _check_target(bundle, force)
     if prefill_chunk < 1:
         raise ExportError(f"prefill_chunk={prefill_chunk} must be at least 1")
     config = load_config(checkpoint)
     tokenizer = _read_tokenizer(checkpoint)
     on_stage(f"loading {checkpoint}")
-    model = load_model(checkpoint)
+    model = load_model(checkpoint, dtype=getattr(torch, PRECISIONS[precision]))
     with replacing(bundle, ExportError) as folder:
-        on_stage("tracing and translating to ONNX")
-        graphs = {GRAPH_FILE: save_decoder(model, folder / GRAPH_FILE)}
-        if not config.routing.is_dense:
-            on_stage("tracing the dense twin")
-            graphs[TWIN_FILE] = save_dense_twin(model, folder / TWIN_FILE)
-        on_stage(f"storing the weights as {weights}")
-        stored = {name: quantise_graph(folder / name, weights) for name in graphs}[GRAPH_FILE]
-        share_weights(folder, list(graphs))
-        if TWIN_FILE in graphs and weights != "fp32":
-            graphs[TWIN_FILE] = _with_small_cache(folder / TWIN_FILE, config)
+        graphs, stored = _save_graphs(model, folder, weights, precision in TWIN_PRECISIONS, on_stage)
         on_stage("writing the bundle")
         for name, contents in tokenizer.items():
             (folder / name).write_bytes(contents)
@@ -102,13 +102,30 @@ def export_bundle(
         if TWIN_FILE in graphs:
             twin = graphs[TWIN_FILE]
             manifest["dense_twin"] = {**_ports(TWIN_FILE, twin, dense_config(config)), "operators": _versions(twin)}
-        manifest["weights"] = stored
+        manifest |= {"precision": PRECISIONS[precision], "weights": stored}
         manifest["files"] = {path.name: describe_file(path) for path in sorted(folder.iterdir())}
         _write_json(folder / MANIFEST, manifest)
     counts: dict[str, int] = {}
     for node in routed_nodes(graphs[GRAPH_FILE].graph):
         counts[node.op_type] = counts.get(node.op_type, 0) + 1
     return ExportReport(bundle, sum(entry["bytes"] for entry in manifest["files"].values()), counts, stored)
+
+
+def _save_graphs(
+    model: CausalLM, folder: Path, weights: str, takes_twin: bool, on_stage: Callable[[str], None]
+) -> tuple[dict[str, onnx.ModelProto], dict[str, Any]]:
+    """Write the routed graph and, where there is one, its dense twin; returns them by file, and the manifest's ``weights``."""
+    on_stage("tracing and translating to ONNX")
+    graphs = {GRAPH_FILE: save_decoder(model, folder / GRAPH_FILE)}
+    if takes_twin and not model.config.routing.is_dense:
+        on_stage("tracing the dense twin")
+        graphs[TWIN_FILE] = save_dense_twin(model, folder / TWIN_FILE)
+    on_stage("storing the weights")
+    stored = {name: quantise_graph(folder / name, weights) for name in graphs}[GRAPH_FILE]
+    share_weights(folder, list(graphs))
+    if TWIN_FILE in graphs and weights != "fp32":
+        graphs[TWIN_FILE] = _with_small_cache(folder / TWIN_FILE, model.config)
+    return graphs, stored
 
 
 def _with_small_cache(twin: Path, config: ModelConfig) -> onnx.ModelProto:
@@ -189,14 +206,11 @@ def _versions(graph: onnx.ModelProto) -> dict[str, int]:
 
 
 def _manifest(graph: onnx.ModelProto, config: ModelConfig, end_tokens: list[int], prefill_chunk: int) -> dict[str, Any]:
-    """``bundle.json`` without its ``files``, ``weights`` and ``dense_twin``."""
-    import torch
-
+    """``bundle.json`` without its ``files``, ``precision``, ``weights`` and ``dense_twin``."""
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "created_by": {"bilevel": bilevel.__version__, "torch": torch.__version__, "onnx": onnx.__version__},
-        "precision": "float32",
         "config": config_to_dict(config),
         "block_size": config.routing.block_size,
         "limits": {"max_positions": config.max_position_embeddings, "prefill_chunk": prefill_chunk},

@@ -1,72 +1,79 @@
-"""Parity of a bundle with the checkpoint it came from: selection, computation, end to end (design section 9).
+"""Parity of a bundle with the checkpoint it came from: selection, computation, end to end, and what must hold anyway.
 
-The report is a plain dict, the same that ``bilevel check --json`` prints and ``bundle.json`` records in short:
-
-    passed            bool, all of the below
-    bundle, against   folders; model_sha256, checkpoint_sha256: what was compared
-    weights           the format of the file's weights; PyTorch's are rounded alike for everything that is judged
-    executions        what ran the routed nodes: "bodies" (any ONNX Runtime), "CPU kernels" (where the library is installed);
-                      selection and computation hold all of them to the same, end to end is the last one's
-    data              where the tokens came from, and how many
-    attributes        one entry per attribute of a routed node that differs from the model's: name, attribute, graph, model
-    selection         one entry per router: rows, exact_rate, jaccard, excused, unexcused, smallest_margin, example
-    computation       one entry per tensor: error (over the largest magnitude), limit
-    end_to_end        teacher_forced (kl_mean, kl_max, top1_agreement), greedy (agreed), chunking (error)
-    activations       only with int8 or int4 weights: the shipped file, which rounds activations too (kl_mean, limit)
-    effect            only with them, and not judged: routes, kl_mean, top1_agreement, loss_before and loss_after of the shipped
-                      file against the checkpoint as it was trained
-    seconds           how long it took
+``check_bundle`` returns the report that ``bilevel.export.report`` documents and records the verdict in ``bundle.json``. Nothing of
+the checkpoint is in memory but one part at a time; of the graph, one part at a time and once the whole.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from bilevel.checkpoint import load_model
+from bilevel.checkpoint import Checkpoint
 from bilevel.config import ModelConfig
 from bilevel.config_json import config_to_dict
 from bilevel.export import end_to_end
-from bilevel.export.bundle import FORMAT, FORMAT_VERSION, GRAPH_FILE, MANIFEST, describe_file
-from bilevel.export.judge import COMPUTATION_LIMIT, Array, Computation, Selection
-from bilevel.export.probe import open_judged, open_probe, open_shown
+from bilevel.export.bundle import GRAPH_FILE, describe_file
+from bilevel.export.compare import Comparison
+from bilevel.export.device import Device
+from bilevel.export.effect import judge_rounding
+from bilevel.export.failure import describe, first_failing
+from bilevel.export.graph_parts import GraphParts
+from bilevel.export.invariants import check_invariants
+from bilevel.export.judge import Array, Selection
+from bilevel.export.layered import LayeredModel, Passage, Text
 from bilevel.export.quantise import FORMATS
+from bilevel.export.recorded import read_manifest, record_verdict
 from bilevel.export.replay import Replay
-from bilevel.export.rounding import Effect, round_weights
-from bilevel.model import CausalLM
+from bilevel.export.report_schema import SCHEMA_VERSION
+from bilevel.export.structure import structure_differences
+from bilevel.export.word_states import WordStates
 from bilevel.plugins.cpu_library import find_cpu_library
 from bilevel.plugins.errors import BundleError, RequestError
 
 HELD_OUT = "heldout.txt"
+LONGEST_ROW, LEAST_TOKENS = 2560, 4096  # of the default text: tokens of its longest row, tokens in all rows
+BACKENDS = ("all", "portable", "kernels")
+DECODED = 4  # tokens at the end of the text that are read one by one
+Stage = Callable[[str], None]
 
 
-def read_manifest(bundle: Path) -> dict[str, Any]:
-    """``bundle.json``, or BundleError."""
-    path = bundle / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BundleError(f"{bundle} holds no {MANIFEST}; make a bundle with: bilevel export CHECKPOINT {bundle}") from None
-    except ValueError as error:
-        raise BundleError(f"{path} is not valid JSON ({error}); export the bundle again with --force") from None
-    found = (manifest.get("format"), manifest.get("format_version")) if isinstance(manifest, dict) else (None, None)
-    if found != (FORMAT, FORMAT_VERSION):
-        raise BundleError(
-            f"{path} has format {found[0]} version {found[1]}, this bilevel checks {FORMAT} version {FORMAT_VERSION}; "
-            "export the bundle again with --force"
-        )
-    kinds = {"files": dict, "config": dict, "precision": str}
-    for key, kind in kinds.items():
-        if not isinstance(manifest.get(key), kind):
-            raise BundleError(f"{path} does not give {key} as it should; export the bundle again with --force")
-    return dict(manifest)
+def _silent(stage: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is checked against what, and on which text.
+
+    tokens: of the first row; a second one is shorter (None: rows of up to LONGEST_ROW tokens, LEAST_TOKENS in all). cuts: sizes of
+    the first calls (None: calls that end inside, at and across block borders). row_order: of the rows. backend: which executions of
+    the routed nodes are judged: their portable bodies, the CPU kernels, or all that are installed.
+    """
+
+    bundle: Path
+    checkpoint: Path
+    data: Path | None = None
+    tokens: int | None = None
+    cuts: Sequence[int] | None = None
+    row_order: Sequence[int] | None = None
+    backend: str = "all"
+
+    def lengths(self, config: ModelConfig) -> list[int]:
+        """Tokens of each row."""
+        first = self.tokens or min(LONGEST_ROW, config.max_position_embeddings)
+        _check_count(first, config)
+        rows = [first, first * 3 // 5]
+        while self.tokens is None and sum(rows) < LEAST_TOKENS:
+            rows.append(first)
+        return rows
 
 
 def _verify(bundle: Path, manifest: dict[str, Any], config: ModelConfig) -> None:
@@ -79,13 +86,14 @@ def _verify(bundle: Path, manifest: dict[str, Any], config: ModelConfig) -> None
         raise BundleError(f"{bundle} was exported from a model of another configuration; give the checkpoint that it came from")
 
 
-def token_ids(bundle: Path, checkpoint: Path, config: ModelConfig, data: Path | None, count: int) -> tuple[Array, str]:
-    """``count`` token ids to check on and where they come from: ``data``, the checkpoint's held-out text, or seeded noise."""
-    path = data or (checkpoint / HELD_OUT if (checkpoint / HELD_OUT).is_file() else None)
+def token_ids(request: Request, config: ModelConfig) -> tuple[Array, str]:
+    """Token ids for all rows, and where they come from: the text that was asked for, the checkpoint's held-out text, or seeded
+    noise. A shorter text than the default asks for is taken as it is."""
+    most, least = sum(request.lengths(config)), request.lengths(config)[0]
+    held_out = request.checkpoint / HELD_OUT
+    path = request.data or (held_out if held_out.is_file() else None)
     if path is None:
-        return np.random.default_rng(0).integers(0, config.vocab_size, count), "random token ids (seed 0)"
-    from tokenizers import Tokenizer
-
+        return np.random.default_rng(0).integers(0, config.vocab_size, most), "random token ids (seed 0)"
     try:
         text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -93,12 +101,55 @@ def token_ids(bundle: Path, checkpoint: Path, config: ModelConfig, data: Path | 
     except OSError as error:
         raise RequestError(f"{path} cannot be read ({error.strerror}); give a text file with --data") from None
     # Enough text for the tokens asked for, without encoding a whole book.
-    ids = Tokenizer.from_file(str(bundle / "tokenizer.json")).encode(text[: count * 16]).ids[:count]
-    if len(ids) < count:
+    ids = _tokenizer(request.bundle).encode(text[: most * 16]).ids[:most]
+    if request.tokens is not None and len(ids) < least:
         raise RequestError(
-            f"{path} holds only {len(ids)} tokens, but {count} are to be checked; give a longer text or --tokens"
+            f"{path} holds only {len(ids)} tokens, but {least} are to be checked; give a longer text or fewer --tokens"
         )
-    return np.array(ids), str(path)
+    _check_count(min(len(ids), least), config)
+    return np.array(ids, np.int64), str(path)
+
+
+def _tokenizer(bundle: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(bundle / "tokenizer.json"))
+
+
+def _check_count(tokens: int, config: ModelConfig) -> None:
+    least = 3 * config.routing.block_size + 8
+    if not least <= tokens <= config.max_position_embeddings:
+        raise RequestError(
+            f"tokens={tokens} must lie between {least} (a few blocks) and {config.max_position_embeddings} "
+            "(max_position_embeddings); change --tokens or give a longer text with --data"
+        )
+
+
+def _rows(ids: Array, lengths: list[int]) -> list[Array]:
+    """Pieces of the text one after the other; where it ends, rows go over it again, backwards."""
+    rows, first = [], 0
+    for length in lengths:
+        piece = ids[first : first + length]
+        rows.append(piece if len(piece) == length or not rows else ids[::-1][:length])
+        first += length
+    return rows
+
+
+def _text(request: Request, ids: Array, config: ModelConfig, longest: int) -> Text:
+    """Rows of different lengths, read in calls that end inside, at and across block borders, in chunks, then one by one."""
+    size = config.routing.block_size
+    pieces = _rows(ids, request.lengths(config))
+    pieces = [pieces[index] for index in request.row_order] if request.row_order is not None else pieces
+    lengths = np.array([len(piece) for piece in pieces])
+    rows = np.zeros((len(pieces), int(lengths.max())), np.int64)
+    for row, piece in zip(rows, pieces, strict=True):
+        row[: len(piece)] = piece
+    sizes = list(request.cuts) if request.cuts is not None else [size + 1, 1, 1, size - 3, 2 * size, 5]
+    left = rows.shape[1] - sum(sizes)
+    decoded = min(DECODED, max(left - size, 0))
+    full, rest = divmod(max(left - decoded, 0), longest)
+    sizes += [longest] * full + [rest] + [1] * decoded
+    return Text.cut(rows, lengths, [n for n in sizes if n > 0], size, longest)
 
 
 def check_bundle(
@@ -106,68 +157,34 @@ def check_bundle(
     checkpoint: Path,
     *,
     data: Path | None = None,
-    tokens: int = 512,
-    on_stage: Callable[[str], None] = lambda stage: None,
+    tokens: int | None = None,
+    cuts: Sequence[int] | None = None,
+    row_order: Sequence[int] | None = None,
+    backend: str = "all",
+    precision: str | None = None,
+    on_stage: Stage = _silent,
 ) -> dict[str, Any]:
-    """Compare ``bundle`` with ``checkpoint`` on ``tokens`` tokens and record the verdict in the bundle; returns the report.
+    """Compare ``bundle`` with ``checkpoint`` and record the verdict in the bundle; returns the report.
 
-    Raises BilevelError when the comparison could not run; a parity failure is a report with ``passed`` False.
+    The arguments are those of :class:`Request`. precision: refuse a bundle of another one. Raises BilevelError when the comparison
+    could not run; a parity failure is a report with ``passed`` False.
     """
     started = time.perf_counter()
-    bundle, checkpoint = Path(bundle), Path(checkpoint)
-    manifest = read_manifest(bundle)
-    on_stage("loading the checkpoint")
-    model = load_model(checkpoint)
-    config = model.config
-    _verify(bundle, manifest, config)
-    _check_count(tokens, config)
-    ids, source = token_ids(bundle, checkpoint, config, data, tokens)
-    weights = _weights(bundle, manifest)
-    report = {
-        "bundle": str(bundle),
-        "against": str(checkpoint),
-        "model_sha256": manifest["files"][GRAPH_FILE]["sha256"],
-        "checkpoint_sha256": _checkpoint_hash(checkpoint),
-        "precision": manifest["precision"],
-        "weights": weights,
-        "backend": f"ONNX Runtime on CPU, PyTorch {torch.__version__}",
-        "data": {"source": source, "tokens": len(ids)},
-        **_judge(bundle / GRAPH_FILE, model, weights, ids, on_stage),
-        "seconds": time.perf_counter() - started,
-    }
-    _record(bundle, manifest, report)
+    request = Request(Path(bundle), Path(checkpoint), data, tokens, cuts, row_order, backend)
+    manifest = read_manifest(request.bundle)
+    if precision is not None and manifest["precision"] != precision:
+        raise RequestError(
+            f"{bundle} is of precision {manifest['precision']}, not {precision}; give that one, or export the checkpoint again "
+            "with --precision"
+        )
+    on_stage("reading the checkpoint's headers")
+    source = Checkpoint(request.checkpoint)
+    _verify(request.bundle, manifest, source.config)
+    check = _Check(request, manifest, source, on_stage)
+    report = check.report()
+    report["seconds"] = time.perf_counter() - started
+    record_verdict(request.bundle, manifest, report)
     return report
-
-
-def _judge(path: Path, model: CausalLM, weights: str, ids: Array, on_stage: Callable[[str], None]) -> dict[str, Any]:
-    """The judgements of the graph at ``path``, and whether all of them hold. Rounds the weights of ``model``."""
-    effect = Effect(model, ids) if weights != "fp32" else None
-    round_weights(model, weights)
-    on_stage("selection and computation: PyTorch's routes forced into the graph")
-    # Both executions of the one file: what any ONNX Runtime does with it, and what this machine's users get.
-    probes, library = {"bodies": open_probe(path)}, find_cpu_library()
-    if library is not None and probes["bodies"].nodes:
-        probes["CPU kernels"] = open_probe(path, library)
-    replay = Replay(model, probes)
-    replay.run(*_batch(ids, model.config.routing.block_size))
-    on_stage("end to end: the shipped graph on its own")
-    ends = _end_to_end(open_judged(path, weights, library), model, ids)
-    judgements: list[Selection | Computation] = [*replay.selections.values(), *replay.computations.values()]
-    passed = not replay.attributes and all(j.passed for j in judgements) and all(entry["passed"] for entry in ends.values())
-    rounding: dict[str, Any] = {}
-    if effect is not None:
-        on_stage("the shipped graph against the checkpoint as it was trained")
-        rounding["activations"], rounding["effect"] = effect.judge(open_shown(path))
-        passed = passed and rounding["activations"]["passed"]
-    return {
-        "passed": passed,
-        "executions": list(probes),
-        "attributes": replay.attributes,
-        "selection": [{**s.as_dict(), "passed": s.passed} for s in replay.selections.values()],
-        "computation": [{**c.as_dict(), "passed": c.passed} for c in replay.computations.values()],
-        "end_to_end": ends,
-        **rounding,
-    }
 
 
 def _weights(bundle: Path, manifest: dict[str, Any]) -> str:
@@ -179,31 +196,152 @@ def _weights(bundle: Path, manifest: dict[str, Any]) -> str:
     return str(found)
 
 
-def _check_count(tokens: int, config: ModelConfig) -> None:
-    least = 3 * config.routing.block_size + 8
-    if not least <= tokens <= config.max_position_embeddings:
-        raise RequestError(
-            f"tokens={tokens} must lie between {least} (a few blocks) and {config.max_position_embeddings} "
-            "(max_position_embeddings)"
-        )
+class _Check:
+    """One run."""
 
+    def __init__(self, request: Request, manifest: dict[str, Any], source: Checkpoint, on_stage: Stage) -> None:
+        self.request, self.manifest, self.source, self.config = request, manifest, source, source.config
+        self.precision, self.weights = str(manifest["precision"]), _weights(request.bundle, manifest)
+        self.path, self._on_stage = request.bundle / GRAPH_FILE, on_stage
+        self.longest = int(manifest.get("limits", {}).get("prefill_chunk", 512))
+        self.ids, self.data_source = token_ids(request, self.config)
+        self.text = _text(request, self.ids, self.config, self.longest)
+        self.plain = LayeredModel(source, self.precision, weights=self.weights)
+        self.exact = LayeredModel(source, self.precision, exact=True, weights=self.weights)
+        on_stage("cutting the graph into parts")
+        self.executions = self._executions()
+        self.parts = GraphParts(self.path, self.config, self.executions, self.precision)
 
-def _batch(ids: Array, block_size: int) -> tuple[Array, Array, list[int]]:
-    """Two rows of different lengths, and calls that end inside, at and across block borders."""
-    other = ids[: len(ids) * 3 // 5][::-1]
-    rows = np.zeros((2, len(ids)), dtype=np.int64)
-    rows[0], rows[1, : len(other)] = ids, other
-    return rows, np.array([len(ids), len(other)]), [block_size + 1, 1, 1, block_size - 3, 2 * block_size, 5]
+    def _executions(self) -> dict[str, Path | None]:
+        """Both executions of the one file: what any ONNX Runtime does with it, and what this machine's users get."""
+        library, backend = find_cpu_library(), self.request.backend
+        if backend not in BACKENDS:
+            raise RequestError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+        if backend == "kernels" and library is None:
+            raise RequestError(
+                "the CPU kernels are not installed here; reinstall bilevel where there is a C++ compiler, or use --backend portable"
+            )
+        has_kernels = library is not None and backend != "portable" and not self.config.routing.is_dense
+        executions: dict[str, Path | None] = {} if backend == "kernels" and has_kernels else {"bodies": None}
+        return {**executions, "CPU kernels": library} if has_kernels else executions
 
+    def report(self) -> dict[str, Any]:
+        """Run every judgement."""
+        words = WordStates(self.text)
+        comparison = Comparison(self.config, self.precision, words.add)
+        replay = Replay(self.plain, self.exact, self.parts, comparison, self._on_stage)
+        with torch.no_grad():
+            passages = replay.run(self.text)
+        entries = comparison.entries
+        structure = structure_differences(self.config, self.parts.nodes)
+        try:
+            ends, invariants = self._alone(passages)
+        except BundleError as error:
+            if first_failing(entries) is None and not structure:
+                raise
+            ends, invariants = end_to_end.could_not_run(str(error))
+        order = replay.order_invariant()
+        invariants += [order] if order is not None else []
+        rounding = self._rounding() if ends["teacher_forced"]["tokens"] else {}
+        selection = [entry.as_dict() for entry in entries if isinstance(entry.judged, Selection)]
+        computation = [entry.as_dict() for entry in entries if not isinstance(entry.judged, Selection)]
+        verdicts = {
+            "structure": not structure,
+            "selection": all(entry["passed"] for entry in selection),
+            "computation": all(entry["passed"] for entry in computation),
+            "end_to_end": ends["teacher_forced"]["passed"] and ends["greedy"]["passed"],
+            "invariants": all(entry["passed"] for entry in invariants),
+        }
+        if rounding:
+            verdicts["activations"] = rounding["activations"]["passed"]
+        return {
+            **self._head(verdicts),
+            "structure": structure,
+            "selection": selection,
+            "computation": computation,
+            "end_to_end": ends,
+            "invariants": invariants,
+            **rounding,
+            "words": words.as_list(self._decode),
+            "failure": self._failure(replay, comparison),
+        }
 
-def _end_to_end(session: Any, model: CausalLM, ids: Array) -> dict[str, dict[str, Any]]:
-    size = model.config.routing.block_size
-    prompt, generated = max(len(ids) - 128, size + 1), min(32, len(ids) // 2)
-    return {
-        "teacher_forced": end_to_end.teacher_forced(session, model, ids, prompt),
-        "greedy": end_to_end.greedy(session, model, ids[: len(ids) - generated], generated),
-        "chunking": end_to_end.chunking(session, model, ids, (1, size, size + 1, 3, 2 * size), COMPUTATION_LIMIT),
-    }
+    def _head(self, verdicts: dict[str, bool]) -> dict[str, Any]:
+        """What was compared with what."""
+        import onnxruntime
+
+        routing, experts = self.config.routing, self.config.experts
+        return {
+            "schema": SCHEMA_VERSION,
+            "passed": all(verdicts.values()),
+            "verdicts": verdicts,
+            "bundle": str(self.request.bundle),
+            "against": str(self.request.checkpoint),
+            "model_sha256": self.manifest["files"][GRAPH_FILE]["sha256"],
+            "checkpoint_sha256": _checkpoint_hash(self.request.checkpoint),
+            "precision": self.precision,
+            "weights": self.weights,
+            "backend": f"ONNX Runtime {onnxruntime.__version__} on CPU, PyTorch {torch.__version__}",
+            "executions": list(self.executions),
+            "model": {
+                "layers": self.config.num_hidden_layers,
+                "expert_layers": sorted(experts.layers) if experts else [],
+                "preset": routing.preset,
+                "block_size": routing.block_size,
+                "coarse_topk": routing.coarse_topk if routing.is_two_level else None,
+                "topk": routing.topk,
+            },
+            "data": {
+                "source": self.data_source,
+                "tokens": int(self.text.lengths.sum()),
+                "rows": len(self.text.ids),
+                "calls": self.text.sizes,
+            },
+        }
+
+    def _alone(self, passages: list[Passage]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The shipped graph on its own: next token, greedy text, invariants."""
+        self._on_stage("the whole graph on its own: next token")
+        library = self.executions.get("CPU kernels")
+        device, head = Device(self.path, self.config, self.precision, library=library), end_to_end.Head(self.parts)
+        with torch.no_grad():
+            reference = end_to_end.Reference(self.plain, self.exact, self.text, self.precision, [p.x for p in passages])
+            hidden, _ = device.read(self.text)
+            forced = end_to_end.teacher_forced(reference, head, end_to_end.flat(hidden, self.text))
+            self._on_stage("the whole graph on its own: greedy text")
+            size, longest = self.config.routing.block_size, self.config.max_position_embeddings
+            wanted = int(self.text.lengths.sum())
+            prompts, count = end_to_end.greedy_prompts(self.ids, wanted, size, longest)
+            greedy = end_to_end.greedy(self.plain, self.exact, device, head, prompts, count, self.longest, self.precision)
+        # As far as every invariant has something to say; the longest texts only take longer.
+        ids = self.ids[: min(int(self.text.lengths.max()), self.longest, 16 * size)]
+        invariants = check_invariants(device, self.plain, ids, self.precision, forced["limit"], self._on_stage)
+        return end_to_end.as_report(forced, greedy), invariants
+
+    def _rounding(self) -> dict[str, Any]:
+        if self.weights == "fp32":
+            return {}
+        self._on_stage("the shipped graph against the checkpoint as it was trained")
+        shipped = Device(self.path, self.config, self.precision, fp32_activations=False)
+        row, sizes = int(self.text.lengths.argmax()), self.text.sizes
+        with torch.no_grad():
+            activations, effect = judge_rounding(
+                self.source, self.weights, shipped, self.parts, self.text.ids[row], sizes, self.longest
+            )
+        return {"activations": activations, "effect": effect}
+
+    def _decode(self, ids: Array) -> str:
+        if not hasattr(self, "_tokens"):
+            self._tokens = _tokenizer(self.request.bundle)
+        return str(self._tokens.decode([int(token) for token in ids], skip_special_tokens=False))
+
+    def _failure(self, replay: Replay, comparison: Comparison) -> dict[str, Any] | None:
+        entry = first_failing(comparison.entries)
+        if entry is None:
+            return None
+        self._on_stage(f"looking for the smallest input that shows the difference in {entry.name}")
+        with torch.no_grad():
+            return describe(replay, self.text, entry, self._decode)
 
 
 def _checkpoint_hash(checkpoint: Path) -> str:
@@ -211,24 +349,3 @@ def _checkpoint_hash(checkpoint: Path) -> str:
     single = checkpoint / "model.safetensors"
     path = single if single.is_file() else checkpoint / "model.safetensors.index.json"
     return str(describe_file(path)["sha256"])
-
-
-def _record(bundle: Path, manifest: dict[str, Any], report: dict[str, Any]) -> None:
-    """Append the verdict to ``bundle.json``, which stays whole if this is interrupted."""
-    kept = ("passed", "model_sha256", "checkpoint_sha256", "precision", "weights", "backend", "executions", "data")
-    excused = sum(entry["excused"] for entry in report["selection"])
-    worst = max(entry["error"] for entry in report["computation"])
-    verdict = {key: report[key] for key in kept} | {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "routes_excused": excused,
-        "largest_error": worst,
-        "kl_mean": report["end_to_end"]["teacher_forced"]["kl_mean"],
-    }
-    manifest["checks"] = [*manifest.get("checks", []), verdict]
-    partial = bundle / f".{MANIFEST}.partial"
-    try:
-        partial.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, bundle / MANIFEST)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise BundleError(f"the verdict could not be recorded in {bundle / MANIFEST} ({error.strerror})") from error

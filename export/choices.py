@@ -17,6 +17,13 @@ def as_set(indices: Array, size: int) -> Array:
     return mask[..., :size]
 
 
+def is_proper(routes: Array) -> Array:
+    """bool [...]: whether routes [..., K] are ascending and unique with -1 in the unused tail."""
+    before, after = routes[..., :-1], routes[..., 1:]
+    ordered = np.where(after < 0, after == -1, (before < after) & (before >= 0))
+    return np.asarray(ordered.all(-1) & (routes[..., 0] >= -1))
+
+
 def block_choice(
     query: Array,
     unit_key: Array,
@@ -54,6 +61,23 @@ def block_choice(
     return Choice(score[rows], bound[rows], as_set(routes, units)[rows], competes[rows])
 
 
+def _expert_scores(logits: Array, score_func: str) -> Array:
+    """fp64 scores [T, E] of fp64 logits."""
+    if score_func == "sigmoid":
+        return np.asarray(1 / (1 + np.exp(-logits)))
+    shifted = np.exp(logits - logits.max(1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(1, keepdims=True))
+
+
+def expert_weights(logits: Array, ids: Array, attributes: dict[str, Any]) -> Array:
+    """fp64 weights [T, k] of the experts ``ids`` [T, k] (-1: none), from the logits [T, E] alone."""
+    scores = _expert_scores(logits.astype(np.float64), attributes["score_func"])
+    weights = np.where(ids >= 0, np.take_along_axis(scores, np.maximum(ids, 0).astype(np.int64), 1), 0.0)
+    if attributes["normalize"]:
+        weights = weights / (weights.sum(1, keepdims=True) + 1e-20)
+    return np.asarray(weights * attributes["scale"])
+
+
 def expert_choices(
     logits: Array, group_logits: Array, bias: Array, ids: Array, attributes: dict[str, Any]
 ) -> tuple[Choice, Choice]:
@@ -62,12 +86,7 @@ def expert_choices(
     tokens, experts = logits.shape
     groups = group_logits.shape[1]
     size = experts // groups
-    if attributes["score_func"] == "sigmoid":
-        score = 1 / (1 + np.exp(-logits))
-    else:
-        shifted = np.exp(logits - logits.max(1, keepdims=True))
-        score = shifted / shifted.sum(1, keepdims=True)
-    choice = score + bias
+    choice = _expert_scores(logits, attributes["score_func"]) + bias
     # exp, division and the sums of a softmax lose a few units in the last place each; experts + 8 covers them all.
     bound = (experts + 8) * UNIT_ROUNDOFF * (np.abs(choice) + 1)
     by_group = np.sort(choice.reshape(tokens, groups, size), axis=2)

@@ -7,6 +7,7 @@ import json
 import time
 from pathlib import Path
 
+from bilevel.export.precision import check_precision
 from bilevel.plugins.errors import ExportError, require
 
 EPILOG = """\
@@ -20,6 +21,10 @@ whose config.json has a "routing" section (and "experts"). BUNDLE is the folder 
 --weights int8 and int4 make the matrix products smaller (blocks of 32 weights share a scale) and faster on a CPU, through ONNX
 Runtime's MatMulNBits. Routers, the embedding table, norms and the experts' weights stay in fp32. bilevel check then compares
 with PyTorch over the same rounded weights, and reports apart from that what the rounding changed.
+
+--precision fp16 and bf16 store weights, activations and caches in 16 bits, for devices that compute in them (TensorRT takes the graph
+as it is). Routers' scores and expert gates' logits stay fp32, and so do the sums inside softmax and norms. ONNX Runtime's CPU provider
+runs fp16 by casting, slower than fp32, and bf16 not at all.
 
 An export that is interrupted leaves an existing bundle as it was.
 """
@@ -42,11 +47,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="FORMAT",
         help="fp32, int8 or int4 (default fp32); int8 and int4 need ONNX Runtime on the device, TensorRT cannot read them",
     )
+    parser.add_argument(
+        "--precision",
+        default="fp32",
+        metavar="TYPE",
+        help="fp32, fp16 or bf16 (default fp32): the type of weights, activations and caches; not together with --weights",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
+    check_precision(args.precision, args.weights)
     if not args.checkpoint.is_dir():
         raise ExportError(f"{args.checkpoint} is no folder; give the folder that holds config.json and model.safetensors")
     for name in ("torch", "onnx", "onnxscript", "safetensors"):
@@ -63,6 +75,7 @@ def main(args: argparse.Namespace) -> int:
             force=args.force,
             prefill_chunk=args.prefill_chunk,
             weights=args.weights,
+            precision=args.precision,
             on_stage=lambda stage: status.update(stage),
         )
     seconds = time.perf_counter() - started

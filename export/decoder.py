@@ -1,4 +1,7 @@
-"""The decoder as an exportable graph: flat caches in, logits of each row's last valid token and flat caches out."""
+"""The decoder as an exportable graph: flat caches in, logits of each row's last valid token and flat caches out.
+
+Its precision is the model's own: weights, activations and caches have the type of the parameters. The logits are fp32 in every one.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,7 @@ class ExportableDecoder(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, past_len: Tensor, new_len: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
-        """Returns (logits [B, vocab], *present)."""
+        """Returns (logits fp32 [B, vocab], *present)."""
         config = self.model.config
         values = iter(past)
         layers = [
@@ -57,7 +60,7 @@ class ExportableDecoder(nn.Module):
         ]
         state = DecoderState(layers, *((next(values), next(values)) if config.routing.is_two_level else ()))
         logits, state = self.model.step(input_ids, past_len, new_len, state)
-        return logits, *flatten_state(state)
+        return logits.float(), *flatten_state(state)
 
 
 def flatten_state(state: DecoderState) -> list[Tensor]:
@@ -73,7 +76,7 @@ def flatten_state(state: DecoderState) -> list[Tensor]:
 def save_decoder(model: CausalLM, path: Path, attention: type[FusedAttention] = FusedAttention) -> onnx.ModelProto:
     """Export the decoder to ``path``, every layer with ``attention``. Free sizes: batch, new_tokens, capacity, num_blocks."""
     config = model.config
-    tensors = state_tensors(config)
+    tensors = state_tensors(config, model.lm_head.weight.dtype)
     batch, length = 2, config.routing.block_size + 3  # any sizes of at least 2 would do: they stay free
     capacity = 4 * config.routing.block_size
     example = {"batch": batch, "capacity": capacity, "num_blocks": capacity // config.routing.block_size}

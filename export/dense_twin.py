@@ -5,6 +5,7 @@ projections, which rotates, writes the caches in place where a cache's input and
 node. (Rotating in nodes of our own takes the same time within what measurements scatter, at 1,024 and 8,192 cached tokens.)
 Everything else (projections, norms, MLP or experts, head) is the routed decoder's own code, and so is the layout of the
 graph: input_ids, past_len, new_len and past.{key,value}.i in, logits and present.{key,value}.i out.
+It has kernels for fp32 and fp16 on the CPU, none for bf16, so a model in bf16 has no twin.
 Limit of that operator: a call of several tokens behind cached ones takes one row; prefill from nothing and decode take any batch.
 """
 
@@ -36,8 +37,11 @@ class TwinAttention(FusedAttention):
 
     @property
     def rotates(self) -> bool:
-        """Whether the operator turns q and k itself, which it does for heads of whole vectors of 16 only."""
-        return self.config.head_dim % 16 == 0
+        """Whether the operator turns q and k itself: heads of whole vectors of 16 only, and fp32 only.
+
+        In fp16 it would take tables of cos and sin in fp16, but the model's are fp32 in every precision.
+        """
+        return self.config.head_dim % 16 == 0 and self.qkv_proj.weight.dtype == torch.float32
 
     def _operands(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """q, k, v packed [B, L, (Hq + 2 Hkv) D]; apart, [B, L, H D] each, where something is done to q and k before."""

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 
 from bilevel.export.judge import Array
-from bilevel.export.probe import Arrays, load_graph, open_session, run_session
+from bilevel.export.sessions import Arrays, load_graph, open_session, run_session
 from bilevel.plugins.errors import ExportError
 
 _OPERATOR = "GroupQueryAttention"

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from bilevel.export import guards
 from bilevel.export.functions import attach_functions
-from bilevel.export.schemas import ONNX_OPSET, translation_table
+from bilevel.export.schemas import ONNX_OPSET, PRIVATE_DOMAIN, translation_table
 from bilevel.export.specialise import specialise_functions
 from bilevel.plugins.errors import BilevelError, ExportError
 
@@ -116,6 +116,17 @@ def _name_sizes(model: onnx_ir.Model, dynamic: Dynamic, names: Sequence[str]) ->
             value.shape = onnx_ir.Shape([named.get(str(getattr(s, "value", s)), s) for s in value.shape])
 
 
+def _name_values(model: onnx_ir.Model) -> None:
+    """Give values the names that ``ops.name_value`` asked for, and drop its nodes."""
+    for node in [node for node in model.graph if node.domain == PRIVATE_DOMAIN]:
+        value, name = node.inputs[0], node.attributes["name"].value
+        assert value is not None
+        onnx_ir.convenience.replace_all_uses_with(node.outputs[0], value, replace_graph_outputs=True)
+        model.graph.remove(node, safe=True)
+        value.name = name
+    model.opset_imports.pop(PRIVATE_DOMAIN, None)
+
+
 def trace(module: nn.Module, inputs: Inputs, dynamic: Dynamic, names: Sequence[str]) -> onnx_ir.Model:
     """Trace with example tensors and translate to an ONNX IR model without bodies. Raises ExportError and ContractError."""
     shapes = _dynamic_shapes(inputs, dynamic, names)
@@ -136,6 +147,7 @@ def trace(module: nn.Module, inputs: Inputs, dynamic: Dynamic, names: Sequence[s
         module.train(was_training)
     assert onnx_program is not None  # only None when torch writes the file itself
     _name_sizes(onnx_program.model, dynamic, names)
+    _name_values(onnx_program.model)
     return onnx_program.model
 
 

@@ -1,186 +1,178 @@
-"""Selection and computation: PyTorch and the probed graph side by side, call by call, with PyTorch's selections forced."""
+"""PyTorch and the parts of the graph side by side, with PyTorch's choices and hidden states going in.
+
+Every part of the graph (``graph_parts``) gets the hidden state that plain PyTorch of the bundle's precision computed, and PyTorch's
+choices. So does PyTorch in fp64 with the same weights, which is the reference; plain PyTorch's own error is the floor. A fault
+therefore shows in its own part only, and the first entry that fails, in graph order, is where it starts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import torch
+from polygraphy.backend.base import BaseRunner
 
-from bilevel.config import ModelConfig
-from bilevel.export.attributes import differing_attributes
-from bilevel.export.choices import block_choice, expert_choices
-from bilevel.export.decoder import flatten_state, state_tensors
-from bilevel.export.judge import Array, Computation, Selection, judge_selection, loosen
-from bilevel.export.probe import Arrays, Probe, ProbedNode
-from bilevel.model import CausalLM
+from bilevel.export.compare import Comparison, Where, numpy
+from bilevel.export.graph_parts import GraphParts, Part, infer
+from bilevel.export.judge import ALLOWED_FACTOR, COMPUTATION_LIMIT, ROUNDOFF, Array, relative_error
+from bilevel.export.layered import LayeredModel, Passage, Text
+from bilevel.export.sessions import Arrays
+from bilevel.model import hidden_name
 from bilevel.plugins.errors import BundleError
-from bilevel.state import DecoderState, Trace
-
-
-@dataclass(frozen=True)
-class RoutedStep:
-    """One routed node, what a report calls it, and its index among the trace's tensors of its kind."""
-
-    node: ProbedNode
-    label: str
-    index: int
-
-
-def routed_steps(config: ModelConfig, nodes: list[ProbedNode]) -> list[RoutedStep]:
-    """The routed nodes in graph order. Raises BundleError when they are not those of the model."""
-    layers, experts = range(config.num_hidden_layers), sorted(config.experts.layers) if config.experts else []
-    coarse = ["level 1"] if config.routing.is_two_level else [f"layer {i} level 2" for i in layers]
-    fine = [f"layer {i} level 2" for i in layers] if config.routing.is_two_level else []
-    labels = {
-        "CoarseRoute": [] if config.routing.is_dense else coarse,
-        "FineRoute": fine,
-        "RoutedAttention": [] if config.routing.is_dense else [f"layer {i} attention" for i in layers],
-        "ExpertRoute": [f"layer {i} experts" for i in experts],
-        "RoutedExperts": [f"layer {i} expert output" for i in experts],
-    }
-    for op_type, names in labels.items():
-        found = sum(node.op_type == op_type for node in nodes)
-        if found != len(names):
-            raise BundleError(
-                f"the graph holds {found} {op_type} nodes, but the model of its config has {len(names)}; export it again"
-            )
-    numbered = {op_type: enumerate(names) for op_type, names in labels.items()}
-    steps = []
-    for node in nodes:
-        index, label = next(numbered[node.op_type])
-        steps.append(RoutedStep(node, label, index))
-    return steps
-
-
-def chosen(step: RoutedStep, trace: Trace) -> tuple[torch.Tensor, ...]:
-    """What PyTorch selected at this node; nothing where the node is no router."""
-    if step.node.op_type == "ExpertRoute":
-        return trace.expert_ids[step.index], trace.expert_weights[step.index]
-    if step.label == "level 1" and trace.candidates is not None:
-        return (trace.candidates,)
-    return (trace.routes[step.index],) if step.node.selected else ()
 
 
 class Replay:
-    """Runs one batch through both sides and keeps the statistics. Raises BundleError for a graph of another structure.
+    """Runs one text through both sides. Raises BundleError for a graph that has no such parts.
 
-    probes: the graph under each of its executions (portable bodies, CPU kernels), which are held to the same by name.
-    attributes: those of routed nodes that differ from the model's. selections: one per router. computations: one per tensor.
-    Both by name and in graph order, so that the first one that fails is the cause.
+    plain: PyTorch in the bundle's precision; exact: in fp64 with the same weights. comparison: gets every call of every part.
+    on_stage is told which part is being compared. reordered: what became of the routes given in another order and with
+    repetitions, {name: largest error}.
     """
 
-    def __init__(self, model: CausalLM, probes: dict[str, Probe]) -> None:
-        self.model, self.probes = model, probes
-        self.steps = routed_steps(model.config, next(iter(probes.values())).nodes)
-        self.attributes = [
-            entry
-            for step in self.steps
-            for entry in differing_attributes(model.config, step.node.op_type, step.label, step.node.attributes)
-        ]
-        self.selections: dict[str, Selection] = {}
-        self.computations: dict[str, Computation] = {}
+    def __init__(
+        self,
+        plain: LayeredModel,
+        exact: LayeredModel,
+        parts: GraphParts,
+        comparison: Comparison,
+        on_stage: Callable[[str], None] = lambda stage: None,
+    ) -> None:
+        self.plain, self.exact, self.parts, self.comparison = plain, exact, parts, comparison
+        self.config = plain.config
+        self.reordered: dict[str, float] = {}
+        self._on_stage = on_stage
 
-    def run(self, token_ids: Array, lengths: Array, cuts: list[int]) -> None:
-        """Feed right-padded rows [B, L] in calls of the given sizes; lengths: valid tokens of each row."""
-        for name, probe in self.probes.items():
-            self._run(name, probe, token_ids, lengths, cuts)
+    def run(self, text: Text) -> list[Passage]:
+        """Compare every part on ``text``; returns PyTorch's passages behind the last layer."""
+        self._on_stage("comparing the embedding and level 1")
+        plain, exact = self.words(text)
+        for index in range(self.config.num_hidden_layers):
+            self._on_stage(f"comparing layer {index} of {self.config.num_hidden_layers}")
+            plain = self.layer(index, text, plain, exact)
+        self._on_stage("comparing the head")
+        self.head(text, plain)
+        return plain
 
-    def _run(self, execution: str, probe: Probe, token_ids: Array, lengths: Array, cuts: list[int]) -> None:
-        config = self.model.config
-        size = config.routing.block_size
-        batch, total = token_ids.shape
-        capacity = -(-total // size) * size
-        state = DecoderState.empty(config, batch, capacity)
-        names = [tensor.name for tensor in state_tensors(config)]
-        caches = {f"past.{n}": t.numpy().copy() for n, t in zip(names, flatten_state(state), strict=True)}
-        past = np.zeros(batch, dtype=np.int32)
-        for first, last in _calls(cuts, total):
-            new = np.clip(lengths - first, 0, last - first).astype(np.int32)
-            trace = Trace()
-            chunk = np.ascontiguousarray(token_ids[:, first:last])
-            with torch.no_grad():
-                tokens, past_len, new_len = (torch.from_numpy(x) for x in (chunk, past, new))
-                logits, state = self.model.step(tokens, past_len, new_len, state, trace)
-            feeds = {"input_ids": chunk, "past_len": past, "new_len": new, **caches, **self._forced(trace)}
-            got = probe.run(feeds)
-            self._compare(got, trace, past, new, f"{execution}, tokens {first}..{last - 1}")
-            self._computation("logits", got["logits"][new > 0], logits.numpy()[new > 0])
-            caches = {f"past.{name}": got[f"present.{name}"] for name in names}
-            past = past + new
-            # A finished row writes its padding at the front of its own cache, which nobody reads again.
-            past = np.where(lengths <= last, 0, past).astype(np.int32)
+    def words(self, text: Text) -> tuple[list[Passage], list[Passage]]:
+        """Compare the embedding and level 1; returns the passages of both precisions in front of layer 0."""
+        plain = self.plain.words(text)
+        exact = self.exact.words(text, forced=plain)
+        part = self.parts.words()
+        for execution in self.parts.executions:
+            with self._noting(part, Where(None, execution, 0, text.calls[0])):
+                for number, got in self._calls(part, execution, text, None, plain, plain):
+                    where = Where(None, execution, number, text.calls[number])
+                    self.comparison.words(where, part, got, plain[number], exact[number])
+        return plain, exact
 
-    def _forced(self, trace: Trace) -> Arrays:
-        return {
-            name: tensor.numpy()
-            for step in self.steps
-            if step.node.selected
-            for name, tensor in zip(step.node.outputs, chosen(step, trace), strict=True)
-        }
+    def layer(self, index: int, text: Text, plain: list[Passage], exact: list[Passage]) -> list[Passage]:
+        """Compare one layer; returns PyTorch's passages behind it."""
+        after = self.plain.layer(index, plain, text)
+        given = [dataclasses.replace(e, x=p.x) for e, p in zip(exact, plain, strict=True)]
+        precise = self.exact.layer(index, given, text, obeyed=[passage.trace for passage in after])
+        part = self.parts.layer(index)
+        for execution in self.parts.executions:
+            with self._noting(part, Where(index, execution, 0, text.calls[0])):
+                for number, got in self._calls(part, execution, text, index, plain, after):
+                    where = Where(index, execution, number, text.calls[number])
+                    self.comparison.layer(where, part, got, after[number], precise[number])
+        return after
 
-    def _computation(self, name: str, got: Array, expected: Array) -> None:
-        self.computations.setdefault(name, Computation(name)).add(got, expected)
+    @contextmanager
+    def _noting(self, part: Part, where: Where) -> Iterator[None]:
+        """A part that cannot run, or lacks what the model computes there, fails as a whole."""
+        try:
+            yield
+        except BundleError as error:
+            self.comparison.broken(where, part, str(error))
 
-    def _compare(self, got: Arrays, trace: Trace, past: Array, new: Array, where: str) -> None:
-        for step in self.steps:
-            if step.node.op_type == "ExpertRoute":
-                self._compare_experts(got, trace, step, new, where)
-            elif step.node.selected:
-                self._compare_blocks(got, trace, step, past, new, where)
+    def head(self, text: Text, plain: list[Passage]) -> None:
+        """Compare the logits of every call's last tokens."""
+        one, two = self.plain.last_logits(plain), self.exact.last_logits(plain)
+        part, execution = self.parts.head(), next(iter(self.parts.executions))  # the head holds no routed node
+        with self._noting(part, Where(None, execution, 0, text.calls[0])), self.parts.runner(part, execution) as runner:
+            for number, call in enumerate(text.calls):
+                feeds = {hidden_name(self.config.num_hidden_layers): numpy(plain[number].x), "new_len": call.new}
+                got = infer(runner, part, feeds | {"input_ids": call.ids, "past_len": call.past})["logits"]
+                rows, where = call.new > 0, Where(None, execution, number, call)
+                self.comparison.computed("logits", where, None, "logits", got[rows], two[number][rows], one[number][rows])
+
+    def _calls(
+        self, part: Part, execution: str, text: Text, layer: int | None, before: list[Passage], after: list[Passage]
+    ) -> Iterator[tuple[int, Arrays]]:
+        """(call, what the graph's part gave) of every call, with the part's own caches carried along."""
+        caches = {name: self._zeros(name, text) for name in part.inputs if name.startswith("past.")}
+        # The longest call takes the path of prefill, the last one usually that of a single token.
+        tried = {int(np.argmax(text.sizes)), len(text.calls) - 1}
+        with self.parts.runner(part, execution) as runner:
+            for number, call in enumerate(text.calls):
+                feeds: Arrays = {"input_ids": call.ids, "past_len": call.past, "new_len": call.new, **caches}
+                if layer is not None:
+                    feeds[hidden_name(layer)] = numpy(before[number].x)
+                feeds |= self._forced(after[number])
+                got = infer(runner, part, feeds)
+                if number in tried:
+                    self._reorder(part, execution, runner, feeds, got)
+                caches = {name: got.get(name.replace("past.", "present.", 1), cache) for name, cache in caches.items()}
+                yield number, got
+
+    def _zeros(self, name: str, text: Text) -> Array:
+        kind = name.split(".")[1]
+        config, rows, blocks = self.config, len(text.ids), text.capacity // text.block_size
+        if kind == "token_ids":
+            return np.zeros((rows, text.capacity), np.int64)
+        if kind == "word_block_key":
+            return np.zeros((rows, 1, blocks, config.route_dim), np.float32)
+        size = blocks if kind == "block_key" else text.capacity
+        return np.zeros((rows, config.num_key_value_heads, size, config.head_dim), np.float32)
+
+    def _forced(self, passage: Passage) -> Arrays:
+        """PyTorch's choices under the names that the parts' inputs have; those of other layers are never asked for."""
+        forced: Arrays = {}
+        trace, candidates = passage.trace, passage.step.candidates
+        for node in self.parts.nodes:
+            if node.op_type == "ExpertRoute":
+                found: tuple[Any, ...] = (*trace.expert_ids[:1], *trace.expert_weights[:1])
+            elif node.layer is None:
+                found = () if candidates is None else (candidates,)
             else:
-                outputs = trace.attention if step.node.op_type == "RoutedAttention" else trace.expert_out
-                self._computation(step.label, got[step.node.outputs[0]], outputs[step.index].numpy())
+                found = tuple(trace.routes[:1])
+            if node.selected:
+                forced |= {name: numpy(tensor) for name, tensor in zip(node.outputs, found, strict=False)}
+        return forced
 
-    def _compare_blocks(self, got: Arrays, trace: Trace, step: RoutedStep, past: Array, new: Array, where: str) -> None:
-        node, label = step.node, step.label
-        if label == "level 1":
-            query, block_key = trace.word_query, trace.word_block_key
-        else:
-            query, block_key = trace.query[step.index], trace.block_key[step.index]
-        assert query is not None and block_key is not None
-        candidates = trace.candidates.numpy() if node.op_type == "FineRoute" and trace.candidates is not None else None
-        lengths = past.astype(np.int64), new.astype(np.int64)
-        shown = got[node.operands[0]], got[node.operands[1]]
-        expected = query.numpy(), block_key.numpy()
-        (routes,) = chosen(step, trace)
-        reference = block_choice(*expected, routes.numpy(), candidates, *lengths, node.attributes)
-        device = block_choice(*shown, got[node.selected[0]], candidates, *lengths, node.attributes)
-        judge_selection(self.selections.setdefault(label, Selection(label)), reference, device, where)
-        # Only complete blocks count: what a cache holds for the others is never read.
-        complete = (past + new) // self.model.config.routing.block_size
-        for row, count in enumerate(complete):
-            if new[row]:
-                self._computation(f"{label} block keys", shown[1][row, :, :count], expected[1][row, :, :count])
-                self._computation(f"{label} query", shown[0][row, :, : new[row]], expected[0][row, :, : new[row]])
+    def _reorder(self, part: Part, execution: str, runner: BaseRunner, feeds: Arrays, got: Arrays) -> None:
+        """Run the call again with every list of blocks reversed, its unused tail filled with a block that it holds already."""
+        lists = {name for node in self.parts.nodes if node.op_type in ("CoarseRoute", "FineRoute") for name in node.outputs}
+        other = {name: _reversed(feeds[name]) for name in part.inputs if name in lists}
+        if not other:
+            return
+        again = infer(runner, part, feeds | other)
+        for node in part.nodes:
+            for name in (
+                node.selected if node.op_type == "FineRoute" else node.outputs if node.op_type == "RoutedAttention" else ()
+            ):
+                key = f"layer {node.layer} {node.op_type}, {execution}"
+                error = relative_error(again[name].astype(np.float64), got[name])
+                self.reordered[key] = max(self.reordered.get(key, 0.0), error)
 
-    def _compare_experts(self, got: Arrays, trace: Trace, step: RoutedStep, new: Array, where: str) -> None:
-        node, label = step.node, step.label
-        logits, groups = trace.expert_logits[step.index].numpy(), trace.group_logits[step.index].numpy()
-        ids, weights = (tensor.numpy() for tensor in chosen(step, trace))
-        valid = (np.arange(len(ids) // len(new)) < new[:, None]).reshape(-1)
-        layer = sorted(self.model.config.experts.layers)[step.index] if self.model.config.experts else 0
-        gate: Any = self.model.model.layers[layer].get_submodule("mlp.gate")
-        bias = gate.e_score_correction_bias.numpy() if gate.experts.select_bias else np.zeros(gate.experts.num_experts)
-        shown_ids, shown_weights = (got[name] for name in node.selected)
-        shown = got[node.operands[0]][valid], got[node.operands[1]][valid]
-        reference = expert_choices(logits[valid], groups[valid], bias, ids[valid], node.attributes)
-        device = expert_choices(*shown, bias, shown_ids[valid], node.attributes)
-        self._computation(f"{label} logits", shown[0], logits[valid])
-        loosen(reference[1], reference[0], device[0])
-        judge_selection(self.selections.setdefault(label, Selection(label)), reference[1], device[1], where)
-        if ids.shape == shown_ids.shape:  # else the selection has failed already
-            same = (ids == shown_ids).all(1) & valid
-            self._computation(f"{label} weights", shown_weights[same], weights[same])
+    def order_invariant(self) -> dict[str, Any] | None:
+        """The invariant "order and repetition of routes", None where nothing is routed."""
+        if not self.reordered:
+            return None
+        precision = self.comparison.precision
+        limit = COMPUTATION_LIMIT if precision == "float32" else ALLOWED_FACTOR * ROUNDOFF[precision]
+        worst = max(self.reordered, key=lambda name: self.reordered[name])
+        detail = (
+            f"every list reversed and filled up with repetitions: largest change {self.reordered[worst]:.1e} ({worst}), "
+            f"{limit:.0e} allowed"
+        )
+        return {"name": "order and repetition of routes", "passed": self.reordered[worst] <= limit, "detail": detail}
 
 
-def _calls(cuts: list[int], total: int) -> Iterator[tuple[int, int]]:
-    """(first, last) of each call: the given sizes one after the other, the rest in one."""
-    first = 0
-    for size in [*cuts, total]:
-        last = min(first + size, total)
-        if last > first:
-            yield first, last
-        first = last
+def _reversed(routes: Array) -> Array:
+    """Routes [..., K] backwards, -1 replaced by the first block of the list."""
+    return np.ascontiguousarray(np.where(routes < 0, routes[..., :1], routes)[..., ::-1])

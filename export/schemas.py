@@ -17,6 +17,7 @@ from bilevel.plugins import contract
 ONNX_OPSET = 23
 # TensorRT 10.15 and later take a plugin in place of a model-local function only where the node names a plugin namespace.
 PLUGIN_NAMESPACE = "plugin_namespace"
+PRIVATE_DOMAIN, NAME_NODE = "bilevel.names", "Name"
 
 _op = Opset("", ONNX_OPSET)
 _TENSORS = {"int32": "tensor(int32)", "float32": "tensor(float)"}
@@ -56,6 +57,29 @@ def register_schemas() -> Opset:
     return Opset(contract.DOMAIN, contract.VERSION)
 
 
+@functools.cache
+def _private() -> Opset:
+    """A domain for nodes that exist only until the graph is written."""
+    onnx.defs.register_schema(
+        onnx.defs.OpSchema(
+            NAME_NODE,
+            PRIVATE_DOMAIN,
+            1,
+            "The input, under the name that the attribute gives.",
+            inputs=[onnx.defs.OpSchema.FormalParameter("x", "T", "[...]")],
+            outputs=[onnx.defs.OpSchema.FormalParameter("y", "T", "[...]")],
+            type_constraints=[("T", _FLOATS, "any float type")],
+            attributes=[onnx.defs.OpSchema.Attribute("name", onnx.defs.OpSchema.AttrType.STRING, "the name", required=True)],
+        )
+    )
+    return Opset(PRIVATE_DOMAIN, 1)
+
+
+def _name_value(x: Any, name: str) -> Any:
+    """A node that ``bilevel.export.module`` replaces by the value's name."""
+    return getattr(_private(), NAME_NODE)(x, name=name)
+
+
 def _translation(op: contract.Op, domain: Opset) -> Callable[..., Any]:
     """The function that torch.onnx calls for ``torch.ops.bilevel.<op>``: it emits the one node of the contract."""
     node = getattr(domain, op.name)
@@ -85,6 +109,7 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
     }
     table[namespace.write_cache.default] = _write_cache
     table[namespace.gather_blocks.default] = _gather_blocks
+    table[namespace.name_value.default] = _name_value
     return table
 
 

@@ -26,11 +26,16 @@ from bilevel.runtime.bench_worker import Worker
 
 # Largest relative error (norm of the difference over norm) of right logits. Rounded activations turn the last bit of a sum into
 # a whole step now and then, which may also turn over a near-tie of a router; a wrong result is off by about 1.
-LIMITS = {"fp32": 1e-3, "int8": 0.3, "int4": 0.3}
+EXACT, ROUNDED = 1e-3, 0.3
 
 
 class WrongOutput(BilevelError):
     """A side's outputs are not right, so its times mean nothing."""
+
+
+def limit(precision: str, weights: str) -> float:
+    """The largest relative error of right logits of a bundle with this float type and format of weights."""
+    return EXACT if (precision, weights) == ("float32", "fp32") else ROUNDED
 
 
 def relative_error(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
@@ -45,8 +50,9 @@ class Benchmark:
 
     def __init__(self, plan: Plan, on_stage: Callable[[str], None] = lambda stage: None) -> None:
         self.plan, self._on_stage = plan, on_stage
-        self._geometry = Geometry(plan.bundle.config, plan.bundle.weights["format"], plan.twin_cache_bytes)
-        self._limit = LIMITS[plan.bundle.weights["format"]]
+        bundle = plan.bundle
+        self._geometry = Geometry(bundle.config, bundle.weights["format"], plan.twin_cache_bytes, plan.float_bytes)
+        self._limit = limit(bundle.precision, bundle.weights["format"])
         self.ceilings: Ceilings | None = None
 
     def run(self) -> list[Case]:

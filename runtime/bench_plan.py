@@ -110,6 +110,11 @@ class Plan:
         return (ROUTED, DENSE) if self.has_twin else (ROUTED,)
 
     @property
+    def float_bytes(self) -> int:
+        """Bytes of one float weight and of one number in the routed graph's caches."""
+        return DTYPES[self.bundle.precision].numpy.itemsize
+
+    @property
     def twin_cache_bytes(self) -> int:
         """Bytes of one number in the dense twin's caches: quantised bundles have a twin with int8 caches."""
         return (

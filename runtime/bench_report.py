@@ -68,6 +68,7 @@ def as_json(plan: Plan, cases: list[Case], ceilings: Ceilings, skipped: dict[int
         "benchmark": "bilevel bench",
         "bundle": str(plan.bundle.folder),
         "geometry": geometry,
+        "precision": plan.bundle.precision,
         "weights": plan.bundle.weights["format"],
         "model": dict(plan.bundle.config),
         "machine": describe_machine(plan.threads),

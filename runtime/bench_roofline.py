@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 FLOAT_BYTES = 4
-# Bytes of one weight in a matrix product; 32 quantised weights share a float scale and a zero point of their own width.
-WEIGHT_BYTES = {"fp32": 4.0, "int8": 1 + 5 / 32, "int4": 0.5 + 4.5 / 32}
+# Bytes of one quantised weight in a matrix product; 32 of them share a float scale and a zero point of their own width.
+QUANTISED_BYTES = {"int8": 1 + 5 / 32, "int4": 0.5 + 4.5 / 32}
 
 
 # What is read again and again may lie in a cache, so the rate belongs to an amount: caches of servers hold small models whole.
@@ -88,11 +88,19 @@ def _best(action: Callable[[], object], runs: int = 6) -> float:
 class Geometry:
     """Counts of one model, from the ``config`` of its bundle.
 
-    weights: "fp32", "int8" or "int4". twin_cache_bytes: bytes of one number in the dense twin's caches.
+    weights: "fp32" (floats), "int8" or "int4". twin_cache_bytes: bytes of one number in the dense twin's caches. float_bytes: of
+    one float weight and of one number in the routed graph's caches.
     """
 
-    def __init__(self, config: Mapping[str, Any], weights: str, twin_cache_bytes: int = FLOAT_BYTES) -> None:
-        self.config, self.weights, self.twin_cache_bytes = config, weights, twin_cache_bytes
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        weights: str,
+        twin_cache_bytes: int = FLOAT_BYTES,
+        float_bytes: int = FLOAT_BYTES,
+    ) -> None:
+        self.config, self.twin_cache_bytes, self.float_bytes = config, twin_cache_bytes, float_bytes
+        self.matrix_bytes = QUANTISED_BYTES.get(weights, float(float_bytes))
         self.routing: Mapping[str, Any] = config.get("routing") or {"preset": "dense"}
         self.layers = int(config["num_hidden_layers"])
         self.query_heads, self.heads = int(config["num_attention_heads"]), int(config["num_key_value_heads"])
@@ -123,7 +131,11 @@ class Geometry:
     def weight_bytes(self) -> float:
         """Bytes of the weights that one token is multiplied with, as they are stored."""
         floats = self.num_expert_weights
-        return (self.num_weights - floats) * WEIGHT_BYTES[self.weights] + floats * FLOAT_BYTES
+        return (self.num_weights - floats) * self.matrix_bytes + floats * self.float_bytes
+
+    def _cache_bytes(self, is_twin: bool) -> int:
+        """Bytes of one number in a side's caches."""
+        return self.twin_cache_bytes if is_twin else self.float_bytes
 
     def attended(self, length: int, is_twin: bool) -> int:
         """Tokens that the last of ``length`` tokens reads in every layer."""
@@ -146,8 +158,8 @@ class Geometry:
         """One token behind ``context`` cached ones."""
         tokens, (level_1, level_2) = self.attended(context + 1, is_twin), self.scored(context + 1, is_twin)
         route_width = int(self.routing.get("route_dim") or self.config["hidden_size"])
-        cached = 2 * self.layers * self.heads * self.width * tokens * (self.twin_cache_bytes if is_twin else FLOAT_BYTES)
-        scored = FLOAT_BYTES * (self.layers * self.heads * self.width * level_2 + level_1 * route_width)
+        cached = 2 * self.layers * self.heads * self.width * tokens * self._cache_bytes(is_twin)
+        scored = self.float_bytes * (self.layers * self.heads * self.width * level_2 + level_1 * route_width)
         num_bytes = self.weight_bytes + cached + scored
         per_layer = self.query_heads * self.width * (2 * tokens + level_2)
         flops = 2 * (self.num_weights + self.layers * per_layer + level_1 * route_width)
@@ -162,7 +174,7 @@ class Geometry:
         level_1, level_2 = (sum(values) for values in zip(*scored, strict=True))
         route_width = int(self.routing.get("route_dim") or self.config["hidden_size"])
         cached = sum(min((call + 1) * chunk, length) for call in range(calls)) * 2 * self.heads * self.width * self.layers
-        num_bytes = calls * self.weight_bytes + cached * (self.twin_cache_bytes if is_twin else FLOAT_BYTES)
+        num_bytes = calls * self.weight_bytes + cached * self._cache_bytes(is_twin)
         per_layer = self.query_heads * self.width * (2 * attended + level_2)
         weights = length * (self.num_weights - head) + calls * head
         return Work(num_bytes, 2 * (weights + self.layers * per_layer + level_1 * route_width))

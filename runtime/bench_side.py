@@ -22,6 +22,7 @@ from bilevel.runtime.generate import Generation
 from bilevel.runtime.rows import Row
 from bilevel.runtime.sampling import Sampler, SamplingParams
 from bilevel.runtime.session import OnnxCaches, OnnxSession
+from bilevel.runtime.tensors import decode, encode
 from bilevel.runtime.text import BundleTokenizer, TextStream
 
 
@@ -72,28 +73,29 @@ class Side:
     def fill(self, context: int, seed: int) -> None:
         """Fill the caches as if ``context`` tokens had been read; the next decode continues there.
 
-        Keys and values are normal numbers (int8 caches: any numbers), block keys their means, tokens random. Level 1's block
+        Keys and values are normal numbers (int8 caches: any numbers), block keys their fp32 means, tokens random. Level 1's block
         descriptors are random vectors of length 1, not those of the tokens: which blocks become candidates differs, what they
         cost does not. Blocks that later calls touch are computed by the graph.
         """
         random = np.random.default_rng(seed)
         state, size = self._caches.state, self.bundle.block_size
+        dtypes = {spec.name: spec.dtype for spec, _ in self.bundle.state}
         for name, cache in state.items():
             kind = name.split(".")[1]
             if kind in ("key", "value"):
-                _fill_vectors(random, cache, context)
+                _fill_vectors(random, cache, context, dtypes[name])
             elif kind == "token_ids":
                 cache[:, :context] = random.integers(0, self.bundle.vocab_size, (1, context))
             elif kind == "word_block_key":
                 vectors = random.standard_normal(cache.shape, dtype=np.float32)
-                cache[:] = vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+                cache[:] = encode(vectors / np.linalg.norm(vectors, axis=-1, keepdims=True), dtypes[name])
             elif kind != "block_key":
                 raise BundleError(f"bilevel bench cannot fill the cache {name}; measure with a bundle of this bilevel's export")
         for name, cache in state.items():
             if name.split(".")[1] == "block_key":
                 for head, blocks in enumerate(cache[0]):
-                    keys = state[name.replace("block_key", "key")][0, head]
-                    blocks[:] = keys.reshape(-1, size, keys.shape[-1]).mean(1)
+                    keys = decode(state[name.replace("block_key", "key")][0, head], dtypes[name])
+                    blocks[:] = encode(keys.reshape(-1, size, keys.shape[-1]).mean(1), dtypes[name])
         self._generation = self._start(context, int(random.integers(self.bundle.vocab_size)))
 
     def _row(self, prompt: list[int]) -> Row:
@@ -156,10 +158,12 @@ class Side:
         return read_profile(path)[discard:]
 
 
-def _fill_vectors(random: np.random.Generator, cache: NDArray[Any], context: int) -> None:
+def _fill_vectors(random: np.random.Generator, cache: NDArray[Any], context: int, dtype: str) -> None:
     """Random numbers in the first ``context`` tokens of a cache [1, H, M, D], without a second copy of it."""
     for vectors in cache[0, :, :context]:
-        if cache.dtype == np.float32:
+        if dtype == "float32":
             random.standard_normal(out=vectors, dtype=np.float32)
-        else:
+        elif dtype == "int8":
             vectors[:] = random.integers(-127, 128, vectors.shape, np.int8)
+        else:
+            vectors[:] = encode(random.standard_normal(vectors.shape, dtype=np.float32), dtype)

@@ -4,15 +4,17 @@
     config.json       the model's configuration in Hugging Face's format, with its "routing" and "experts" sections
     tokenizer.json    Hugging Face ``tokenizers``
     model.onnx        the graph; model.data its weights
-    dense.onnx        optional: the dense twin, which has the same weights
+    dense.onnx        optional: the dense twin, which has the same weights; bfloat16 bundles have none
 
 ``bundle.json`` is one JSON object:
 
     format, format_version    "bilevel-bundle" and 1; another version is refused
     created_by                {tool: version}
-    precision                 float type of caches and of weights that are floats, for example "float32"
+    precision                 "float32", "float16" or "bfloat16": the type of caches, of activations and of weights that are floats.
+                              Scores of routers, logits of expert gates and the graph's logits are float32 in all three
     weights                   optional {"format": "fp32" (the default), "int8" or "int4", ...}: how the matrix products' weights
-                              are stored; the integer formats also say how many products and which weights stayed floats
+                              are stored. fp32: as floats, of the type that precision says. The integer formats go with precision
+                              float32 and also say how many products and which weights stayed floats
                               {"bits", "block", "activations", "quantised", "kept_fp32": {what for: bytes}}
     config                    the contents of config.json
     block_size                R; a cache's capacity is a multiple of it
@@ -161,7 +163,7 @@ def _parse(manifest: Manifest) -> Bundle:
     return Bundle(
         folder=manifest.folder,
         created_by=manifest.get("created_by", dict),
-        precision=manifest.get("precision", str),
+        precision=manifest.precision(),
         weights=manifest.weights(),
         config=manifest.get("config", dict),
         block_size=manifest.positive("block_size"),

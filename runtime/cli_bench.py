@@ -134,6 +134,11 @@ def _plan(args: argparse.Namespace, path: Path) -> tuple[Plan, dict[int, str]]:
     if not args.no_twin and bundle.twin is None:
         if (bundle.config.get("routing") or {"preset": "dense"})["preset"] == "dense":
             raise RequestError(f"{path} holds a dense model, which has no dense twin; measure it alone with --no-twin")
+        if bundle.precision == "bfloat16":
+            raise RequestError(
+                f"{path} is in bfloat16, for which ONNX Runtime's GroupQueryAttention has no CPU kernel, so it has no dense twin; "
+                "to measure on a CPU, export with --precision fp16 or fp32"
+            )
         bundle.dense_twin()  # raises with the remedy
     threads = args.threads or default_threads()
     max_prefill = (args.max_prefill or 8192) if args.prefill else 0
@@ -144,7 +149,8 @@ def _plan(args: argparse.Namespace, path: Path) -> tuple[Plan, dict[int, str]]:
 
 def _title(args: argparse.Namespace, plan: Plan) -> str:
     name = f"geometry {args.geometry}" if args.geometry else args.bundle.name
-    return f"{name}, {plan.bundle.weights['format']} weights, {plan.threads} threads"
+    kind = plan.bundle.weights["format"] if plan.bundle.precision == "float32" else plan.bundle.precision
+    return f"{name}, {kind} weights, {plan.threads} threads"
 
 
 def geometry_bundle(name: str, weights: str, on_stage: Callable[[str], None]) -> Path:

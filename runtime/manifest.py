@@ -13,7 +13,7 @@ from typing import Any
 
 from bilevel.plugins.contract import BY_NAME
 from bilevel.plugins.errors import BundleError
-from bilevel.runtime.tensors import DTYPES, SYMBOLS, TensorSpec
+from bilevel.runtime.tensors import DTYPES, PRECISIONS, SYMBOLS, TensorSpec
 
 FORMAT, FORMAT_VERSION = "bilevel-bundle", 1
 WEIGHT_FORMATS = ("fp32", "int8", "int4")
@@ -98,6 +98,12 @@ class Manifest:
             state=self.state(key, inputs, outputs),
             vocab_size=self.vocab_size(outputs),
         )
+
+    def precision(self) -> str:
+        """The float type of weights, activations and caches."""
+        if (found := self.get("precision", str)) not in PRECISIONS:
+            raise self.error(f"its precision is {found}, this bilevel reads {', '.join(PRECISIONS)}")
+        return str(found)
 
     def weights(self) -> dict[str, Any]:
         """How the weights are stored; a manifest that does not say has floats."""

@@ -70,8 +70,7 @@ class OnnxSession:
         if self.cpu_library is not None:
             with _translated(f"{self.cpu_library} cannot be loaded", f"reinstall bilevel, or set {VARIABLE}=none"):
                 options.register_custom_ops_library(str(self.cpu_library))
-        with _translated(f"{bundle.graph_path} cannot be opened by ONNX Runtime", bundle.remedy):
-            self._session = self._ort.InferenceSession(bundle.graph_path, options, providers=["CPUExecutionProvider"])
+        self._session = self._open_graph(options)
         self._check_ports("input", self._session.get_inputs(), bundle.inputs)
         self._check_ports("output", self._session.get_outputs(), bundle.outputs)
 
@@ -79,6 +78,20 @@ class OnnxSession:
     def open(cls, path: str | Path, *, verify: bool = True, threads: int = 0) -> OnnxSession:
         """Load the bundle at ``path`` and open it."""
         return cls(load_bundle(path, verify), threads)
+
+    def _open_graph(self, options: Any) -> Any:
+        """ONNX Runtime's session over the graph."""
+        bundle = self.bundle
+        try:
+            with _translated(f"{bundle.graph_path} cannot be opened by ONNX Runtime", bundle.remedy):
+                return self._ort.InferenceSession(bundle.graph_path, options, providers=["CPUExecutionProvider"])
+        except BundleError as error:
+            if bundle.precision != "bfloat16" or type(error.__cause__).__name__ != "NotImplemented":
+                raise
+            raise BundleError(
+                f"{bundle.folder} is in bfloat16, for which onnxruntime {self._ort.__version__} lacks kernels on a CPU; "
+                "to run on a CPU, export with --precision fp16 or fp32"
+            ) from error
 
     def end_profiling(self) -> Path:
         """Stop recording and return the profile's file: JSON, events in Chrome's trace format with times in microseconds."""

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 SYMBOLS = ("batch", "new_tokens", "capacity", "num_blocks")
+PRECISIONS = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,21 @@ DTYPES = {
     "int32": ElementType(np.dtype(np.int32), "tensor(int32)", 6),
     "int64": ElementType(np.dtype(np.int64), "tensor(int64)", 7),
 }
+
+
+def encode(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+    """Finite fp32 values as an array of ``dtype`` (one of PRECISIONS) holds them; rounded to nearest, ties to even."""
+    if dtype != "bfloat16":
+        return values.astype(DTYPES[dtype].numpy)
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def decode(stored: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    """The fp32 values that an array of ``dtype`` (one of PRECISIONS) holds."""
+    if dtype != "bfloat16":
+        return stored.astype(np.float32, copy=False)
+    return (stored.astype(np.uint32) << 16).view(np.float32)
 
 
 @dataclass(frozen=True)

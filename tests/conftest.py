@@ -30,21 +30,21 @@ def seeded() -> None:
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
-    """preset, weights="fp32" -> (checkpoint, bundle) of a tiny model. Shared by all tests: copy before changing anything."""
+    """preset, weights="fp32", precision="fp32" -> (checkpoint, bundle) of a tiny model. Shared by all tests: copy before changing anything."""
     from tests.tiny_models import export_once
 
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent  # one export for all workers
-    return lambda preset, weights="fp32": export_once(folder / "exported", preset, weights)
+    return lambda preset, weights="fp32", precision="fp32": export_once(folder / "exported", preset, weights, precision)
 
 
 @pytest.fixture
 def copied(exported: Callable[..., tuple[Path, Path]], tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
-    """preset, weights="fp32" -> (checkpoint, bundle), free to be changed."""
+    """As ``exported``, but free to be changed."""
 
-    def copy(preset: str, weights: str = "fp32") -> tuple[Path, Path]:
-        checkpoint, bundle = exported(preset, weights)
+    def copy(*wanted: str) -> tuple[Path, Path]:
+        checkpoint, bundle = exported(*wanted)
         return shutil.copytree(checkpoint, tmp_path / "checkpoint"), shutil.copytree(bundle, tmp_path / "bundle")
 
     return copy

@@ -21,7 +21,8 @@ from onnx import TensorProto, helper, numpy_helper
 VOCAB_SIZE, EOS, BLOCK_SIZE = 293, 1, 8  # 293 is prime: the checksums reach every token
 MAX_POSITIONS, PREFILL_CHUNK = 100, 16  # 100 is not a multiple of the block size
 OPSET = 23  # what an exported graph has; Python 3.10's ONNX Runtime stops there
-NAMES = {TensorProto.INT64: "int64", TensorProto.INT32: "int32", TensorProto.FLOAT: "float32"}
+FLOATS = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
+NAMES = {TensorProto.INT64: "int64", TensorProto.INT32: "int32", **{kind: name for name, kind in FLOATS.items()}}
 CORPUS = ["def add(a, b):\n    return a + b\n", "the quick brown fox, the lazy dog", "für 漢字 und 🦊🦊"] * 3
 
 
@@ -36,7 +37,7 @@ def predict(prompt: Sequence[int], max_tokens: int, eos: Sequence[int] = (EOS,),
             return generated
 
 
-def _nodes() -> list[onnx.NodeProto]:
+def _nodes(kind: int) -> list[onnx.NodeProto]:
     def node(op: str, inputs: str, output: str, **attributes: Any) -> onnx.NodeProto:
         return helper.make_node(op, inputs.split(), [output], **attributes)
 
@@ -63,14 +64,16 @@ def _nodes() -> list[onnx.NodeProto]:
         node("Sub", "rows_3 rows_3", "head_3"),
         node("Concat", "rows_3 head_3 target_3", "key_index", axis=-1),
         node("Unsqueeze", "input_ids axis_2", "ids3"),
-        node("Cast", "ids3", "key", to=TensorProto.FLOAT),
+        node("Cast", "ids3", "key", to=kind),
         node("ScatterND", "past.key.0 key_index key", "present.key.0"),
         # A state per block, so that num_blocks must be right.
         node("Reshape", "present.token_ids by_block", "blocks"),
         node("ReduceSum", "blocks axis_3", "block_sum", keepdims=1),
-        node("Cast", "block_sum", "block_key", to=TensorProto.FLOAT),
-        node("Mul", "past.block_key.0 zero_f", "nothing"),
-        node("Add", "nothing block_key", "present.block_key.0"),
+        node("Cast", "block_sum", "block_sum_f", to=TensorProto.FLOAT),
+        node("Cast", "past.block_key.0", "past_block_key_f", to=TensorProto.FLOAT),
+        node("Mul", "past_block_key_f zero_f", "nothing"),
+        node("Add", "nothing block_sum_f", "block_key_f"),
+        node("Cast", "block_key_f", "present.block_key.0", to=kind),
         # Only what lies before past_len + new_len counts.
         node("Add", "start count", "length"),
         node("Unsqueeze", "length axis_1", "length_column"),
@@ -116,13 +119,14 @@ def _constants() -> list[onnx.TensorProto]:
     return [numpy_helper.from_array(array, name) for name, array in arrays.items()]
 
 
-def make_model() -> onnx.ModelProto:
-    """The graph; its weights are saved beside it by ``write_bundle``."""
+def make_model(precision: str = "float32") -> onnx.ModelProto:
+    """The graph with float caches of one precision; its weights are saved beside it by ``write_bundle``."""
+    kind = FLOATS[precision]
     info = helper.make_tensor_value_info
     states = [
         ("token_ids", TensorProto.INT64, ["batch", "capacity"]),
-        ("key.0", TensorProto.FLOAT, ["batch", 1, "capacity", 1]),
-        ("block_key.0", TensorProto.FLOAT, ["batch", 1, "num_blocks", 1]),
+        ("key.0", kind, ["batch", 1, "capacity", 1]),
+        ("block_key.0", kind, ["batch", 1, "num_blocks", 1]),
     ]
     inputs = [
         info("input_ids", TensorProto.INT64, ["batch", "new_tokens"]),
@@ -134,7 +138,7 @@ def make_model() -> onnx.ModelProto:
         info("logits", TensorProto.FLOAT, ["batch", VOCAB_SIZE]),
         *(info(f"present.{name}", dtype, shape) for name, dtype, shape in states),
     ]
-    graph = helper.make_graph(_nodes(), "fake", inputs, outputs, _constants())
+    graph = helper.make_graph(_nodes(kind), "fake", inputs, outputs, _constants())
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
 
 
@@ -163,9 +167,9 @@ def _ports(values: Sequence[onnx.ValueInfoProto]) -> list[dict[str, Any]]:
     return [port(value) for value in values]
 
 
-def write_bundle(folder: Path, eos: Sequence[int] = (EOS,)) -> Path:
-    """Write the bundle into ``folder``, which must exist."""
-    model = make_model()
+def write_bundle(folder: Path, eos: Sequence[int] = (EOS,), precision: str = "float32") -> Path:
+    """Write the bundle into ``folder``, which must exist. Ids above 256 are no whole numbers of bfloat16's caches."""
+    model = make_model(precision)
     inputs, outputs = _ports(model.graph.input), _ports(model.graph.output)
     onnx.checker.check_model(model, full_check=True)
     onnx.save_model(model, folder / "model.onnx", save_as_external_data=True, location="model.data", size_threshold=1024)
@@ -177,7 +181,7 @@ def write_bundle(folder: Path, eos: Sequence[int] = (EOS,)) -> Path:
         "format": "bilevel-bundle",
         "format_version": 1,
         "created_by": {"bilevel": "0.1.0"},
-        "precision": "float32",
+        "precision": precision,
         "config": config,
         "block_size": BLOCK_SIZE,
         "limits": {"max_positions": MAX_POSITIONS, "prefill_chunk": PREFILL_CHUNK},

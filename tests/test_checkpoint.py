@@ -197,7 +197,9 @@ def test_load_model_ledger_one_by_one_experts(change: Callable[[Weights], object
 def test_load_model_overflow_in_dtype(folder: Path) -> None:
     rewrite(folder, lambda w: w[Q_PROJ][0, 0].fill_(1e6))
     load_model(folder)
-    with pytest.raises(CheckpointError, match=f"{Q_PROJ} holds values too large for float16; load the model as float32"):
+    with pytest.raises(
+        CheckpointError, match=f"{Q_PROJ} holds values too large for float16; load or export the model in float32"
+    ):
         load_model(folder, dtype=torch.float16)
 
 

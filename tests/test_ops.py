@@ -70,10 +70,12 @@ def test_operator_node_equals_eager_call(name: str) -> None:
         assert torch.equal(result, value)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", contract.BY_NAME)
-def test_operator_schema_and_fake(name: str) -> None:
+def test_operator_schema_and_fake(name: str, dtype: torch.dtype) -> None:
     """PyTorch's own checks: the schema is honest, and the shape function agrees with the result."""
     inputs, attributes = make_call(name)
+    inputs = {key: x.to(dtype) if x.is_floating_point() else x for key, x in inputs.items()}
     node = getattr(torch.ops.bilevel, contract.BY_NAME[name].torch_name).default
     torch.library.opcheck(node, tuple(inputs.values()), attributes, test_utils=("test_schema", "test_faketensor"))
     declared = [port.name for port in contract.BY_NAME[name].inputs]
@@ -92,6 +94,23 @@ def test_operator_exports_as_one_node(name: str) -> None:
     program = torch.export.export(Caller(), (inputs,), strict=False)
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function" and "getitem" not in str(node)]
     assert targets == [f"bilevel.{contract.BY_NAME[name].torch_name}.default"]
+
+
+@pytest.mark.parametrize("name", contract.BY_NAME)
+def test_operator_in_fp64_is_not_exported(name: str) -> None:
+    """fp64 is for reference computations: no device runs it, and the ONNX operators do not have it."""
+    inputs, attributes = make_call(name)
+    inputs = {key: x.double() if x.is_floating_point() else x for key, x in inputs.items()}
+
+    class Caller(nn.Module):
+        def forward(self, inputs: dict[str, Tensor]) -> Any:
+            return call(name, inputs, attributes)
+
+    first = contract.BY_NAME[name].inputs[0].name
+    with pytest.raises(
+        ContractError, match=f"{name}: {first} is float64, .*; export the module in float32, float16 or bfloat16"
+    ):
+        torch.export.export(Caller(), (inputs,), strict=False)
 
 
 Change = Callable[[dict[str, Any]], Any]
@@ -140,6 +159,16 @@ BAD_INPUTS: dict[str, tuple[str, Change, str]] = {
         "query must be of a float type, got int32",
     ),
     "half-logits": ("ExpertRoute", lambda i: i.update(logits=i["logits"].half()), "logits must be float32, got float16"),
+    "float-weights-of-fp64": (
+        "RoutedExperts",
+        lambda i: i.update({key: x.double() for key, x in i.items() if key in ("x", "gate_up", "down")}),
+        "weights must be float64, got float32",
+    ),
+    "fp64-logits-only": (
+        "ExpertRoute",
+        lambda i: i.update(logits=i["logits"].double()),
+        "group_logits must be float64, got float32",
+    ),
     "bias-size": ("ExpertRoute", lambda i: i.update(select_bias=torch.zeros(7)), "select_bias has E=7, .* has E=8"),
     "groups": ("ExpertRoute", lambda i: i.update(group_logits=torch.zeros(7, 3)), "8 experts are not divisible into 3 groups"),
     "few-groups": ("ExpertRoute", lambda i: i.update(group_logits=torch.zeros(7, 1)), "topk_group=2 exceeds the 1 groups"),

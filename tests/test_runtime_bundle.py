@@ -61,6 +61,19 @@ def test_state_bytes(folder: Path, batch: int, capacity: int) -> None:
     assert load_bundle(folder).state_bytes(batch, capacity) == batch * (ids + key + block_key)
 
 
+@pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
+def test_precision(tmp_path: Path, precision: str) -> None:
+    bundle = load_bundle(write_bundle(tmp_path, precision=precision))
+    assert bundle.precision == precision and {spec.dtype for spec, _ in bundle.state} == {"int64", precision}
+    assert bundle.state_bytes(1, 16) == 16 * 8 + (16 + 16 // BLOCK_SIZE) * (4 if precision == "float32" else 2)
+
+
+def test_unknown_precision_is_refused(folder: Path) -> None:
+    edit_manifest(folder, lambda manifest: manifest.update(precision="float8"))
+    with pytest.raises(BundleError, match="its precision is float8, this bilevel reads float32, float16, bfloat16; make the"):
+        load_bundle(folder)
+
+
 def test_format_version_names_both_and_the_remedy(folder: Path) -> None:
     edit_manifest(folder, lambda manifest: manifest.update(format_version=2))
     with pytest.raises(BundleError) as caught:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bilevel.plugins.errors import BundleError, MissingDependency, RequestError
 from bilevel.runtime.session import OnnxSession
+from bilevel.runtime.tensors import decode
 from tests.fake_bundle import BLOCK_SIZE, VOCAB_SIZE, predict, write_bundle
 
 
@@ -42,6 +44,25 @@ def test_run_writes_the_caches_in_place(session: OnnxSession) -> None:
     assert caches.state["past.token_ids"][0, :4].tolist() == [4, 5, 6, 8]
     assert caches.state["past.token_ids"][1, :2].tolist() == [7, 9]
     assert caches.state["past.key.0"][0, 0, :4, 0].tolist() == [4, 5, 6, 8]
+
+
+@pytest.mark.parametrize(("precision", "stored"), [("float16", np.float16), ("bfloat16", np.uint16)])
+def test_caches_in_16_bits(tmp_path: Path, precision: str, stored: type) -> None:
+    """Written in place too, bfloat16 as its bits; the logits are fp32 and those of a text that went through the caches."""
+    session = OnnxSession.open(write_bundle(tmp_path, precision=precision), threads=1)
+    caches = session.allocate(2, 16)
+    assert {name: array.dtype for name, array in caches.state.items()} == {
+        "past.token_ids": np.int64,
+        "past.key.0": stored,
+        "past.block_key.0": stored,
+    }
+    caches.run(*call([0, 0], [3, 1], [[4, 5, 200], [7]]))
+    logits = caches.run(*call([3, 1], [1, 1], [[8], [9]]))
+    assert decode(caches.state["past.key.0"], precision)[0, 0, :4, 0].tolist() == [4, 5, 200, 8]
+    assert decode(caches.state["past.key.0"], precision)[1, 0, :2, 0].tolist() == [7, 9]
+    assert decode(caches.state["past.block_key.0"], precision)[:, 0, 0, 0].tolist() == [217, 7 + 9 + 292], "padding too"
+    assert logits.dtype == np.float32
+    assert logits.argmax(1).tolist() == [predict([4, 5, 200, 8], 1)[0], predict([7, 9], 1)[0]]
 
 
 def test_run_returns_each_rows_last_valid_logits(session: OnnxSession) -> None:

@@ -75,16 +75,17 @@ def edit_config(checkpoint: Path, **changes: Any) -> None:
     path.write_text(json.dumps(config), encoding="utf-8")
 
 
-def export_once(folder: Path, preset: str, weights: str = "fp32") -> tuple[Path, Path]:
+def export_once(folder: Path, preset: str, weights: str = "fp32", precision: str = "fp32") -> tuple[Path, Path]:
     """(checkpoint, bundle) below ``folder``, which test processes share; the first one that asks makes them."""
     from bilevel.export.bundle import export_bundle
 
-    checkpoint, bundle = folder / preset / "checkpoint", folder / preset / ("bundle" if weights == "fp32" else weights)
+    name = "bundle" if weights == precision == "fp32" else weights if precision == "fp32" else precision
+    checkpoint, bundle = folder / preset / "checkpoint", folder / preset / name
     bundle.parent.mkdir(parents=True, exist_ok=True)
     with (folder / f"{preset}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not bundle.exists():
             if not checkpoint.exists():
                 save_checkpoint(checkpoint, preset)
-            export_bundle(checkpoint, bundle, prefill_chunk=PREFILL_CHUNK, weights=weights)
+            export_bundle(checkpoint, bundle, prefill_chunk=PREFILL_CHUNK, weights=weights, precision=precision)
     return checkpoint, bundle

@@ -1,0 +1,183 @@
+"""Where a failure starts: the first layer and operator, the graph's nodes in question, and the smallest input that shows it.
+
+Every part of the graph was fed PyTorch's own hidden state and choices, so that the first failing entry in graph order is a cause and
+no consequence. Its input is then cut down: one row, as few calls and as few tokens as still fail.
+"""
+
+from __future__ import annotations
+
+import io
+from contextlib import redirect_stderr, redirect_stdout
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from bilevel.config import ModelConfig
+from bilevel.export.compare import Comparison, Entry
+from bilevel.export.graph_parts import Part
+from bilevel.export.judge import Array, Selection
+from bilevel.export.layered import Text
+from bilevel.export.replay import Replay
+from bilevel.plugins.errors import BilevelError
+
+_MOST_NODES = 16
+
+
+def first_failing(entries: list[Entry]) -> Entry | None:
+    """The failing entry that comes first in the graph."""
+    return next((entry for entry in entries if not entry.judged.passed), None)
+
+
+def describe(replay: Replay, text: Text, entry: Entry, decode: Any) -> dict[str, Any]:
+    """The report's ``failure`` for ``entry`` (``bilevel.export.report`` says what it holds). decode: token ids -> text."""
+    assert entry.first is not None
+    execution = entry.first.execution
+    shrunk = _shrink(_Part(replay, entry), text, entry)
+    judged, sizes, row, tokens = shrunk if shrunk is not None else (entry, text.sizes, 0, text.ids[0, : text.lengths[0]])
+    part = _Part(replay, entry).graph_part()
+    nodes = _nodes_between(part, judged.value or entry.value)
+    kind = "selection" if isinstance(entry.judged, Selection) else "computation"
+    operator = entry.operator or "a tensor outside the routed operators"
+    place = "before the layers" if entry.layer is None and entry.part != "logits" else "in the head"
+    place = place if entry.layer is None else f"in layer {entry.layer}"
+    needs = f"{len(tokens)} tokens in {len(sizes)} call{'s' if len(sizes) > 1 else ''}"
+    smaller = f"{needs} show it" if shrunk is not None else "no smaller input than the whole text shows it"
+    return {
+        "name": entry.name,
+        "layer": entry.layer,
+        "operator": entry.operator,
+        "execution": execution,
+        "judgement": kind,
+        "message": f"{entry.name} differs first ({place}, {operator}, {execution}); {smaller}",
+        "nodes": nodes,
+        "input": {
+            "token_ids": [int(token) for token in tokens],
+            "text": decode(tokens),
+            "calls": [int(size) for size in sizes],
+            "row_position": row,
+        },
+        "difference": judged.judged.example if isinstance(judged.judged, Selection) else _largest(judged),
+        "outliers": _outliers(judged),
+    }
+
+
+class _Part:
+    """The part of the model that an entry belongs to, compared alone."""
+
+    def __init__(self, replay: Replay, entry: Entry) -> None:
+        assert entry.first is not None
+        self._replay, self._entry = replay, entry
+        self._parts = replay.parts.only(entry.first.execution)
+        self.config: ModelConfig = replay.config
+
+    def graph_part(self) -> Part:
+        """The graph's part."""
+        if self._entry.part == "logits":
+            return self._parts.head()
+        return self._parts.words() if self._entry.layer is None else self._parts.layer(self._entry.layer)
+
+    def failing(self, text: Text) -> Entry | None:
+        """The entry as ``text`` shows it, None where it passes."""
+        old = self._replay
+        comparison = Comparison(self.config, old.comparison.precision)
+        replay = Replay(old.plain, old.exact, self._parts, comparison)
+        layer, is_head = self._entry.layer, self._entry.part == "logits"
+        if layer is None and not is_head:
+            replay.words(text)
+        else:
+            plain = old.plain.words(text)
+            exact = old.exact.words(text, forced=plain)
+            for index in range(self.config.num_hidden_layers if is_head else layer or 0):
+                plain = old.plain.layer(index, plain, text, keep=False)
+            if is_head:
+                replay.head(text, plain)
+            else:
+                replay.layer(layer or 0, text, plain, exact)
+        found = first_failing(comparison.entries)
+        return found if found is not None and found.name == self._entry.name else None
+
+
+def _shrink(part: _Part, text: Text, entry: Entry) -> tuple[Entry, list[int], int, Array] | None:
+    """(the entry as the smallest input shows it, its calls, the row it came from, its tokens), or None where it takes the batch."""
+    assert entry.first is not None
+    number, call = entry.first.number, entry.first.call
+    before = text.sizes[:number]
+    for row in np.nonzero(call.new)[0]:
+        end = int(call.past[row] + call.new[row])
+        tokens = text.ids[row, :end]
+        for sizes in ([], before) if before else ([],):
+            found = part.failing(_cut(tokens, sizes, text.block_size))
+            if found is not None:
+                least = sum(sizes) + 1
+                tokens, found = _fewest(part, tokens, sizes, least, text.block_size, found)
+                return found, _cut(tokens, sizes, text.block_size).sizes, int(row), tokens
+    return None
+
+
+def _fewest(part: _Part, tokens: Array, sizes: list[int], least: int, block_size: int, found: Entry) -> tuple[Array, Entry]:
+    """By bisection, the shortest beginning of ``tokens`` that still fails (the shortest one met, should failures come and go)."""
+    low, high = least, len(tokens)
+    while low < high:
+        middle = (low + high) // 2
+        try:
+            shorter = part.failing(_cut(tokens[:middle], sizes, block_size))
+        except BilevelError:
+            shorter = None
+        if shorter is None:
+            low = middle + 1
+        else:
+            high, found = middle, shorter
+    return tokens[:high], found
+
+
+def _cut(tokens: Array, sizes: list[int], block_size: int) -> Text:
+    return Text.cut(tokens[None], np.array([len(tokens)]), sizes, block_size)
+
+
+def _nodes_between(part: Part, value: str) -> list[str]:
+    """The nodes that make ``value`` out of what the part is given or what has its own entry, in graph order."""
+    values = ir.convenience.create_value_mapping(part.graph)
+    known = set(part.inputs) | {name for name in part.outputs if name != value}
+    pending, nodes = [values.get(value)], set()
+    while pending:
+        found = pending.pop()
+        node = found.producer() if found is not None else None
+        if node is None or node in nodes:
+            continue
+        nodes.add(node)
+        pending += [source for source in node.inputs if source is not None and source.name not in known]
+    names = [f"{node.op_type} {node.name}".strip() for node in part.graph if node in nodes]
+    return names if len(names) <= _MOST_NODES else [*names[-_MOST_NODES:]]
+
+
+def _largest(entry: Entry) -> str:
+    """The place of the largest difference in words, or why there is none to show."""
+    if entry.sides is None:
+        return entry.message
+    exact, got = entry.sides
+    if exact.shape != got.shape:
+        return f"PyTorch's tensor has shape {list(exact.shape)}, the graph's {list(got.shape)}"
+    difference = np.abs(got.astype(np.float64) - exact)
+    difference = np.where(np.isnan(difference), np.inf, difference)
+    place = np.unravel_index(int(difference.argmax()), difference.shape)
+    index = ", ".join(str(int(i)) for i in place)
+    return f"largest at [{index}]: PyTorch in fp64 has {exact[place]:.6g}, the graph {got[place]:.6g}"
+
+
+def _outliers(entry: Entry) -> str:
+    """Polygraphy's statistics and histogram of the differences, "" for a selection."""
+    if entry.sides is None or entry.sides[0].shape != entry.sides[1].shape or not entry.sides[0].size:
+        return ""
+    from polygraphy.comparator import Comparator, IterationResult, RunResults, SimpleCompareFunc
+
+    assert entry.first is not None
+    results = RunResults()
+    for name, array in zip(("PyTorch fp64", entry.first.execution), entry.sides, strict=True):
+        results.append((name, [IterationResult({entry.name: array}, runner_name=name)]))
+    scale = float(np.abs(entry.sides[0]).max()) or 1.0
+    limit = getattr(entry.judged, "limit", 0.0) * scale
+    printed = io.StringIO()
+    with redirect_stdout(printed), redirect_stderr(printed):
+        Comparator.compare_accuracy(results, compare_func=SimpleCompareFunc(atol=limit, rtol=0, check_error_stat="max"))
+    return printed.getvalue()
