@@ -39,8 +39,8 @@ class ExpertGate(nn.Module):
             group_logits = logits.new_zeros(x.shape[0], spec.n_group)
         bias = self.e_score_correction_bias if spec.select_bias else logits.new_zeros(spec.num_experts)
         ids, weights = ops.expert_route(logits, group_logits, bias.to(logits.dtype), **spec.route_attributes())
-        if trace is not None and trace.forced is not None:
-            ids, weights = trace.given("expert_ids"), trace.given("expert_weights")
+        if trace is not None and (given := trace.given("expert_weights")) is not None:
+            ids, weights = trace.given("expert_ids"), given.to(weights.dtype)
         if trace is not None:
             trace.expert_logits.append(logits)
             trace.group_logits.append(group_logits)

@@ -24,7 +24,7 @@ from bilevel.export.bundle import GRAPH_FILE, describe_file
 from bilevel.export.compare import Comparison
 from bilevel.export.device import Device
 from bilevel.export.effect import judge_rounding
-from bilevel.export.failure import describe, first_failing
+from bilevel.export.failure import first_failing, where_it_starts
 from bilevel.export.graph_parts import GraphParts
 from bilevel.export.invariants import check_invariants
 from bilevel.export.judge import Array, Selection
@@ -55,7 +55,8 @@ class Request:
 
     tokens: of the first row; a second one is shorter (None: rows of up to LONGEST_ROW tokens, LEAST_TOKENS in all). cuts: sizes of
     the first calls (None: calls that end inside, at and across block borders). row_order: of the rows. backend: which executions of
-    the routed nodes are judged: their portable bodies, the CPU kernels, or all that are installed.
+    the routed nodes are judged: their portable bodies, the CPU kernels, or all that are installed. shrink: where something fails,
+    look for the smallest input that shows it.
     """
 
     bundle: Path
@@ -65,6 +66,7 @@ class Request:
     cuts: Sequence[int] | None = None
     row_order: Sequence[int] | None = None
     backend: str = "all"
+    shrink: bool = True
 
     def lengths(self, config: ModelConfig) -> list[int]:
         """Tokens of each row."""
@@ -162,6 +164,7 @@ def check_bundle(
     row_order: Sequence[int] | None = None,
     backend: str = "all",
     precision: str | None = None,
+    shrink: bool = True,
     on_stage: Stage = _silent,
 ) -> dict[str, Any]:
     """Compare ``bundle`` with ``checkpoint`` and record the verdict in the bundle; returns the report.
@@ -170,7 +173,7 @@ def check_bundle(
     could not run; a parity failure is a report with ``passed`` False.
     """
     started = time.perf_counter()
-    request = Request(Path(bundle), Path(checkpoint), data, tokens, cuts, row_order, backend)
+    request = Request(Path(bundle), Path(checkpoint), data, tokens, cuts, row_order, backend, shrink)
     manifest = read_manifest(request.bundle)
     if precision is not None and manifest["precision"] != precision:
         raise RequestError(
@@ -263,7 +266,7 @@ class _Check:
             "invariants": invariants,
             **rounding,
             "words": words.as_list(self._decode),
-            "failure": self._failure(replay, comparison),
+            "failure": self._failure(replay, structure),
         }
 
     def _head(self, verdicts: dict[str, bool]) -> dict[str, Any]:
@@ -335,13 +338,11 @@ class _Check:
             self._tokens = _tokenizer(self.request.bundle)
         return str(self._tokens.decode([int(token) for token in ids], skip_special_tokens=False))
 
-    def _failure(self, replay: Replay, comparison: Comparison) -> dict[str, Any] | None:
-        entry = first_failing(comparison.entries)
-        if entry is None:
-            return None
-        self._on_stage(f"looking for the smallest input that shows the difference in {entry.name}")
+    def _failure(self, replay: Replay, structure: list[dict[str, Any]]) -> dict[str, Any] | None:
+        if first_failing(replay.comparison.entries) is not None:
+            self._on_stage("looking for the smallest input that shows the difference")
         with torch.no_grad():
-            return describe(replay, self.text, entry, self._decode)
+            return where_it_starts(replay, self.text, structure, self._decode, shrink=self.request.shrink)
 
 
 def _checkpoint_hash(checkpoint: Path) -> str:

@@ -185,11 +185,14 @@ class Comparison:
     def _entry(self, part: str, layer: int | None, operator: str | None, is_selection: bool = False) -> Entry:
         name = part if layer is None else f"layer {layer} {part}"
         if name not in self._entries:
-            place = self.config.num_hidden_layers + 1 if part == "logits" else 0 if layer is None else layer + 1
             judged = Selection(name) if is_selection else Computation(name, self.precision)
-            order = place * len(PARTS) + PARTS.index(part)
-            self._entries[name] = Entry(name, layer, part, order, operator, judged)
+            self._entries[name] = Entry(name, layer, part, self.order(part, layer), operator, judged)
         return self._entries[name]
+
+    def order(self, part: str, layer: int | None) -> int:
+        """The place of an entry in the graph's order."""
+        place = self.config.num_hidden_layers + 1 if part == "logits" else 0 if layer is None else layer + 1
+        return place * len(PARTS) + PARTS.index(part)
 
     def _note(self, entry: Entry, passed: bool, where: Where, value: str) -> None:
         if not passed and entry.first is None:

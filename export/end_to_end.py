@@ -121,7 +121,7 @@ def teacher_forced(reference: Reference, device: Head, hidden: Array) -> dict[st
         "top1_interval": bootstrap(equal),
         "floor_kl": floor,
         "limit": limit,
-        "passed": bool(values.mean() <= limit and 1 - equal.mean() <= most),
+        "passed": bool(values.mean() <= limit and (~equal).sum() <= max(most * len(equal), 0 if floor is None else 1)),
     }
 
 
@@ -164,9 +164,12 @@ def greedy(
         best = expected.argmax(-1)
         agreed.append(best == tokens)
         gap = expected.max(-1) - np.take_along_axis(expected, tokens[:, None], 1)[:, 0]
-        excused += int(((best != tokens) & (gap <= COMPUTATION_LIMIT * np.abs(expected).max())).sum())
+        tolerance = COMPUTATION_LIMIT * np.abs(expected).max()
         if other is not None:
             floor.append(other.argmax(-1) == best)
+            # Either of the two logits may be off by twice what PyTorch's are in this precision.
+            tolerance = 2 * ALLOWED_FACTOR * np.abs(other - expected).max()
+        excused += int(((best != tokens) & (gap <= tolerance)).sum())
     equal = np.concatenate(agreed)
     own = float(np.concatenate(floor).mean()) if floor else None
     allowed = 0.0 if own is None else max(DISAGREEMENT_LIMIT, ALLOWED_FACTOR * (1 - own))

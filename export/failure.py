@@ -7,6 +7,7 @@ no consequence. Its input is then cut down: one row, as few calls and as few tok
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
 
@@ -22,6 +23,7 @@ from bilevel.export.replay import Replay
 from bilevel.plugins.errors import BilevelError
 
 _MOST_NODES = 16
+Decode = Callable[[Array], str]
 
 
 def first_failing(entries: list[Entry]) -> Entry | None:
@@ -29,11 +31,54 @@ def first_failing(entries: list[Entry]) -> Entry | None:
     return next((entry for entry in entries if not entry.judged.passed), None)
 
 
-def describe(replay: Replay, text: Text, entry: Entry, decode: Any) -> dict[str, Any]:
-    """The report's ``failure`` for ``entry`` (``bilevel.export.report`` says what it holds). decode: token ids -> text."""
+def describe_structure(difference: dict[str, Any]) -> dict[str, Any]:
+    """The report's ``failure`` where it starts with a node that is not what the model means (an entry of ``structure``)."""
+    name, operator, attribute = difference["name"], difference["operator"], difference["attribute"]
+    what = f"{attribute}={difference['graph']}" if attribute else f"{difference['graph']} {operator} nodes"
+    meant = f"{attribute}={difference['model']}" if attribute else str(difference["model"])
+    return {
+        "name": name,
+        "layer": layer_of(name),
+        "operator": operator,
+        "execution": "",
+        "judgement": "structure",
+        "message": f"{name}: the graph has {what}, the model {meant}",
+        "nodes": [],
+        "input": {"token_ids": [], "text": "", "calls": [], "row_position": 0},
+        "difference": "",
+        "outliers": "",
+    }
+
+
+def layer_of(name: str) -> int | None:
+    """The layer in the name of an entry, None where it belongs to none."""
+    words = name.split(" ", 2)
+    return int(words[1]) if words[0] == "layer" else None
+
+
+def where_it_starts(
+    replay: Replay, text: Text, structure: list[dict[str, Any]], decode: Decode, *, shrink: bool = True
+) -> dict[str, Any] | None:
+    """The report's ``failure``: the failing entry or the difference of structure that comes first in the graph; None if all is
+    well. decode: token ids -> text. shrink: look for the smallest input that shows it."""
+    comparison = replay.comparison
+    entry = first_failing(comparison.entries)
+    orders = [comparison.order(_part_of(difference["name"]), layer_of(difference["name"])) for difference in structure]
+    first = min(range(len(orders)), key=orders.__getitem__, default=None)
+    if first is not None and (entry is None or orders[first] < entry.order):
+        return describe_structure(structure[first])
+    return None if entry is None else describe(replay, text, entry, decode, shrink)
+
+
+def _part_of(name: str) -> str:
+    return name if layer_of(name) is None else (name.split(" ", 2)[2:] or ["output"])[0]
+
+
+def describe(replay: Replay, text: Text, entry: Entry, decode: Decode, shrink: bool) -> dict[str, Any]:
+    """The report's ``failure`` for ``entry`` (``bilevel.export.report`` says what it holds)."""
     assert entry.first is not None
     execution = entry.first.execution
-    shrunk = _shrink(_Part(replay, entry), text, entry)
+    shrunk = _shrink(_Part(replay, entry), text, entry) if shrink else None
     judged, sizes, row, tokens = shrunk if shrunk is not None else (entry, text.sizes, 0, text.ids[0, : text.lengths[0]])
     part = _Part(replay, entry).graph_part()
     nodes = _nodes_between(part, judged.value or entry.value)
@@ -42,7 +87,7 @@ def describe(replay: Replay, text: Text, entry: Entry, decode: Any) -> dict[str,
     place = "before the layers" if entry.layer is None and entry.part != "logits" else "in the head"
     place = place if entry.layer is None else f"in layer {entry.layer}"
     needs = f"{len(tokens)} tokens in {len(sizes)} call{'s' if len(sizes) > 1 else ''}"
-    smaller = f"{needs} show it" if shrunk is not None else "no smaller input than the whole text shows it"
+    smaller = f"{needs} show it" if shrunk is not None or not shrink else "no smaller input than the whole text shows it"
     return {
         "name": entry.name,
         "layer": entry.layer,

@@ -380,10 +380,8 @@ def _place(name: str) -> tuple[int, int]:
 
 
 def first_failure(report: dict[str, Any]) -> str | None:
-    """The first failing entry of a report in graph order."""
-    entries = [*report["selection"], *report["computation"]]
-    failing = [entry["name"] for entry in entries if not entry["passed"]] + [e["name"] for e in report["attributes"]]
-    return min(failing, key=_place, default=None)
+    """Where the report says that a failure starts."""
+    return None if report["failure"] is None else str(report["failure"]["name"])
 
 
 def nearest_entry(report: dict[str, Any], at: str) -> str:
