@@ -372,6 +372,9 @@ def hostile() -> Report:
     return {**poison(report), "data": poison(report["data"])}
 
 
+ALL: dict[str, Callable[[], Report]] = {**SAMPLES, "hostile": hostile}
+
+
 def as_read(report: Report) -> Report:
     """The report as ``report.json`` gives it back."""
     from bilevel.export.report import report_json
