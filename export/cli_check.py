@@ -70,7 +70,7 @@ def main(args: argparse.Namespace) -> int:
         raise CheckpointError(f"{args.against} is no folder; give the checkpoint that the bundle was exported from")
     if args.summary and args.json:
         raise RequestError("--summary and --json exclude each other; give one of them")
-    for name in ("torch", "onnx", "onnxruntime", "safetensors", "tokenizers", "polygraphy"):
+    for name in ("torch", "onnx", "onnxruntime", "safetensors", "tokenizers", "polygraphy", "jinja2"):
         require(name)
     from bilevel.export import report as reports
     from bilevel.export.check import check_bundle

@@ -96,7 +96,8 @@ def short(value: float | None, missing: str = "not finite") -> str:
 
 
 def shorten(text: str) -> str:
-    """``text`` with its numbers as ``short`` writes them."""
+    """``text`` with its numbers as ``short`` writes them, and percentages that no line break parts."""
+    text = text.replace(" %", "\u00a0%")
     return _EXPONENT.sub(lambda match: f"e{match[1].replace('+', '').replace('-', '−')}{match[2]}", text)
 
 

@@ -166,8 +166,8 @@ def _computation(report: Entry) -> list[Any]:
     failing = sorted((e for e in report["computation"] if not e["passed"]), key=lambda entry: entry["order"])
     if failing:
         lines = [[_plain(e["name"]), _plain(e["operator"] or "-"), _plain(e["worst"] or "-"), *_numbers(e)] for e in failing]
-        columns = ("tensor", "operator", "execution", "error", "PyTorch's own", "limit")
-        blocks.append(_table("Tensors beyond their limit, in graph order", columns, lines, left=3))
+        names = ("tensor", "operator", "execution", "error", "PyTorch's own", "limit")
+        blocks.append(_table("Tensors beyond their limit, in graph order", names, lines, left=3))
     return blocks
 
 

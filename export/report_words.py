@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from bilevel.export.report_summary import Entry, is_finite, short, visible
 
-SHADES = (1, 10, 100)  # in tolerances; a margin below the first is shaded most
+SHADES = (1, 5, 25)  # in tolerances; a margin below the first is shaded most
 USUAL_TOLERANCE = 2.0**-20  # about 1e-6: of fp32 scores, where no router has one
 STATES = {"same": "the same routes", "excused": "differs at a near-tie", "wrong": "routed wrongly"}
 MOST_LISTED = 200

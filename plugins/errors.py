@@ -24,6 +24,7 @@ _EXTRAS = {
     "onnxscript": "export",
     "safetensors": "export",
     "polygraphy": "export",
+    "jinja2": "export",
     "matplotlib": "dev",
 }
 
