@@ -50,7 +50,7 @@ def emulate(model: onnx.ModelProto | onnx_ir.Model) -> onnx.ModelProto:
     types = _types(copy)
     _Emulation(copy.graph, types).rewrite(copy.graph, {})
     for function in copy.functions:
-        del function.value_info[:]
+        _widen_values(function.value_info)
         _widen_all(function.node)
     return copy
 
@@ -155,12 +155,16 @@ def _widen_all(nodes: Iterable[onnx.NodeProto]) -> None:
     for node in nodes:
         _widen_attributes(node)
         for graph in _graphs(node):
-            for value in (*graph.input, *graph.output, *graph.value_info):
-                if value.type.tensor_type.elem_type in LOWER:
-                    value.type.tensor_type.elem_type = TensorProto.FLOAT
+            _widen_values((*graph.input, *graph.output, *graph.value_info))
             for tensor in graph.initializer:
                 _widen_tensor(tensor)
             _widen_all(graph.node)
+
+
+def _widen_values(values: Iterable[onnx.ValueInfoProto]) -> None:
+    for value in values:
+        if value.type.tensor_type.elem_type in LOWER:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
 
 
 def _widen_attributes(node: onnx.NodeProto) -> None:
@@ -194,7 +198,7 @@ def run(session: Any, outputs: Sequence[str], feeds: Mapping[str, Array]) -> lis
     types = {port.type for port in (*session.get_inputs(), *session.get_outputs())}
     if "tensor(bfloat16)" not in types:
         return list(session.run(list(outputs), dict(feeds)))
-    kept = {name: np.ascontiguousarray(array) for name, array in feeds.items()}  # the values below share this memory
+    kept = {name: np.asarray(array, order="C") for name, array in feeds.items()}  # the values below share this memory
     values = session.run_with_ort_values(list(outputs), {name: _ort_value(array) for name, array in kept.items()})
     return [_array(value) for value in values]
 
