@@ -7,7 +7,7 @@ import json
 import time
 from pathlib import Path
 
-from bilevel.export.precision import check_precision
+from bilevel.export.precision import PRECISIONS, check_precision
 from bilevel.plugins.errors import ExportError, require
 
 EPILOG = """\
@@ -81,11 +81,14 @@ def main(args: argparse.Namespace) -> int:
     seconds = time.perf_counter() - started
     if args.json:
         content = {"bundle": str(report.path), "bytes": report.size_bytes, "operators": report.operators}
-        print(json.dumps({**content, "weights": report.weights, "seconds": seconds}))
+        formats = {"precision": PRECISIONS[args.precision], "weights": report.weights}
+        print(json.dumps({**content, **formats, "seconds": seconds}))
         return 0
     nodes = ", ".join(f"{count} {name}" for name, count in report.operators.items()) or "none (a dense model)"
     print(f"wrote {report.path} ({report.size_bytes / 1e6:.1f} MB) in {seconds:.1f} s")
     print(f"routed nodes: {nodes}")
+    if args.precision != "fp32":
+        print(f"weights, activations and caches: {PRECISIONS[args.precision]}")
     if args.weights != "fp32":
         print(f"weights: {describe(report.weights)}")
     print(f"next: bilevel check {report.path} --against {args.checkpoint}")

@@ -25,6 +25,7 @@ import torch
 from onnx import TensorProto
 from torch import Tensor
 
+from bilevel.plugins.contract import BY_NAME, DOMAIN
 from bilevel.plugins.errors import ExportError
 
 Array = np.ndarray[Any, Any]
@@ -50,20 +51,32 @@ def emulate(model: onnx.ModelProto | onnx_ir.Model) -> onnx.ModelProto:
     types = _types(copy)
     _Emulation(copy.graph, types).rewrite(copy.graph, {})
     for function in copy.functions:
-        del function.value_info[:]
+        _widen_values(function.value_info)
         _widen_all(function.node)
     return copy
 
 
 def _types(model: onnx.ModelProto) -> dict[str, int]:
     """Element type of every value of the graph and of the graphs inside its nodes."""
-    types = _declared(model.graph)
+    types = _declared(model.graph) | _chosen(model.graph)
     if any(name not in types for name in _produced(model.graph)):
         types |= _declared(onnx.shape_inference.infer_shapes(model).graph)
     unknown = next((name for name in _produced(model.graph) if name not in types), None)
     if unknown is not None:
         raise ExportError(f"the type of the value {unknown} is not known; give a graph whose value_info tells it")
     return types
+
+
+def _chosen(graph: onnx.GraphProto) -> dict[str, int]:
+    """Types of what routed nodes give, where the contract fixes them: shape inference does not know the domain."""
+    fixed = {"int32": TensorProto.INT32, "float32": TensorProto.FLOAT}
+    return {
+        name: fixed[port.dtype]
+        for node in graph.node
+        if node.domain == DOMAIN and node.op_type in BY_NAME
+        for port, name in zip(BY_NAME[node.op_type].outputs, node.output, strict=False)
+        if port.dtype in fixed
+    }
 
 
 def _graphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
@@ -155,12 +168,16 @@ def _widen_all(nodes: Iterable[onnx.NodeProto]) -> None:
     for node in nodes:
         _widen_attributes(node)
         for graph in _graphs(node):
-            for value in (*graph.input, *graph.output, *graph.value_info):
-                if value.type.tensor_type.elem_type in LOWER:
-                    value.type.tensor_type.elem_type = TensorProto.FLOAT
+            _widen_values((*graph.input, *graph.output, *graph.value_info))
             for tensor in graph.initializer:
                 _widen_tensor(tensor)
             _widen_all(graph.node)
+
+
+def _widen_values(values: Iterable[onnx.ValueInfoProto]) -> None:
+    for value in values:
+        if value.type.tensor_type.elem_type in LOWER:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
 
 
 def _widen_attributes(node: onnx.NodeProto) -> None:
@@ -194,7 +211,7 @@ def run(session: Any, outputs: Sequence[str], feeds: Mapping[str, Array]) -> lis
     types = {port.type for port in (*session.get_inputs(), *session.get_outputs())}
     if "tensor(bfloat16)" not in types:
         return list(session.run(list(outputs), dict(feeds)))
-    kept = {name: np.ascontiguousarray(array) for name, array in feeds.items()}  # the values below share this memory
+    kept = {name: np.asarray(array, order="C") for name, array in feeds.items()}  # the values below share this memory
     values = session.run_with_ort_values(list(outputs), {name: _ort_value(array) for name, array in kept.items()})
     return [_array(value) for value in values]
 

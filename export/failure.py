@@ -79,7 +79,7 @@ def describe(replay: Replay, text: Text, entry: Entry, decode: Decode, shrink: b
     assert entry.first is not None
     execution = entry.first.execution
     shrunk = _shrink(_Part(replay, entry), text, entry) if shrink else None
-    judged, sizes, row, tokens = shrunk if shrunk is not None else (entry, text.sizes, 0, text.ids[0, : text.lengths[0]])
+    judged, sizes, tokens = shrunk if shrunk is not None else (entry, text.sizes, text.ids[0, : text.lengths[0]])
     part = _Part(replay, entry).graph_part()
     nodes = _nodes_between(part, judged.value or entry.value)
     kind = "selection" if isinstance(entry.judged, Selection) else "computation"
@@ -100,7 +100,7 @@ def describe(replay: Replay, text: Text, entry: Entry, decode: Decode, shrink: b
             "token_ids": [int(token) for token in tokens],
             "text": decode(tokens),
             "calls": [int(size) for size in sizes],
-            "row_position": row,
+            "row_position": max(len(tokens) - 1, 0),
         },
         "difference": judged.judged.example if isinstance(judged.judged, Selection) else _largest(judged),
         "outliers": _outliers(judged),
@@ -143,8 +143,8 @@ class _Part:
         return found if found is not None and found.name == self._entry.name else None
 
 
-def _shrink(part: _Part, text: Text, entry: Entry) -> tuple[Entry, list[int], int, Array] | None:
-    """(the entry as the smallest input shows it, its calls, the row it came from, its tokens), or None where it takes the batch."""
+def _shrink(part: _Part, text: Text, entry: Entry) -> tuple[Entry, list[int], Array] | None:
+    """(the entry as the smallest input shows it, its calls, its tokens), or None where it takes the whole batch."""
     assert entry.first is not None
     number, call = entry.first.number, entry.first.call
     before = text.sizes[:number]
@@ -156,7 +156,7 @@ def _shrink(part: _Part, text: Text, entry: Entry) -> tuple[Entry, list[int], in
             if found is not None:
                 least = sum(sizes) + 1
                 tokens, found = _fewest(part, tokens, sizes, least, text.block_size, found)
-                return found, _cut(tokens, sizes, text.block_size).sizes, int(row), tokens
+                return found, _cut(tokens, sizes, text.block_size).sizes, tokens
     return None
 
 

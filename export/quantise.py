@@ -251,20 +251,6 @@ def _data_file(model: onnx_ir.Model, path: Path) -> str:
     return path.with_suffix(".data").name
 
 
-def compute_in_fp32(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Let every MatMulNBits compute with fp32 activations; changes and returns ``model``. Other graphs stay as they are.
-
-    The same weights from the same file, without the rounding of activations to 8 bits: what is left must agree with PyTorch over
-    the dequantised weights as tightly as an fp32 graph.
-    """
-    for node in model.graph.node:
-        if node.domain == _MICROSOFT and node.op_type == "MatMulNBits":
-            for attribute in node.attribute:
-                if attribute.name == "accuracy_level":
-                    attribute.i = FP32_ACTIVATIONS
-    return model
-
-
 def describe(weights: Mapping[str, Any]) -> str:
     """The manifest's entry in a few words, for a terminal."""
     if weights["format"] == "fp32":

@@ -248,6 +248,7 @@ _FAILURE = _object(
             },
         ),
         "difference": _text("what PyTorch has there and what the graph has"),
+        "outliers": _text("Polygraphy's statistics and histogram of the differences; empty for a choice"),
     },
 )
 

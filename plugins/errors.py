@@ -20,6 +20,7 @@ _EXTRAS = {
     "tokenizers": "cpu",
     "rich": "cpu",
     "torch": "export",
+    "ml_dtypes": "export",
     "onnx": "export",
     "onnxscript": "export",
     "safetensors": "export",

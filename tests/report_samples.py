@@ -267,6 +267,7 @@ def failing() -> Report:
             "calls": [33, 33],
             "row_position": 65,
         },
+        "outliers": "",
         "difference": "PyTorch keeps blocks [0, 2], the graph [0, 1]; their scores differ by 0.418, 2.31e-06 allowed",
     }
     return report

@@ -24,6 +24,7 @@ from bilevel.runtime.bench_side import Side, SideSpec
 from bilevel.runtime.bench_worker import Worker
 from bilevel.runtime.bundle import load_bundle
 from bilevel.runtime.cli import main
+from bilevel.runtime.tensors import decode, encode
 from tests.fake_bundle import edit_manifest, file_record, write_bundle
 
 Exported = Callable[..., tuple[Path, Path]]
@@ -74,6 +75,39 @@ def test_quantised_bundle(exported: Exported, capsys: pytest.CaptureFixture[str]
     assert case["sides"][DENSE]["state_bytes"] == keys_and_values
     assert case["sides"][ROUTED]["state_bytes"] == 4 * (keys_and_values + 2 * 2 * 8 * 8)
     assert case["sides"][ROUTED]["parts"] == {} and case["sides"][ROUTED]["prefill"] is None
+
+
+def test_fp16_bundle(exported: Exported, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both sides have fp16 caches; the least time counts two bytes a number."""
+    _, bundle = exported("two_level", precision="fp16")
+    assert (
+        main(["bench", str(bundle), "--contexts", "16", "--decode-steps", "1", "--no-prefill", "--no-profile", "--json"]) == 0
+    )
+    result = json.loads(capsys.readouterr().out)
+    assert result["precision"] == "float16" and result["weights"] == "fp32"
+    (case,) = result["cases"]
+    assert case["sides"][DENSE]["state_bytes"] == 2 * 2 * 2 * 2 * 8 * 32
+    assert max(case["checks"].values()) < 0.05
+
+
+def test_bfloat16_bundle_is_refused(exported: Exported, capsys: pytest.CaptureFixture[str]) -> None:
+    _, bundle = exported("two_level", precision="bf16")
+    assert main(["bench", str(bundle), "--contexts", "16"]) == 2
+    message = capsys.readouterr().err
+    assert "is in bfloat16, for which ONNX Runtime's GroupQueryAttention has no CPU kernel, so it has no dense twin" in message
+    assert message.endswith("to measure on a CPU, export with --precision fp16 or fp32\n")
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_filled_caches_in_16_bits(tmp_path: Path, precision: str) -> None:
+    """Normal numbers of the caches' own type, block keys their fp32 means rounded to it."""
+    side = Side(SideSpec(write_bundle(tmp_path, precision=precision), False, 1, 64))
+    side.fill(48, seed=0)
+    state = side._caches.state
+    keys = decode(state["past.key.0"], precision)[0, 0, :, 0]
+    assert not keys[48:].any() and 0.7 < keys[:48].std() < 1.3 and len(set(keys[:48])) > 40
+    means = encode(keys.reshape(-1, 8).mean(1), precision)
+    assert np.array_equal(state["past.block_key.0"][0, 0, :, 0], means)
 
 
 def _damaged(bundle: Path, target: Path) -> Path:
@@ -224,6 +258,9 @@ def test_geometry_counts_what_a_token_reads() -> None:
     assert dense.bytes == 4 * (weights + 2 * 2 * 3 * 2 * 100)
     assert dense.flops == 2 * (weights + 2 * 4 * 3 * 2 * 100)
     assert Geometry(CONFIG, "int4").decode(99, True).bytes == pytest.approx(dense.bytes - weights * (4 - 0.640625))
+    half = Geometry(CONFIG, "fp32", twin_cache_bytes=2, float_bytes=2)
+    for side, full in ((False, routed), (True, dense)):
+        assert (half.decode(99, side).bytes, half.decode(99, side).flops) == (full.bytes / 2, full.flops)
 
 
 def test_prefill_work_is_that_of_its_tokens() -> None:

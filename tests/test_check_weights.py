@@ -15,11 +15,12 @@ import torch
 from onnx import numpy_helper
 
 from bilevel.checkpoint import load_model
-from bilevel.export import rounding
+from bilevel.export import effect
+from bilevel.export.adapt import load_adapted
 from bilevel.export.check import check_bundle
 from bilevel.export.judge import COMPUTATION_LIMIT
 from bilevel.export.quantise import FP32_ACTIVATIONS, INT8_ACTIVATIONS
-from bilevel.export.rounding import round_weights, rounded_activations
+from bilevel.export.rounding import round_activations, round_weights
 from bilevel.plugins.errors import BundleError
 from bilevel.runtime.cli import main
 from tests.fake_bundle import edit_manifest
@@ -158,25 +159,20 @@ def test_unknown_format(copied: Exported) -> None:
 def test_activations_are_judged(copied: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the shipped file rounds activations; beyond the limit it fails though selection and computation hold."""
     checkpoint, bundle = copied("moba", "int4")
-    monkeypatch.setattr(rounding, "ALLOWED_FACTOR", 0.1)
-    monkeypatch.setattr(rounding, "KL_LIMIT", 0.0)
+    monkeypatch.setattr(effect, "ALLOWED_FACTOR", 0.1)
+    monkeypatch.setattr(effect, "KL_LIMIT", 0.0)
     report = check_bundle(bundle, checkpoint, tokens=TOKENS)
     assert first_failure(report) is None and not report["activations"]["passed"] and not report["passed"]
 
 
 def test_shipped_file_rounds_activations_and_the_judged_copy_does_not(exported: Exported) -> None:
-    from bilevel.export.probe import load_graph
-    from bilevel.export.quantise import compute_in_fp32
+    def levels(fp32_activations: bool) -> set[int]:
+        path = exported("moba", "int4")[1] / "model.onnx"
+        nodes = load_adapted(path, fp32_activations=fp32_activations).graph
+        return {node.attributes["accuracy_level"].value for node in nodes if node.op_type == "MatMulNBits"}
 
-    model = load_graph(exported("moba", "int4")[1] / "model.onnx")
-
-    def levels() -> set[int]:
-        nodes = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
-        return {a.i for node in nodes for a in node.attribute if a.name == "accuracy_level"}
-
-    assert levels() == {INT8_ACTIVATIONS}
-    compute_in_fp32(model)
-    assert levels() == {FP32_ACTIVATIONS}
+    assert levels(False) == {INT8_ACTIVATIONS}
+    assert levels(True) == {FP32_ACTIVATIONS}
 
 
 def test_command_prints_both_further_lines(copied: Exported, capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,8 +180,8 @@ def test_command_prints_both_further_lines(copied: Exported, capsys: pytest.Capt
     command = ["check", str(bundle), "--against", str(checkpoint), "--tokens", str(TOKENS)]
     assert main([*command, "--summary"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["selection", "computation", "end", "activations", "effect"]
-    assert "of int4" in lines[4] and "level 1 100.0%" in lines[4] and "experts" in lines[4]
+    assert [line.split()[0] for line in lines] == ["selection", "computation", "end", "invariants", "activations", "effect"]
+    assert "of int4" in lines[5] and "level 1 100.0%" in lines[5] and "experts" in lines[5]
     assert main(command) == 0
     assert "Effect of int4" in capsys.readouterr().out
 
@@ -204,16 +200,17 @@ def test_round_weights_spares_the_router_and_the_table(exported: Exported) -> No
         assert equal == before.keys() - rounded
 
 
-def test_rounded_activations_end_with_the_context(exported: Exported) -> None:
+def test_rounded_activations_change_a_little_and_once(exported: Exported) -> None:
     model = load_model(exported("moba")[0])
     ids = torch.arange(2, 22)[None]
     with torch.no_grad():
         before = model(ids)
-        with rounded_activations(model):
-            inside = model(ids)
-        after = model(ids)
-    assert torch.equal(before, after)
+        round_activations(model)
+        inside = model(ids)
+        round_activations(model)
+        again = model(ids)
     assert 0 < (inside - before).abs().max() < 0.1 * before.abs().max()
+    assert torch.equal(inside, again)
 
 
 def test_set_attribute_keeps_the_quantised_products(copied: Exported) -> None:

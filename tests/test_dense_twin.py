@@ -48,10 +48,9 @@ def test_twin_equals_dense_pytorch(exported: Exported, preset: str) -> None:
     assert past == 40
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
-def test_operator_rotates_heads_of_sixteen(tmp_path: Path, model_type: str) -> None:
-    """Heads whose width the operator can turn itself, with scaled frequencies, packed (llama) and normalised before (qwen3)."""
-    config = ModelConfig(
+def heads_of_sixteen(model_type: str) -> ModelConfig:
+    """Heads whose width the operator can turn itself, with scaled frequencies."""
+    return ModelConfig(
         vocab_size=50,
         hidden_size=24,
         intermediate_size=20,
@@ -64,7 +63,12 @@ def test_operator_rotates_heads_of_sixteen(tmp_path: Path, model_type: str) -> N
         rope_scaling=RopeScaling(rope_type="llama3", factor=4.0, original_max_position_embeddings=8),
         routing=Routing(block_size=4, coarse_topk=4, topk=3),
     )
-    model = CausalLM(config).eval()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_operator_rotates_heads_of_sixteen(tmp_path: Path, model_type: str) -> None:
+    """Packed (llama) and normalised before (qwen3)."""
+    model = CausalLM(heads_of_sixteen(model_type)).eval()
     graph = save_dense_twin(model, tmp_path / "dense.onnx").graph
     nodes = [node for node in graph.node if node.op_type == "GroupQueryAttention"]
     assert [{a.name: a.i for a in node.attribute}["do_rotary"] for node in nodes] == [1, 1]
@@ -84,6 +88,34 @@ def test_operator_rotates_heads_of_sixteen(tmp_path: Path, model_type: str) -> N
         results = dict(zip(names, session.run(None, {**call, **feeds}), strict=True))
         np.testing.assert_allclose(results.pop("logits")[0], expected[last - 1], atol=1e-4, rtol=1e-4)
         feeds = {name.replace("present.", "past."): cache for name, cache in results.items()}
+
+
+def test_operator_does_not_rotate_in_fp16(tmp_path: Path) -> None:
+    """Its tables would be fp16, the model's are fp32 in every precision."""
+    graph = save_dense_twin(CausalLM(heads_of_sixteen("llama")).half().eval(), tmp_path / "dense.onnx").graph
+    nodes = [node for node in graph.node if node.op_type == "GroupQueryAttention"]
+    assert [{a.name: a.i for a in node.attribute}["do_rotary"] for node in nodes] == [0, 0]
+    kinds = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
+    rotations = [kinds[name] for node in graph.node if node.op_type == "RotaryEmbedding" for name in node.input]
+    assert rotations and set(rotations) == {onnx.TensorProto.FLOAT}
+
+
+def test_twin_in_fp16_equals_dense_pytorch(exported: Exported) -> None:
+    """At most twice as far from fp64 as PyTorch in fp16, prefill in chunks and decode; its caches are fp16."""
+    checkpoint, folder = exported("two_level", precision="fp16")
+    bundle = load_bundle(folder).dense_twin()
+    assert {spec.dtype for spec, _ in bundle.state} == {"float16"}
+    twin = dense_twin(load_model(checkpoint, dtype=torch.float16))
+    ids, ends = torch.randint(0, bundle.vocab_size, (1, 40)), [9, 23, 24, 40]
+    last = torch.tensor(ends) - 1
+    with torch.no_grad():
+        plain = twin(ids)[0, last].double().numpy()
+        exact = twin.double()(ids)[0, last].numpy()
+    caches, logits = OnnxSession(bundle).allocate(1, 64), []
+    for first, end in zip([0, *ends], ends, strict=False):
+        call = ids[:, first:end].numpy(), np.array([first], np.int32), np.array([end - first], np.int32)
+        logits.append(caches.run(*call)[0].copy())
+    assert 0 < np.linalg.norm(np.stack(logits) - exact) < 2 * np.linalg.norm(plain - exact)
 
 
 def test_twin_of_a_quantised_bundle_has_small_caches(exported: Exported) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -125,6 +126,31 @@ def test_guards_refuse(tmp_path: Path, kind: type[Attention], error: type[Bileve
     with pytest.raises(error, match=message):
         save_onnx(kind(), EXAMPLE, tmp_path / "x.onnx", output_names=["out"], dynamic={"q": {2: "tokens"}})
     assert not list(tmp_path.iterdir()), "a refused export leaves no file"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Attention, ""),
+        (FrozenConstant, "froze the selection"),
+        (DenseInstead, "nothing obeys the selection of FineRoute"),
+        (DroppedRouter, "never reads 1 parameter"),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
+)
+def test_guards_in_16_bits(tmp_path: Path, kind: type[Attention], message: str, dtype: torch.dtype) -> None:
+    """The same guards; what passes has routed nodes of that type."""
+    example = {name: x.to(dtype) if x.is_floating_point() else x for name, x in EXAMPLE.items()}
+    if message:
+        with pytest.raises(ExportError, match=message):
+            save_onnx(kind().to(dtype), example, tmp_path / "x.onnx", output_names=["out"])
+        assert not list(tmp_path.iterdir())
+        return
+    model = save_onnx(kind().to(dtype), example, tmp_path / "x.onnx", output_names=["out"])
+    number = {torch.float16: onnx.TensorProto.FLOAT16, torch.bfloat16: onnx.TensorProto.BFLOAT16}[dtype]
+    assert [value.type.tensor_type.elem_type for value in (*model.graph.input[:2], *model.graph.output)] == [number] * 3
+    assert [n.op_type for n in model.graph.node if n.domain == "bilevel"] == ["CoarseRoute", "FineRoute", "RoutedAttention"]
 
 
 class ExpertLayer(nn.Module):

@@ -11,13 +11,16 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir
 import onnxruntime as ort
 import pytest
 from onnx import helper, numpy_helper
 
+from bilevel.export.adapt import load_adapted
 from bilevel.export.bundle import export_bundle
-from bilevel.export.quantise import BITS, BLOCK, compute_in_fp32, describe, quantise_graph, quantise_matrix
+from bilevel.export.quantise import BITS, BLOCK, describe, quantise_graph, quantise_matrix
 from bilevel.export.schemas import register_schemas
+from bilevel.export.sessions import open_session
 from bilevel.plugins.contract import DOMAIN
 from bilevel.plugins.errors import BundleError, ExportError
 from bilevel.runtime.bundle import load_bundle
@@ -135,7 +138,8 @@ def test_products_compute_with_the_rounded_weight(tmp_path: Path, product: str, 
     names = {tensor.name for tensor in onnx.load(path, load_external_data=False).graph.initializer}
     assert "w" not in names, "the float weight is gone"
     (shipped,) = ort.InferenceSession(path).run(None, {"x": x})
-    (exact,) = ort.InferenceSession(compute_in_fp32(onnx.load(path)).SerializeToString()).run(None, {"x": x})
+    adapted = onnx_ir.to_proto(load_adapted(path)).SerializeToString()
+    (exact,) = open_session(path, adapted).run(None, {"x": x})
     if product != "one weight both ways":
         weight = constants["w"] if constants["w"].shape[0] == 40 else constants["w"].T
         expected = x @ quantise_matrix(weight, BITS[weights]).dequantise() + constants.get("b", 0)
