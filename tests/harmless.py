@@ -26,6 +26,21 @@ from bilevel.export import bodies_routes as routes
 from bilevel.export.functions import attach_functions
 from tests.fake_bundle import edit_manifest
 from tests.faults import ATTENTION, EXPERT_ROUTE, EXPERTS, GATED, KEY, LEVEL_1, LEVEL_2, QUERY, pooling, projection
+from tests.inserts import (
+    few_ulp,
+    identity,
+    later_a_little_longer,
+    mean_as_sum,
+    once,
+    product_of_columns,
+    rms_norm,
+    rotation,
+    sigmoid,
+    split_product,
+    three_products,
+    transposed,
+    turned_twice,
+)
 from tests.surgery import (
     Edit,
     Kernel,
@@ -38,8 +53,6 @@ from tests.surgery import (
     edit_model,
     feeding,
     nth,
-    op,
-    planted,
     read,
     replace_by,
     update_hashes,
@@ -65,83 +78,6 @@ class Harmless(NamedTuple):
     excused: str = ""
 
 
-# Written otherwise
-
-
-@planted
-def identity(x):
-    return op.Identity(x)
-
-
-@planted
-def once(x):
-    return op.Mul(x, 1.0)
-
-
-@planted
-def turned_twice(x):
-    return op.Transpose(op.Transpose(x, perm=[1, 0, 3, 2]), perm=[1, 0, 3, 2])
-
-
-@planted
-def transposed(x):
-    return op.Transpose(x, perm=[1, 0])
-
-
-@planted
-def split_product(x, w):
-    first = op.MatMul(op.Slice(x, [0], [7], [2]), op.Slice(w, [0], [7], [0]))
-    return first + op.MatMul(op.Slice(x, [7], [1000], [2]), op.Slice(w, [7], [1000], [0]))
-
-
-@planted
-def three_products(x, w):
-    q = op.MatMul(x, op.Slice(w, [0], [32], [1]))
-    k = op.MatMul(x, op.Slice(w, [32], [48], [1]))
-    return op.Concat(q, k, op.MatMul(x, op.Slice(w, [48], [64], [1])), axis=2)
-
-
-@planted
-def product_of_columns(x, w):
-    """Gemm with a transposed weight as MatMul."""
-    return op.MatMul(x, op.Transpose(w, perm=[1, 0]))
-
-
-@planted
-def mean_as_sum(blocks):
-    return op.ReduceSum(blocks, [3], keepdims=0) * 0.25
-
-
-@planted
-def rms_norm(x, weight):
-    square = op.ReduceSum(x * x, [-1]) / 24.0
-    return weight * (x / op.Sqrt(square + 1e-6))
-
-
-@planted
-def rotation(x, cos, sin):
-    first, second = op.Split(x, axis=-1, num_outputs=2)
-    c, s = op.Unsqueeze(cos, [1]), op.Unsqueeze(sin, [1])
-    return op.Concat(first * c - second * s, first * s + second * c, axis=-1)
-
-
-@planted
-def sigmoid(x):
-    return 1.0 / (1.0 + op.Exp(op.Neg(x)))
-
-
-@planted
-def few_ulp(x):
-    """Between -3 and 3 units in the last place, another number for every entry."""
-    return x * (1.0 + op.Round(op.Sin(x * 1.0e5) * 3.0) * 1.1920929e-07)
-
-
-@planted
-def later_a_little_longer(keys):
-    """The key of block j times 1 + (j + 1) * 2^-23: exact ties go to later blocks."""
-    return keys * (1.0 + op.CumSum(keys * 0.0 + 1.0, 2) * 1.1920929e-07)
-
-
 PROJECTION = feeding(feeding(feeding(feeding(feeding(QUERY[1], 0), 0), 0), 0), 0)
 OUTPUT_PROJECTION = using(using(using(ATTENTION[1])))
 GATE, UP, DOWN = feeding(nth("Sigmoid", 0), 0), feeding(GATED, 1), using(GATED)
@@ -154,10 +90,11 @@ def permuted(name: Name, axis: int, order: list[int]) -> Edit:
 def in_another_order(model: onnx.ModelProto) -> None:
     """The nodes in another topological order; nodes and inner values under other names. Hidden states keep theirs."""
     graph, rng = model.graph, random.Random(0)
-    kept = {v.name for v in [*graph.input, *graph.output, *graph.initializer]}
+    given = {v.name for v in [*graph.input, *graph.initializer]}
+    kept = given | {v.name for v in graph.output}
     made = [name for node in graph.node for name in node.output if name not in kept and not name.startswith("hidden.")]
     names = {name: f"v{number}" for number, name in enumerate(rng.sample(made, len(made)))}
-    waiting, ready, ordered = list(graph.node), {*kept, ""}, []
+    waiting, ready, ordered = list(graph.node), {*given, ""}, []
     while waiting:
         node = rng.choice([node for node in waiting if ready.issuperset(node.input)])
         waiting.remove(node)
