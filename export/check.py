@@ -129,7 +129,8 @@ def _check_count(tokens: int, config: ModelConfig) -> None:
 
 def _rows(ids: Array, lengths: list[int]) -> list[Array]:
     """Pieces of the text one after the other; where it ends, rows go over it again, backwards."""
-    rows, first = [], 0
+    rows: list[Array] = []
+    first = 0
     for length in lengths:
         piece = ids[first : first + length]
         rows.append(piece if len(piece) == length or not rows else ids[::-1][:length])

@@ -98,7 +98,8 @@ class GraphParts:
             raise BundleError(
                 f"{self.path} holds {DOMAIN}.{node.op_type}, which is no operator of the contract; export it again"
             )
-        outputs, selected = tuple(value.name or "" for value in node.outputs), ()
+        outputs = tuple(value.name or "" for value in node.outputs)
+        selected: tuple[str, ...] = ()
         for port, value in zip(op.inputs, node.inputs, strict=True):
             if value is not None and value.type is None:
                 value.type = _INT32 if port.dtype == "int32" else _FLOAT

@@ -17,9 +17,12 @@ from bilevel.config import ModelConfig
 class Node(Protocol):
     """What is asked of a routed node; layer is None for level 1."""
 
-    op_type: str
-    layer: int | None
-    attributes: dict[str, Any]
+    @property
+    def op_type(self) -> str: ...
+    @property
+    def layer(self) -> int | None: ...
+    @property
+    def attributes(self) -> dict[str, Any]: ...
 
 
 def expected_nodes(config: ModelConfig) -> list[tuple[str, str, int | None]]:

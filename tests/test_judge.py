@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bilevel import reference
-from bilevel.export.choices import block_choice, expert_choices
+from bilevel.export.choices import block_choice, expert_choices, expert_weights, is_proper
 from bilevel.export.judge import Array, Choice, Computation, Selection, dot_bound, judge_selection, loosen
 
 ROUTE: dict[str, Any] = {
@@ -38,7 +38,7 @@ def judge(reference_side: Choice, device: Choice) -> Selection:
 def test_judge_selection_equal_sets() -> None:
     stats = judge(choice([3, 2, 1], [0, 1]), choice([3, 2, 1], [0, 1]))
     assert stats.passed and (stats.rows, stats.exact, stats.excused, stats.jaccard_sum) == (1, 1, 0, 1.0)
-    assert stats.smallest_margin == pytest.approx(0.5)
+    assert stats.as_dict()["smallest_margin"] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(("gap", "passed"), [(0.0, True), (3.9e-6, True), (4.1e-6, False), (1.0, False)])
@@ -102,9 +102,64 @@ def test_loosen_excuses_what_another_group_holds() -> None:
 )
 def test_computation_error(got: list[float], error: float) -> None:
     computation = Computation("y")
-    computation.add(np.array(got), np.array([1.0, 2.0]))
-    computation.add(np.empty((0, 3)), np.empty((0, 3)))
+    computation.add("bodies", np.array(got), np.array([1.0, 2.0]))
+    computation.add("CPU kernels", np.empty((0, 3)), np.empty((0, 3)))
     assert computation.error == pytest.approx(error) and computation.passed == (error <= 1e-4)
+    assert computation.worst == "bodies"
+
+
+def test_computation_of_another_shape_is_infinitely_wrong() -> None:
+    computation = Computation("y")
+    assert not computation.add("bodies", np.zeros((2, 3)), np.zeros((3, 2)))
+    assert computation.error == np.inf
+
+
+@pytest.mark.parametrize(("precision", "unit"), [("float16", 2.0**-11), ("bfloat16", 2.0**-8)])
+def test_computation_in_a_lower_precision_is_held_to_twice_what_pytorch_errs(precision: str, unit: float) -> None:
+    exact, computation = np.array([1.0, -4.0]), Computation("y", precision)
+    assert computation.add("bodies", exact + 8 * unit, exact, exact), "one unit of the largest is always allowed"
+    assert not computation.add("bodies", exact + 40 * unit, exact, exact + 19 * unit)
+    assert computation.add("bodies", exact, exact, exact + 21 * unit) and computation.floor == pytest.approx(21 * unit / 4)
+
+
+def test_selection_histogram_counts_every_row_that_had_a_choice() -> None:
+    stats = Selection("router")
+    for gap in (0.0, 1e-7, 1e-3, 0.5):
+        side = choice([2, 1, 1 - gap], [0, 1], bound=1e-6)
+        judge_selection(stats, side, side)
+    judge_selection(stats, choice([2, 1], [0], competing=[0]), choice([2, 1], [0], competing=[0]))
+    report = stats.as_dict()
+    margins, tolerance = report["margins"], report["tolerance"]
+    assert (margins["ties"], margins["fragile"], sum(margins["counts"])) == (1, 2, 3)
+    assert len(margins["edges"]) == len(margins["counts"]) + 1 and report["smallest_margin"] == 0
+    assert margins["edges"][0] <= -7 and margins["edges"][-1] > np.log10(0.5)
+    assert tolerance["largest"] == pytest.approx(4e-6)
+
+
+@pytest.mark.parametrize(
+    ("routes", "proper"),
+    [
+        ([0, 2, 5], True),
+        ([0, -1, -1], True),
+        ([-1, -1, -1], True),
+        ([2, 0, -1], False),
+        ([1, 1, 2], False),
+        ([-1, 0, 1], False),
+        ([0, -1, 1], False),
+        ([0, -2, -2], False),
+    ],
+)
+def test_is_proper(routes: list[int], proper: bool) -> None:
+    assert bool(is_proper(np.array(routes))) == proper
+
+
+@pytest.mark.parametrize("score_func", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("normalize", [0, 1])
+def test_expert_weights_are_the_reference_s(score_func: str, normalize: int) -> None:
+    logits, groups, bias = torch.randn(20, 8), torch.randn(20, 4), torch.randn(8)
+    attributes: dict[str, Any] = {"score_func": score_func, "normalize": normalize, "scale": 1.5}
+    ids, weights = reference.expert_route(logits, groups, bias, top_k=3, topk_group=2, group_score="max", **attributes)
+    assert np.abs(expert_weights(logits.numpy(), ids.numpy(), attributes) - weights.numpy()).max() < 1e-6
 
 
 def test_dot_bound_holds() -> None:
