@@ -58,24 +58,28 @@ def emulate(model: onnx.ModelProto | onnx_ir.Model) -> onnx.ModelProto:
 
 def _types(model: onnx.ModelProto) -> dict[str, int]:
     """Element type of every value of the graph and of the graphs inside its nodes."""
-    types = _declared(model.graph) | _chosen(model.graph)
+    types = _declared(model.graph)
     if any(name not in types for name in _produced(model.graph)):
-        types |= _declared(onnx.shape_inference.infer_shapes(model).graph)
+        routed = _routed(model.graph)
+        for name, kind in routed.items():
+            if name not in types:
+                model.graph.value_info.append(onnx.helper.make_tensor_value_info(name, kind, None))
+        types = _declared(onnx.shape_inference.infer_shapes(model).graph) | routed | types
     unknown = next((name for name in _produced(model.graph) if name not in types), None)
     if unknown is not None:
         raise ExportError(f"the type of the value {unknown} is not known; give a graph whose value_info tells it")
     return types
 
 
-def _chosen(graph: onnx.GraphProto) -> dict[str, int]:
-    """Types of what routed nodes give, where the contract fixes them: shape inference does not know the domain."""
-    fixed = {"int32": TensorProto.INT32, "float32": TensorProto.FLOAT}
+def _routed(graph: onnx.GraphProto) -> dict[str, int]:
+    """Types of what routed nodes give: shape inference does not know their domain. Their float type is that of the caches."""
+    floats = [port.type.tensor_type.elem_type for port in graph.input if port.type.tensor_type.elem_type in LOWER]
+    fixed = {"int32": TensorProto.INT32, "float32": TensorProto.FLOAT, "T": floats[0] if floats else TensorProto.FLOAT}
     return {
         name: fixed[port.dtype]
         for node in graph.node
         if node.domain == DOMAIN and node.op_type in BY_NAME
         for port, name in zip(BY_NAME[node.op_type].outputs, node.output, strict=False)
-        if port.dtype in fixed
     }
 
 
