@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -28,6 +29,7 @@ from tests.fake_bundle import edit_manifest
 from tests.faults import ATTENTION, EXPERT_ROUTE, EXPERTS, GATED, KEY, LEVEL_1, LEVEL_2, QUERY, pooling, projection
 from tests.inserts import (
     few_ulp,
+    half_ulp_of_fp16,
     identity,
     later_a_little_longer,
     mean_as_sum,
@@ -65,7 +67,8 @@ class Harmless(NamedTuple):
     """What is changed: the graph (edit), with weights or not; anything in the folders (files); the library (kernel); the
     surroundings of the check (around).
 
-    periodic: on a text whose blocks are all equal. excused: the router whose choice must differ, and be excused.
+    arguments: further ones of ``check_bundle``. periodic: on a text whose blocks are all equal. excused: the router whose choice
+    must differ, and be excused.
     """
 
     edit: Edit | None = None
@@ -73,7 +76,9 @@ class Harmless(NamedTuple):
     files: Callable[[Path, Path], None] | None = None
     kernel: Kernel | None = None
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    arguments: Mapping[str, Any] = MappingProxyType({})
     model: str = "two_level"
+    precision: str = "fp32"
     periodic: bool = False
     excused: str = ""
 
@@ -185,6 +190,12 @@ HARMLESS = {
         all_of(*(before(router, 1, few_ulp) for router in (LEVEL_1, *LEVEL_2)))
     ),
     "noise: few units in the last place on queries": Harmless(all_of(*(before(router, 0, few_ulp) for router in LEVEL_2))),
+    "noise: half a unit in the last place of fp16": Harmless(
+        all_of(*(before(router, 1, half_ulp_of_fp16) for router in LEVEL_2), before(ATTENTION[1], 2, half_ulp_of_fp16)),
+        precision="fp16",
+    ),
+    "calls: another cut": Harmless(arguments={"cuts": (1, 2, 3, 14)}),
+    "calls: the rows in another order": Harmless(arguments={"row_order": (1, 0)}),
     "sums: the MLP's neurons in another order": Harmless(
         all_of(
             *(permuted(read(find, 1), 1, [*range(19, -1, -1)]) for find in (GATE, UP)),

@@ -199,6 +199,13 @@ def few_ulp(x):
 
 
 @planted
+def half_ulp_of_fp16(x):
+    """A number of fp16 computed otherwise: moved by up to half a unit in the last place, and rounded again."""
+    wide = op.Cast(x, to=1)
+    return op.CastLike(wide * (1.0 + op.Sin(wide * 1.0e5) * 4.8828125e-4), x)
+
+
+@planted
 def later_a_little_longer(keys):
     """The key of block j times 1 + (j + 1) * 2^-23: exact ties go to later blocks."""
     return keys * (1.0 + op.CumSum(keys * 0.0 + 1.0, 2) * 1.1920929e-07)

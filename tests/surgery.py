@@ -53,7 +53,8 @@ def edit_model(bundle: Path, edit: Edit, weights: bool = False) -> None:
     path = bundle / "model.onnx"
     model = onnx.load(path, load_external_data=weights)
     model = edit(model) or model
-    del model.graph.value_info[:]  # annotations of what was there before
+    for value in model.graph.value_info:
+        value.type.tensor_type.ClearField("shape")  # of what was there before
     if weights:
         (bundle / "model.data").unlink()
         onnx.save_model(model, path, save_as_external_data=True, location="model.data")
