@@ -9,11 +9,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from bilevel.checkpoint import Checkpoint
@@ -21,6 +19,7 @@ from bilevel.config import ModelConfig
 from bilevel.config_json import config_to_dict
 from bilevel.export import end_to_end
 from bilevel.export.bundle import GRAPH_FILE, describe_file
+from bilevel.export.check_text import BACKENDS, Request, make_text, open_tokenizer, token_ids
 from bilevel.export.compare import Comparison
 from bilevel.export.device import Device
 from bilevel.export.effect import judge_rounding
@@ -28,7 +27,7 @@ from bilevel.export.failure import first_failing, where_it_starts
 from bilevel.export.graph_parts import GraphParts
 from bilevel.export.invariants import check_invariants
 from bilevel.export.judge import Array, Selection
-from bilevel.export.layered import LayeredModel, Passage, Text
+from bilevel.export.layered import LayeredModel, Passage
 from bilevel.export.quantise import FORMATS
 from bilevel.export.recorded import read_manifest, record_verdict
 from bilevel.export.replay import Replay
@@ -38,44 +37,11 @@ from bilevel.export.word_states import WordStates
 from bilevel.plugins.cpu_library import find_cpu_library
 from bilevel.plugins.errors import BundleError, RequestError
 
-HELD_OUT = "heldout.txt"
-LONGEST_ROW, LEAST_TOKENS = 2560, 4096  # of the default text: tokens of its longest row, tokens in all rows
-BACKENDS = ("all", "portable", "kernels")
-DECODED = 4  # tokens at the end of the text that are read one by one
 Stage = Callable[[str], None]
 
 
 def _silent(stage: str) -> None:
     pass
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is checked against what, and on which text.
-
-    tokens: of the first row; a second one is shorter (None: rows of up to LONGEST_ROW tokens, LEAST_TOKENS in all). cuts: sizes of
-    the first calls (None: calls that end inside, at and across block borders). row_order: of the rows. backend: which executions of
-    the routed nodes are judged: their portable bodies, the CPU kernels, or all that are installed. shrink: where something fails,
-    look for the smallest input that shows it.
-    """
-
-    bundle: Path
-    checkpoint: Path
-    data: Path | None = None
-    tokens: int | None = None
-    cuts: Sequence[int] | None = None
-    row_order: Sequence[int] | None = None
-    backend: str = "all"
-    shrink: bool = True
-
-    def lengths(self, config: ModelConfig) -> list[int]:
-        """Tokens of each row."""
-        first = self.tokens or min(LONGEST_ROW, config.max_position_embeddings)
-        _check_count(first, config)
-        rows = [first, first * 3 // 5]
-        while self.tokens is None and sum(rows) < LEAST_TOKENS:
-            rows.append(first)
-        return rows
 
 
 def _verify(bundle: Path, manifest: dict[str, Any], config: ModelConfig) -> None:
@@ -86,73 +52,6 @@ def _verify(bundle: Path, manifest: dict[str, Any], config: ModelConfig) -> None
             raise BundleError(f"{path} is missing or not the file that was exported; export the bundle again with --force")
     if manifest["config"] != json.loads(json.dumps(config_to_dict(config))):
         raise BundleError(f"{bundle} was exported from a model of another configuration; give the checkpoint that it came from")
-
-
-def token_ids(request: Request, config: ModelConfig) -> tuple[Array, str]:
-    """Token ids for all rows, and where they come from: the text that was asked for, the checkpoint's held-out text, or seeded
-    noise. A shorter text than the default asks for is taken as it is."""
-    most, least = sum(request.lengths(config)), request.lengths(config)[0]
-    held_out = request.checkpoint / HELD_OUT
-    path = request.data or (held_out if held_out.is_file() else None)
-    if path is None:
-        return np.random.default_rng(0).integers(0, config.vocab_size, most), "random token ids (seed 0)"
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from None
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read ({error.strerror}); give a text file with --data") from None
-    # Enough text for the tokens asked for, without encoding a whole book.
-    ids = _tokenizer(request.bundle).encode(text[: most * 16]).ids[:most]
-    if request.tokens is not None and len(ids) < least:
-        raise RequestError(
-            f"{path} holds only {len(ids)} tokens, but {least} are to be checked; give a longer text or fewer --tokens"
-        )
-    _check_count(min(len(ids), least), config)
-    return np.array(ids, np.int64), str(path)
-
-
-def _tokenizer(bundle: Path) -> Any:
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_file(str(bundle / "tokenizer.json"))
-
-
-def _check_count(tokens: int, config: ModelConfig) -> None:
-    least = 3 * config.routing.block_size + 8
-    if not least <= tokens <= config.max_position_embeddings:
-        raise RequestError(
-            f"tokens={tokens} must lie between {least} (a few blocks) and {config.max_position_embeddings} "
-            "(max_position_embeddings); change --tokens or give a longer text with --data"
-        )
-
-
-def _rows(ids: Array, lengths: list[int]) -> list[Array]:
-    """Pieces of the text one after the other; where it ends, rows go over it again, backwards."""
-    rows: list[Array] = []
-    first = 0
-    for length in lengths:
-        piece = ids[first : first + length]
-        rows.append(piece if len(piece) == length or not rows else ids[::-1][:length])
-        first += length
-    return rows
-
-
-def _text(request: Request, ids: Array, config: ModelConfig, longest: int) -> Text:
-    """Rows of different lengths, read in calls that end inside, at and across block borders, in chunks, then one by one."""
-    size = config.routing.block_size
-    pieces = _rows(ids, request.lengths(config))
-    pieces = [pieces[index] for index in request.row_order] if request.row_order is not None else pieces
-    lengths = np.array([len(piece) for piece in pieces])
-    rows = np.zeros((len(pieces), int(lengths.max())), np.int64)
-    for row, piece in zip(rows, pieces, strict=True):
-        row[: len(piece)] = piece
-    sizes = list(request.cuts) if request.cuts is not None else [size + 1, 1, 1, size - 3, 2 * size, 5]
-    left = rows.shape[1] - sum(sizes)
-    decoded = min(DECODED, max(left - size, 0))
-    full, rest = divmod(max(left - decoded, 0), longest)
-    sizes += [longest] * full + [rest] + [1] * decoded
-    return Text.cut(rows, lengths, [n for n in sizes if n > 0], size, longest)
 
 
 def check_bundle(
@@ -209,7 +108,7 @@ class _Check:
         self.path, self._on_stage = request.bundle / GRAPH_FILE, on_stage
         self.longest = int(manifest.get("limits", {}).get("prefill_chunk", 512))
         self.ids, self.data_source = token_ids(request, self.config)
-        self.text = _text(request, self.ids, self.config, self.longest)
+        self.text = make_text(request, self.ids, self.config, self.longest)
         self.plain = LayeredModel(source, self.precision, weights=self.weights)
         self.exact = LayeredModel(source, self.precision, exact=True, weights=self.weights)
         on_stage("cutting the graph into parts")
@@ -336,7 +235,7 @@ class _Check:
 
     def _decode(self, ids: Array) -> str:
         if not hasattr(self, "_tokens"):
-            self._tokens = _tokenizer(self.request.bundle)
+            self._tokens = open_tokenizer(self.request.bundle)
         return str(self._tokens.decode([int(token) for token in ids], skip_special_tokens=False))
 
     def _failure(self, replay: Replay, structure: list[dict[str, Any]]) -> dict[str, Any] | None:
