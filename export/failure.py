@@ -83,9 +83,6 @@ def describe(replay: Replay, text: Text, entry: Entry, decode: Decode, shrink: b
     part = _Part(replay, entry).graph_part()
     nodes = _nodes_between(part, judged.value or entry.value)
     kind = "selection" if isinstance(entry.judged, Selection) else "computation"
-    operator = entry.operator or "a tensor outside the routed operators"
-    place = "before the layers" if entry.layer is None and entry.part != "logits" else "in the head"
-    place = place if entry.layer is None else f"in layer {entry.layer}"
     needs = f"{len(tokens)} tokens in {len(sizes)} call{'s' if len(sizes) > 1 else ''}"
     smaller = f"{needs} show it" if shrunk is not None or not shrink else "no smaller input than the whole text shows it"
     return {
@@ -94,7 +91,7 @@ def describe(replay: Replay, text: Text, entry: Entry, decode: Decode, shrink: b
         "operator": entry.operator,
         "execution": execution,
         "judgement": kind,
-        "message": f"{entry.name} differs first ({place}, {operator}, {execution}); {smaller}",
+        "message": f"{entry.name} differs first, in the {execution}; {smaller}",
         "nodes": nodes,
         "input": {
             "token_ids": [int(token) for token in tokens],
