@@ -63,7 +63,7 @@ def main() -> None:
         num_key_value_heads=max(args.hidden // 512, 1),
         head_dim=128,
         max_position_embeddings=32768,
-        routing=Routing(),
+        routing=Routing(block_size=32, coarse_topk=8, topk=4),  # so small that 512 tokens leave routers a choice
     )
     with torch.device("meta"):
         model = CausalLM(config)

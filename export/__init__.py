@@ -22,7 +22,8 @@ is a complete one. What a module has to keep to:
 * Caches are inputs and outputs; ``ops.write_cache`` extends one in place.
 
 The modules: ``module`` (any module to ONNX), ``decoder`` and ``bundle`` (a checkpoint to a bundle), ``schemas`` and ``bodies_*``
-(what the operators are in ONNX), ``guards`` (what is refused), ``precision`` and ``quantise`` (how numbers are stored), ``emulate``
-(fp16 and bf16 graphs on a CPU), ``check`` with ``probe``, ``replay``, ``choices``, ``judge`` and ``end_to_end`` (parity).
-Importing this package imports nothing heavy.
+(what the operators are in ONNX), ``guards`` (what is refused), ``emulate`` (16-bit graphs on any CPU). Parity: ``check`` runs it,
+``layered`` is PyTorch and ``graph_parts`` the graph, both part by part, ``replay`` and ``compare`` hold them against each other,
+``choices`` and ``judge`` decide, ``device``, ``end_to_end`` and ``invariants`` try the shipped file on its own, ``failure`` finds where
+it starts, ``report*`` show it. Importing this package imports nothing heavy.
 """

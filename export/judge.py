@@ -249,7 +249,7 @@ def relative_margins(choice: Choice, slack: Array) -> tuple[Array, Array]:
     real = np.isfinite(low) & np.isfinite(high) & (scale > 0)
     scale = np.where(real, scale, 1.0)
     with np.errstate(invalid="ignore"):
-        margin = np.where(real, (low - high) / scale, np.nan)
+        margin = np.where(real, np.abs(low - high) / scale, np.nan)
         tolerance = np.where(real, (slack[rows, last] + slack[rows, first]) / scale, np.nan)
     return margin, tolerance
 
