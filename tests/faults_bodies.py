@@ -6,11 +6,12 @@ kernel in "CPU kernels" only.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bilevel.export import bodies_attention as attention
 from bilevel.export import bodies_experts as experts
 from bilevel.export import bodies_routes as routes
+from tests.both_sides import biases_below_zero, two_local_blocks
 from tests.faults import Fault
 from tests.surgery import Kernel, body
 
@@ -21,7 +22,6 @@ class KernelFault(NamedTuple):
     kernel: Kernel
     at: str
     operator: str
-    model: str = "two_level"
 
 
 _FINE_SCORES = "candidate_scores(query, unit_key, blocks, joint, num_selected))"
@@ -31,16 +31,16 @@ def _coarse(old: str, new: str) -> Fault:
     return Fault(body("CoarseRoute", routes, (old, new)), "level 1", "CoarseRoute")
 
 
-def _fine(old: str, new: str, model: str = "two_level") -> Fault:
-    return Fault(body("FineRoute", routes, (old, new)), "layer 0 level 2", "FineRoute", model)
+def _fine(old: str, new: str, **needs: Any) -> Fault:
+    return Fault(body("FineRoute", routes, (old, new)), "layer 0 level 2", "FineRoute", **needs)
 
 
 def _attention(old: str, new: str) -> Fault:
     return Fault(body("RoutedAttention", attention, (old, new)), "layer 0 attention", "RoutedAttention")
 
 
-def _expert_route(old: str, new: str, at: str, model: str = "two_level") -> Fault:
-    return Fault(body("ExpertRoute", experts, (old, new)), at, "ExpertRoute", model)
+def _expert_route(old: str, new: str, at: str, **needs: Any) -> Fault:
+    return Fault(body("ExpertRoute", experts, (old, new)), at, "ExpertRoute", **needs)
 
 
 def _experts(old: str, new: str) -> Fault:
@@ -51,7 +51,6 @@ BODY_FAULTS = {
     "level 1: visible a block too early": _coarse(
         "masked = op.Where((block + 1) * size <= horizon,", "masked = op.Where(block * size <= horizon,"
     ),
-    "level 1: the lower score wins": _coarse("selectable(scores), lowest)", "selectable(op.Neg(scores)), lowest)"),
     "level 1: an unfinished block scored by its mean": Fault(
         body(
             "CoarseRoute",
@@ -74,7 +73,7 @@ BODY_FAULTS = {
     ),
     "level 2: own block missing": _fine("op.And(local_block >= 0, local_block", "op.And(local_block != own, local_block"),
     "level 2: local block missing": _fine(
-        "op.And(local_block >= 0, local_block", "op.And(local_block >= own, local_block", "grouped"
+        "op.And(local_block >= 0, local_block", "op.And(local_block >= own, local_block", prepare=two_local_blocks
     ),
     "level 2: init block missing": _fine("op.And(blocks < init_blocks, blocks", "op.And(blocks + 1 < init_blocks, blocks"),
     "level 2: the lower score wins": _fine(f"selectable({_FINE_SCORES}", f"selectable(op.Neg({_FINE_SCORES})"),
@@ -93,7 +92,6 @@ BODY_FAULTS = {
     "attention: causal mask off by one in long calls": _attention(
         "op.Unsqueeze(room, [2, 3]) > op.Range", "op.Unsqueeze(room, [2, 3]) >= op.Range"
     ),
-    "attention: scale missing in short calls": _attention("perm=[0, 1, 2, 4, 3])) * scale", "perm=[0, 1, 2, 4, 3]))"),
     "attention: blocks merged without their peaks": _attention(
         "op.Exp(pair_peak - op.ReduceMax(pair_peak, [1], keepdims=1))", "op.Exp(pair_peak - pair_peak)"
     ),
@@ -101,13 +99,13 @@ BODY_FAULTS = {
         "op.And(op.And(blocks >= 0, blocks < num_blocks), b", "op.And(blocks < num_blocks, b"
     ),
     "experts: groups masked by 0": _expert_route(
-        "op.Unsqueeze(keep, [2]), grouped, lowest)", "op.Unsqueeze(keep, [2]), grouped, 0.0)", "layer 0 experts", "grouped"
+        "op.Unsqueeze(keep, [2]), grouped, lowest)",
+        "op.Unsqueeze(keep, [2]), grouped, 0.0)",
+        "layer 1 experts",
+        prepare=biases_below_zero,
     ),
     "experts: weights from biased scores": _expert_route(
         "op.GatherElements(scores, ids", "op.GatherElements(choice, ids", "layer 1 experts weights"
-    ),
-    "experts: weights not scaled": _expert_route(
-        "raw / divisor * op.Constant(value_float=scale)", "raw / divisor", "layer 1 experts weights"
     ),
     "experts: another expert's product in short calls": _experts(
         "op.Gather(down, flat, axis=0)", "op.Gather(down, op.Max(flat - 1, op.Constant(value_int=0)), axis=0)"
@@ -115,8 +113,8 @@ BODY_FAULTS = {
 }
 
 
-def _kernel(file: str, old: str, new: str, at: str, operator: str, model: str = "two_level") -> KernelFault:
-    return KernelFault(Kernel(file, ((old, new),)), at, operator, model)
+def _kernel(file: str, old: str, new: str, at: str, operator: str) -> KernelFault:
+    return KernelFault(Kernel(file, ((old, new),)), at, operator)
 
 
 _LAYER_1 = "layer 1 expert output", "RoutedExperts"
@@ -124,9 +122,6 @@ _LAYER_1 = "layer 1 expert output", "RoutedExperts"
 KERNEL_FAULTS = {
     "level 1: own block missing": _kernel(
         "route.h", "for (int64_t j = own; j >= 0", "for (int64_t j = own - 1; j >= 0", "level 1", "CoarseRoute"
-    ),
-    "level 1: visible a block too early": _kernel(
-        "route.h", "complete = horizon / a.block_size;", "complete = horizon / a.block_size + 1;", "level 1", "CoarseRoute"
     ),
     "level 1: the lower score wins": _kernel(
         "route.h", "ranks.end(), std::greater<uint64_t>", "ranks.end(), std::less<uint64_t>", "level 1", "CoarseRoute"
@@ -136,9 +131,6 @@ KERNEL_FAULTS = {
     ),
     "both levels: top-k off by one": _kernel(
         "route.h", "const int64_t room = a.topk - count;", "const int64_t room = a.topk - count - 1;", "level 1", "CoarseRoute"
-    ),
-    "attention: causal mask off by one": _kernel(
-        "attention.h", "a.past_len[b] + i + 1 :", "a.past_len[b] + i + 2 :", "layer 0 attention", "RoutedAttention"
     ),
     "attention: kv heads interleaved": _kernel(
         "attention.h", "kv = h * a.kv_heads / a.heads", "kv = h % a.kv_heads", "layer 0 attention", "RoutedAttention"
@@ -158,9 +150,6 @@ KERNEL_FAULTS = {
     ),
     "experts: weights from biased scores": _kernel(
         "experts.h", "used ? s.scores[expert] /", "used ? s.best[expert] /", "layer 1 experts weights", "ExpertRoute"
-    ),
-    "experts: a group's best instead of its two best": _kernel(
-        "experts.h", "? first : first + second", "? first : first", "layer 0 experts", "ExpertRoute", "grouped"
     ),
     "experts: the last column dropped for few rows": _kernel(
         "experts.h", "dots(column.data(), row, some, width, result);", "dots(column.data(), row, some, width - 1, result);", *_LAYER_1

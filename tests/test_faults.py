@@ -54,6 +54,9 @@ def test_fault_in_a_graph(copied: Copied, name: str) -> None:
 def test_fault_in_a_body(copied: Copied, name: str) -> None:
     fault = BODY_FAULTS[name]
     checkpoint, bundle = copied(fault.model)
+    if fault.prepare is not None:
+        fault.prepare(checkpoint, bundle)
+        assert check_bundle(bundle, checkpoint, tokens=fault.tokens)["passed"]
     edit_model(bundle, fault.plant)
     assert_found(check_bundle(bundle, checkpoint, tokens=fault.tokens, shrink=False), fault, "bodies")
 
@@ -61,7 +64,7 @@ def test_fault_in_a_body(copied: Copied, name: str) -> None:
 @pytest.mark.parametrize("name", KERNEL_FAULTS)
 def test_fault_in_a_kernel(copied: Copied, built: Built, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     fault = KERNEL_FAULTS[name]
-    checkpoint, bundle = copied(fault.model)
+    checkpoint, bundle = copied("two_level")
     monkeypatch.setenv(VARIABLE, str(built(fault.kernel)))
     assert_found(check_bundle(bundle, checkpoint, tokens=TOKENS, shrink=False), fault, "CPU kernels")
 
@@ -79,7 +82,10 @@ def test_harmless_change(copied: Copied, built: Built, monkeypatch: pytest.Monke
     data = periodic_text(bundle) if change.periodic else None
     with change.around():
         report = check_bundle(bundle, checkpoint, tokens=TOKENS, data=data, shrink=False, **change.arguments)
-    assert report["passed"], report["failure"] or report["end_to_end"]
-    routers = {entry["name"]: entry for entry in report["selection"]}
-    if change.excused:
-        assert routers[change.excused]["excused"] > 0 and routers[change.excused]["exact_rate"] < 1
+    if not change.excused:
+        assert report["passed"], report["failure"] or report["end_to_end"]
+        return
+    # Another block at an exact tie may rightly continue the text otherwise: what the graph does with the same choices decides.
+    assert report["failure"] is None and all(holds for name, holds in report["verdicts"].items() if name != "end_to_end")
+    (router,) = (entry for entry in report["selection"] if entry["name"] == change.excused)
+    assert router["excused"] > 0 and router["exact_rate"] < 1

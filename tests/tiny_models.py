@@ -25,11 +25,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "moba": {"routing": Routing(preset="moba", block_size=BLOCK_SIZE, topk=3, init_blocks=0), "tie_word_embeddings": True},
     "dense": {"routing": Routing(preset="dense", block_size=BLOCK_SIZE)},
-    # What the others leave out: two local blocks, level 1 on the words themselves, DeepSeek-V3's gate.
-    "grouped": {
-        "routing": Routing(block_size=BLOCK_SIZE, coarse_topk=6, topk=4, local_blocks=2),
-        "experts": Experts.deepseek_v3(num_experts=12, top_k=3, intermediate_size=5, layers=(0,), n_group=3, topk_group=2),
-    },
 }
 
 
@@ -55,8 +50,7 @@ def make_model(preset: str) -> CausalLM:
             torch.nn.init.normal_(parameter, std=0.2)
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
-            # Below 0, where a group masked by 0 instead of -inf would win.
-            torch.nn.init.normal_(buffer, mean=-0.8 if preset == "grouped" else 0.0, std=0.1)
+            torch.nn.init.normal_(buffer, std=0.1)
     return model
 
 
