@@ -25,6 +25,7 @@ _EXTRAS = {
     "safetensors": "export",
     "polygraphy": "export",
     "matplotlib": "dev",
+    "triton": "kernels",
 }
 
 

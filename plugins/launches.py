@@ -20,6 +20,7 @@ from typing import Any
 
 from bilevel.plugins import contract
 from bilevel.plugins.errors import ContractError
+from bilevel.plugins.tiles import Tile
 
 Geometry = Mapping[str, Any]  # str -> int, or a string or float for the attributes that are
 
@@ -71,8 +72,7 @@ class Launch:
     arguments: tuple[Argument, ...]
     constants: Mapping[str, int]
     grid: tuple[str, str, str]
-    warps: int
-    stages: int
+    tile: Tile  # of which a launcher needs the warps, and of which the estimate of shared memory is tested
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,12 @@ def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
             return _OPERATORS[type(node.op)](value(node.left), value(node.right))
         if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in _OPERATORS:
             return _OPERATORS[type(node.ops[0])](value(node.left), value(node.comparators[0]))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS and len(node.args) == 2:
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in _FUNCTIONS
+            and len(node.args) == 2
+        ):
             return _FUNCTIONS[node.func.id](value(node.args[0]), value(node.args[1]))
         raise ContractError(f"{ast.unparse(node)!r} in {expression!r} is no size, number or function of plugins/launches.py")
 
@@ -135,9 +140,7 @@ class Builder:
             return Argument(name, f"*{self.kinds[name]}", name)
         return Argument(name, "float32", name) if name == "scale" else Argument(name, "int32", self.values[name])
 
-    def launch(
-        self, kernel: str, names: str, constants: Mapping[str, int], grid: tuple[str, str, str], warps: int = 4, stages: int = 1
-    ) -> Launch:
+    def launch(self, kernel: str, names: str, constants: Mapping[str, int], grid: tuple[str, str, str], tile: Tile) -> Launch:
         """``kernel``: "module.function". ``names``: the runtime arguments."""
         module, _, function = kernel.partition(".")
-        return Launch(module, function, tuple(map(self._argument, names.split())), constants, grid, warps, stages)
+        return Launch(module, function, tuple(map(self._argument, names.split())), constants, grid, tile)

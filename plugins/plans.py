@@ -33,5 +33,7 @@ def plans(op: contract.Op, geometry: Geometry, dtype: str, arch: int) -> tuple[P
         raise ContractError(f"{op.name}: the kernels know no {dtype}; give {', '.join(DTYPE_BYTES)}")
     for name, most in LIMITS.items():
         if geometry.get(name, 0) > most:
-            raise ContractError(f"{op.name}: the kernels take {name} up to {most}, not {geometry[name]}; the PyTorch form has no limit")
+            raise ContractError(
+                f"{op.name}: the kernels take {name} up to {most}, not {geometry[name]}; the PyTorch form has no limit"
+            )
     return _MAKERS[op.name](geometry, dtype, arch)

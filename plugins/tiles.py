@@ -76,9 +76,17 @@ def depth_of(width: int, most: int) -> int:
     return min(depths, key=lambda d: (-(-width // d) * (d + 16), -d))
 
 
-def _cols(block_size: int, most: int) -> list[int]:
-    """Keys of a step, best first: little padding of a block, but not many small steps."""
-    return sorted((c for c in (64, 32, 16) if c <= most), key=lambda c: (-(-block_size // c) * (c + 16), -c))
+def _cols(block_size: int, depth: int, size: int) -> list[int]:
+    """Keys of a step, best first: several small blocks, or the part of a large one that leaves little padding."""
+    # fp32 products run without tensor cores, unrolled: larger tiles spill registers.
+    most = 64 if size == 2 else 32 if depth <= 128 else 16
+    cols = [c for c in (64, 32, 16) if c <= most]
+    return cols if block_size <= most else sorted(cols, key=lambda c: (-(-block_size // c) * (c + 16), -c))
+
+
+def _attention_shared(rows: int, cols: int, depth: int, stages: int, size: int) -> int:
+    """Queries, the keys and values that are on their way or in use, one tile of scores, the lists of blocks."""
+    return size * depth * (rows + 2 * max(1, stages - 1) * cols) + 4 * rows * cols + 2048
 
 
 def attention_tile(head_dim: int, group: int, block_size: int, dtype: str, arch: int) -> Tile:
@@ -87,11 +95,11 @@ def attention_tile(head_dim: int, group: int, block_size: int, dtype: str, arch:
     least = max(16, power_of_two(group))
 
     def candidates() -> Iterator[Tile]:
-        for most_rows, stages in ((64, 3), (64, 2), (64, 1), (32, 2), (32, 1), (16, 1)) if size == 2 else ((32, 2), (32, 1), (16, 1)):
-            rows = max(least, most_rows)
-            for cols in _cols(block_size, 64 if size == 2 else 32):
-                shared = size * depth * (2 * stages * cols + rows) + 4 * rows * cols
-                yield Tile(rows, cols, depth, 8 if rows * depth > 64 * 128 else 4, stages, shared)
+        for rows in (max(least, 64 if size == 2 else 32), max(least, 16)):
+            warps = 8 if rows * depth * size > 64 * 128 * 2 else 4
+            for cols in _cols(block_size, depth, size):
+                for stages in (3, 2, 1) if size == 2 else (2, 1):
+                    yield Tile(rows, cols, depth, warps, stages, _attention_shared(rows, cols, depth, stages, size))
 
     return _first_that_fits(candidates(), f"attention with head_dim={head_dim} in {dtype}", arch)
 
@@ -102,10 +110,16 @@ def decode_tile(head_dim: int, group: int, block_size: int, dtype: str, arch: in
     rows = max(16, power_of_two(group))
 
     def candidates() -> Iterator[Tile]:
-        for stages in (2, 1):
-            for cols in _cols(block_size, 64 if size == 2 else 32):
-                shared = size * depth * (2 * stages * cols + rows) + 4 * rows * cols
-                yield Tile(rows, cols, depth, 4, stages, shared)
+        for cols in _cols(block_size, depth, size):
+            for stages in (2, 1):
+                yield Tile(
+                    rows,
+                    cols,
+                    depth,
+                    8 if depth * size > 512 else 4,
+                    stages,
+                    _attention_shared(rows, cols, depth, stages, size),
+                )
 
     return _first_that_fits(candidates(), f"attention with head_dim={head_dim} in {dtype}", arch)
 
@@ -145,3 +159,8 @@ def grouped_tile(width: int, matrices: int, rows: int, dtype: str, arch: int) ->
 def vector_tile(width: int) -> Tile:
     """``pair_hidden`` and ``pair_output``: 16 outputs of one token or pair."""
     return Tile(1, 16, depth_of(width, 128), 4, 2, 8 * 1024)
+
+
+def small_tile(warps: int) -> Tile:
+    """Kernels without a matrix product: shared memory only for sums across warps."""
+    return Tile(1, 1, 1, warps, 1, 8 * 1024)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bilevel.plugins.triton_order import LAST, product
+from bilevel.plugins.triton_order import LAST, narrow, product
 from bilevel.plugins.triton_routes import horizon_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # softmax in powers of two, which the hardware has
@@ -66,7 +66,7 @@ def absorb(score, value, most, total, out):
     shift = tl.where(highest == float("-inf"), 0.0, highest)
     weight = tl.exp2(score - shift[:, None])
     fade = tl.exp2(most - shift)
-    out = out * fade[:, None] + product(weight.to(value.dtype), value)
+    out = out * fade[:, None] + product(narrow(weight, value.dtype), value)
     return highest, total * fade + tl.sum(weight, axis=1), out
 
 
@@ -101,7 +101,7 @@ def attention_tiles(
     most = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     result = tl.zeros([ROWS, DP], tl.float32)
-    for step in range(0, (count + AT_ONCE - 1) // AT_ONCE * STEPS):
+    for step in range((count + AT_ONCE - 1) // AT_ONCE * STEPS):
         item = step // STEPS * AT_ONCE + c // PER_BLOCK
         offset = step % STEPS * COLS + c % PER_BLOCK
         listed = item < count
@@ -118,4 +118,4 @@ def attention_tiles(
         most, total, result = absorb(score, value, most, total, result)
     # A row whose scores are all -inf is 0/0, as in any softmax; a row without a token is 0.
     result = tl.where((((seen >> t) & 1) != 0)[:, None], result / total[:, None], 0.0)
-    tl.store(out + at, result.to(out.dtype.element_ty), mask=used[:, None] & (d < D)[None, :])
+    tl.store(out + at, narrow(result, out.dtype.element_ty), mask=used[:, None] & (d < D)[None, :])

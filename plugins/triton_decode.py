@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from bilevel.plugins.triton_attention import LOG2_E, absorb
-from bilevel.plugins.triton_order import product
+from bilevel.plugins.triton_order import narrow, product
 from bilevel.plugins.triton_routes import horizon_of
 
 
@@ -42,7 +42,7 @@ def attention_split(
     most = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     result = tl.zeros([ROWS, DP], tl.float32)
-    for step in range(0, tl.where(horizon > 0, (SPLIT + AT_ONCE - 1) // AT_ONCE * STEPS, 0)):
+    for step in range(tl.where(horizon > 0, (SPLIT + AT_ONCE - 1) // AT_ONCE * STEPS, 0)):
         item = split * SPLIT + step // STEPS * AT_ONCE + c // PER_BLOCK
         offset = step % STEPS * COLS + c % PER_BLOCK
         listed = item < tl.minimum(K, (split + 1) * SPLIT)
@@ -86,11 +86,11 @@ def attention_merge(
     total = tl.sum(tl.exp2(most - shift) * sums, axis=0)
     result = tl.zeros([DP], tl.float32)
     for first in range(0, SPLITS, COLS):
-        n = first + tl.arange(0, COLS)
-        fade = tl.exp2(tl.load(statistics + (base + n) * 2, mask=n < SPLITS, other=float("-inf")) - shift)
-        here = (n < SPLITS)[:, None] & (d < D)[None, :]
-        part = tl.load(partial + (base + n)[:, None] * D + d[None, :], mask=here, other=0.0)
+        m = first + tl.arange(0, COLS)
+        fade = tl.exp2(tl.load(statistics + (base + m) * 2, mask=m < SPLITS, other=float("-inf")) - shift)
+        here = (m < SPLITS)[:, None] & (d < D)[None, :]
+        part = tl.load(partial + (base + m)[:, None] * D + d[None, :], mask=here, other=0.0)
         result += tl.sum(part * fade[:, None], axis=0)
     result = tl.where(seen > 0, result / total, 0.0)
     at = ((b * HQ + h) * length + i) * D + d
-    tl.store(out + at, result.to(out.dtype.element_ty), mask=d < D)
+    tl.store(out + at, narrow(result, out.dtype.element_ty), mask=d < D)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bilevel.plugins.triton_order import LOWEST, NEVER, index_of, product, rank
+from bilevel.plugins.triton_order import LOWEST, NEVER, index_of, narrow, rank
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def pair_hidden(
             gate += tl.sum(tl.load(weights + d[None, :], mask=inside, other=0.0).to(tl.float32) * row, axis=1)
             other = tl.load(weights + INNER * WIDTH + d[None, :], mask=inside, other=0.0)
             up += tl.sum(other.to(tl.float32) * row, axis=1)
-        tl.store(hidden + pair * INNER + col, swiglu(gate, up).to(hidden.dtype.element_ty), mask=col < INNER)
+        tl.store(hidden + pair * INNER + col, narrow(swiglu(gate, up), hidden.dtype.element_ty), mask=col < INNER)
 
 
 @triton.jit
@@ -135,4 +135,4 @@ def pair_output(
             weight = tl.load(rows + f[None, :], mask=(col < WIDTH)[:, None] & (f < INNER)[None, :], other=0.0)
             one += tl.sum(weight.to(tl.float32) * row, axis=1)
         total += tl.where(there, one * tl.load(weights + pair), 0.0)
-    tl.store(out + token * WIDTH + col, total.to(out.dtype.element_ty), mask=col < WIDTH)
+    tl.store(out + token * WIDTH + col, narrow(total, out.dtype.element_ty), mask=col < WIDTH)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from bilevel.plugins.triton_experts import swiglu
-from bilevel.plugins.triton_order import product
+from bilevel.plugins.triton_order import narrow, product
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -28,28 +28,27 @@ def expert_count(ids, counts, pairs, E: tl.constexpr, EP: tl.constexpr, CHUNK: t
 
 
 @triton.jit(do_not_specialize=["chunks"])
-def expert_offsets(counts, experts, chunks, E: tl.constexpr, EP: tl.constexpr, ROWS: tl.constexpr):
-    """``counts`` becomes the place of each chunk's first pair of an expert. Grid [1].
+def expert_offsets(counts, places, experts, chunks, E: tl.constexpr, EP: tl.constexpr, ROWS: tl.constexpr):
+    """``places`` int32 [chunks, E]: where each chunk's first pair of an expert goes. Grid [1].
 
     ``experts`` int32 [3, E]: the place of an expert's first pair, its number of pairs, and the number of tiles of ROWS pairs
     that it and the experts before it take.
     """
     e = tl.arange(0, EP)
     total = tl.zeros([EP], tl.int32)
-    for chunk in range(0, chunks):
+    for chunk in range(chunks):
         total += tl.load(counts + chunk * E + e, mask=e < E, other=0)
     place = tl.cumsum(total, axis=0) - total
     tl.store(experts + e, place, mask=e < E)
     tl.store(experts + E + e, total, mask=e < E)
     tl.store(experts + 2 * E + e, tl.cumsum((total + ROWS - 1) // ROWS, axis=0), mask=e < E)
-    for chunk in range(0, chunks):
-        count = tl.load(counts + chunk * E + e, mask=e < E, other=0)
-        tl.store(counts + chunk * E + e, place, mask=e < E)
-        place += count
+    for chunk in range(chunks):
+        tl.store(places + chunk * E + e, place, mask=e < E)
+        place += tl.load(counts + chunk * E + e, mask=e < E, other=0)
 
 
 @triton.jit(do_not_specialize=["pairs"])
-def expert_order(ids, counts, order, pairs, E: tl.constexpr, CHUNK: tl.constexpr, COLS: tl.constexpr):
+def expert_order(ids, places, order, pairs, E: tl.constexpr, CHUNK: tl.constexpr, COLS: tl.constexpr):
     """``order`` int32 [pairs]: the pairs sorted by expert, in their own order within one. Grid [ceil(pairs/CHUNK)]."""
     chunk, n = tl.program_id(0), tl.arange(0, COLS)
     for first in range(0, CHUNK, COLS):
@@ -61,7 +60,7 @@ def expert_order(ids, counts, order, pairs, E: tl.constexpr, CHUNK: tl.constexpr
             theirs = tl.load(ids + other, mask=other < pairs, other=-1)
             before += tl.sum(((theirs[None, :] == expert[:, None]) & (other[None, :] < pair[:, None])).to(tl.int32), axis=1)
         there = (expert >= 0) & (expert < E)
-        place = tl.load(counts + chunk * E + expert, mask=there, other=0) + before
+        place = tl.load(places + chunk * E + expert, mask=there, other=0) + before
         tl.store(order + place, pair, mask=there)
 
 
@@ -99,7 +98,7 @@ def tile_hidden(
             gate += product(row, tl.load(weights + d[:, None], mask=inside, other=0.0))
             up += product(row, tl.load(weights + INNER * WIDTH + d[:, None], mask=inside, other=0.0))
         out = hidden + (place + n).to(tl.int64)[:, None] * INNER + col[None, :]
-        tl.store(out, swiglu(gate, up).to(hidden.dtype.element_ty), mask=(n < count)[:, None] & (col < INNER)[None, :])
+        tl.store(out, narrow(swiglu(gate, up), hidden.dtype.element_ty), mask=(n < count)[:, None] & (col < INNER)[None, :])
 
 
 @triton.jit
@@ -120,7 +119,7 @@ def tile_output(
             total += product(row, tl.load(weights + f[:, None], mask=(f < INNER)[:, None] & (col < WIDTH)[None, :], other=0.0))
         pair = tl.load(order + place + n, mask=n < count, other=0).to(tl.int64)
         out = products + pair[:, None] * WIDTH + col[None, :]
-        tl.store(out, total.to(products.dtype.element_ty), mask=(n < count)[:, None] & (col < WIDTH)[None, :])
+        tl.store(out, narrow(total, products.dtype.element_ty), mask=(n < count)[:, None] & (col < WIDTH)[None, :])
 
 
 @triton.jit
@@ -136,4 +135,4 @@ def expert_sum(
         there = (expert >= 0) & (expert < E)
         one = tl.load(products + pair * WIDTH + col, mask=there & (col < WIDTH), other=0.0).to(tl.float32)
         total += tl.where(there, one * tl.load(weights + pair), 0.0)
-    tl.store(out + token * WIDTH + col, total.to(out.dtype.element_ty), mask=col < WIDTH)
+    tl.store(out + token * WIDTH + col, narrow(total, out.dtype.element_ty), mask=col < WIDTH)

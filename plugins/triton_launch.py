@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bilevel.plugins import contract
+from bilevel.plugins.errors import ContractError
 from bilevel.plugins.launches import Launch, Plan, choose, evaluate
 from bilevel.plugins.plans import RUNTIME_SIZES, plans
 from bilevel.plugins.tiles import nearest_architecture
@@ -34,12 +35,25 @@ def _architecture(device: torch.device) -> int:
     return nearest_architecture(10 * major + minor)
 
 
-def plans_for(op: contract.Op, tensors: Sequence[Tensor], attributes: dict[str, Any]) -> tuple[tuple[Plan, ...], dict[str, int]]:
+def plans_for(
+    op: contract.Op, tensors: Sequence[Tensor], attributes: dict[str, Any]
+) -> tuple[tuple[Plan, ...], dict[str, int]]:
     """(the operator's plans for these tensors, the sizes of the call). Raises ContractError for what no kernel covers."""
     sizes = op.bind_shapes([tensor.shape for tensor in tensors])
     geometry = {**{name: size for name, size in sizes.items() if name not in RUNTIME_SIZES}, **attributes}
     dtype = str(tensors[0].dtype).removeprefix("torch.")
     return _cached_plans(op.name, tuple(sorted(geometry.items())), dtype, _architecture(tensors[0].device)), sizes
+
+
+def covers(op: contract.Op, tensors: Sequence[Tensor], attributes: dict[str, Any]) -> bool:
+    """Whether the kernels run ``op`` on these inputs: their sizes, one device, a GPU that is new enough."""
+    if any(tensor.device != tensors[0].device for tensor in tensors):
+        return False
+    try:
+        plans_for(op, tensors, attributes)
+    except ContractError:
+        return False
+    return True
 
 
 def run(op: contract.Op, tensors: Sequence[Tensor], attributes: dict[str, Any]) -> Any:
@@ -52,7 +66,9 @@ def run(op: contract.Op, tensors: Sequence[Tensor], attributes: dict[str, Any]) 
         )
         for port in op.outputs
     ]
-    run_plan(op, choose(found, sizes), tensors, outputs, sizes, attributes)
+    plan = choose(found, sizes)
+    workspace = torch.empty(plan.workspace_bytes(sizes), dtype=torch.uint8, device=tensors[0].device)
+    run_plan(op, plan, tensors, outputs, workspace, sizes, attributes)
     return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
 
@@ -61,12 +77,12 @@ def run_plan(
     plan: Plan,
     tensors: Sequence[Tensor],
     outputs: Sequence[Tensor],
+    workspace: Tensor,
     sizes: dict[str, int],
     attributes: dict[str, Any],
 ) -> None:
-    """Run one plan into ``outputs`` (contiguous)."""
+    """Run one plan into ``outputs`` (contiguous), with ``workspace`` uint8 [at least plan.workspace_bytes(sizes)]."""
     device = tensors[0].device
-    workspace = torch.empty(plan.workspace_bytes(sizes), dtype=torch.uint8, device=device)
     arrays = {port.name: tensor.contiguous() for port, tensor in zip(op.inputs, tensors, strict=True)}
     arrays |= {port.name: tensor for port, tensor in zip(op.outputs, outputs, strict=True)}
     places = plan.offsets(sizes)
@@ -91,4 +107,4 @@ def _launch(launch: Launch, arrays: dict[str, Tensor], sizes: dict[str, int], at
         else:
             arguments.append(arrays[argument.value])
     kernel = getattr(importlib.import_module(f"bilevel.plugins.{launch.module}"), launch.kernel)
-    kernel[grid](*arguments, **launch.constants, num_warps=launch.warps, num_stages=launch.stages)
+    kernel[grid](*arguments, **launch.constants, num_warps=launch.tile.warps, num_stages=launch.tile.stages)

@@ -32,9 +32,19 @@ def product(a, b):
 
 
 @triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """fp32 in another float type, rounded to nearest even."""
+    if INTERPRETED and DTYPE == tl.bfloat16:  # the interpreter would cut the lower bits off
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, rounded, x)  # noqa: PLR0124 (NaN)
+    return x.to(DTYPE)
+
+
+@triton.jit
 def rank(score, index):
     """int64 keys of fp32 scores and int32 indices of the same shape: NaN is -inf, +inf the largest finite number, -0 is 0."""
-    score = tl.where(score == score, score, float("-inf"))
+    score = tl.where(score == score, score, float("-inf"))  # noqa: PLR0124 (NaN)
     score = tl.where(score > FLOAT_MAX, FLOAT_MAX, score)
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # two's complement in place of sign and magnitude

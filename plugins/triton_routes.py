@@ -16,10 +16,12 @@ from bilevel.plugins.triton_order import LOWEST, NEVER, ascending, forced_rank, 
 
 @triton.jit
 def is_forced(block, own, horizon, BLOCK: tl.constexpr, K: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr):
-    """Whether a block is kept whatever its score; where K is too small, own and recent blocks win over the first ones."""
-    nearby: tl.constexpr = LOCAL if LOCAL < K else K
-    local = (block <= own) & (block > own - nearby)
-    room = tl.where(block < own, K - nearby, K)
+    """Whether a block is kept whatever its score; where K is too small, own and recent blocks win over the first ones.
+
+    INIT and LOCAL are at most K.
+    """
+    local = (block <= own) & (block > own - LOCAL)
+    room = tl.where(block < own, K - LOCAL, K)
     first = (block < INIT) & (block < room) & (block * BLOCK < horizon)
     return local | first
 
@@ -65,7 +67,9 @@ def coarse_route_tiles(
                 if SUM_FIRST:
                     total = tl.zeros([ROWS, DEPTH], tl.float32)
                     for m in range(SUMMED):
-                        total += tl.load(rows + m * length.to(tl.int64) * DR + d[None, :], mask=inside, other=0.0).to(tl.float32)
+                        total += tl.load(rows + m * length.to(tl.int64) * DR + d[None, :], mask=inside, other=0.0).to(
+                            tl.float32
+                        )
                     score += product(total, key.to(tl.float32))
                 else:
                     for m in range(SUMMED):
@@ -133,9 +137,7 @@ def coarse_route_split(
 
 
 @triton.jit(do_not_specialize=["length", "splits"])
-def coarse_route_merge(
-    ranks, routes, length, splits, HS: tl.constexpr, K: tl.constexpr, COLS: tl.constexpr, KP: tl.constexpr
-):
+def coarse_route_merge(ranks, routes, length, splits, HS: tl.constexpr, K: tl.constexpr, COLS: tl.constexpr, KP: tl.constexpr):
     """The K best of all splits, written as routes. Grid [L, HS, B]."""
     i, s, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = (b * HS + s) * length + i
@@ -158,15 +160,14 @@ def fine_route_rows(
 ):  # fmt: skip
     """One position: its forced blocks, then its candidates, COLS at a time. Grid [L, HS, B].
 
-    FP: a power of two that holds the forced blocks, at most K local ones and K init ones.
+    FP: a power of two that holds the LOCAL and the INIT blocks.
     """
     i, s, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     past, new = tl.load(past_len + b), tl.load(new_len + b)
     horizon = horizon_of(i, past, new, CAUSAL)
     own = (past + i) // BLOCK
-    nearby: tl.constexpr = LOCAL if LOCAL < K else K
     n = tl.arange(0, FP)
-    always = tl.where(n < nearby, own - n, n - nearby)
+    always = tl.where(n < LOCAL, own - n, n - LOCAL)
     forced = (always >= 0) & is_forced(always, own, horizon, BLOCK, K, INIT, LOCAL) & (i < new)
     best = no_choice(1, K, KP)
     best = keep_best(best, tl.where(forced, forced_rank(always), NEVER)[None, :], True)
