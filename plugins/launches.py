@@ -7,12 +7,13 @@ is in the launches' constants; the sizes of a call are names in expressions: the
 computes them here; 64-bit integers hold every value.
 
 A launcher must see to this: all tensors are contiguous and 16-byte aligned; the workspace is aligned to ALIGNMENT bytes; an empty
-grid is left out; launches run in order on one stream. The first dimension of a grid may have 2^31 - 1 programs, the others 65,535.
+grid is left out; launches run in order on one stream; no dimension of a grid may exceed MAX_GRID.
 """
 
 from __future__ import annotations
 
 import ast
+import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from bilevel.plugins.tiles import Tile
 Geometry = Mapping[str, Any]  # str -> int, or a string or float for the attributes that are
 
 ALIGNMENT = 256
+MAX_GRID = (2**31 - 1, 65535, 65535)
 KIND_BYTES = {"int32": 4, "int64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 _FUNCTIONS: dict[str, Callable[[int, int], int]] = {
@@ -98,6 +100,11 @@ class Plan:
         return max((-(-(first + size) // ALIGNMENT) * ALIGNMENT for first, size in self.offsets(sizes).values()), default=0)
 
 
+@functools.lru_cache(maxsize=4096)
+def _parsed(expression: str) -> ast.expr:
+    return ast.parse(expression, mode="eval").body
+
+
 def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
     """The value of an expression of this module. Raises ContractError for anything that is none."""
 
@@ -119,7 +126,7 @@ def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
             return _FUNCTIONS[node.func.id](value(node.args[0]), value(node.args[1]))
         raise ContractError(f"{ast.unparse(node)!r} in {expression!r} is no size, number or function of plugins/launches.py")
 
-    return value(ast.parse(expression, mode="eval").body)
+    return value(_parsed(expression))
 
 
 def choose(plans: Sequence[Plan], sizes: Mapping[str, int]) -> Plan:

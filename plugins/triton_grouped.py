@@ -20,7 +20,7 @@ def expert_count(ids, counts, pairs, E: tl.constexpr, EP: tl.constexpr, CHUNK: t
     """``counts`` int32 [chunks, E]: how many of CHUNK pairs chose each expert. Grid [ceil(pairs/CHUNK)]."""
     chunk, e = tl.program_id(0), tl.arange(0, EP)
     total = tl.zeros([EP], tl.int32)
-    for first in range(0, CHUNK, COLS):
+    for first in range(0, tl.minimum(CHUNK, pairs - chunk * CHUNK), COLS):
         pair = chunk * CHUNK + first + tl.arange(0, COLS)
         expert = tl.load(ids + pair, mask=pair < pairs, other=-1)
         total += tl.sum((expert[:, None] == e[None, :]).to(tl.int32), axis=0)
@@ -51,7 +51,7 @@ def expert_offsets(counts, places, experts, chunks, E: tl.constexpr, EP: tl.cons
 def expert_order(ids, places, order, pairs, E: tl.constexpr, CHUNK: tl.constexpr, COLS: tl.constexpr):
     """``order`` int32 [pairs]: the pairs sorted by expert, in their own order within one. Grid [ceil(pairs/CHUNK)]."""
     chunk, n = tl.program_id(0), tl.arange(0, COLS)
-    for first in range(0, CHUNK, COLS):
+    for first in range(0, tl.minimum(CHUNK, pairs - chunk * CHUNK), COLS):
         pair = chunk * CHUNK + first + n
         expert = tl.load(ids + pair, mask=pair < pairs, other=-1)
         before = tl.zeros([COLS], tl.int32)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bilevel.plugins import contract
 from bilevel.plugins.errors import ContractError
-from bilevel.plugins.launches import Launch, Plan, choose, evaluate
+from bilevel.plugins.launches import MAX_GRID, Launch, Plan, choose, evaluate
 from bilevel.plugins.plans import RUNTIME_SIZES, plans
 from bilevel.plugins.tiles import nearest_architecture
 
@@ -31,6 +31,8 @@ def _architecture(device: torch.device) -> int:
     """A GPU's architecture as the tiles know it; what the interpreter pretends to be otherwise."""
     if device.type != "cuda":
         return 80
+    if torch.version.hip is not None:
+        raise ContractError("the kernels are made for NVIDIA's GPUs; elsewhere the PyTorch forms run")
     major, minor = torch.cuda.get_device_capability(device)
     return nearest_architecture(10 * major + minor)
 
@@ -98,6 +100,8 @@ def _launch(launch: Launch, arrays: dict[str, Tensor], sizes: dict[str, int], at
     grid = tuple(evaluate(size, sizes) for size in launch.grid)
     if 0 in grid:
         return
+    if any(size > most for size, most in zip(grid, MAX_GRID, strict=True)):
+        raise ContractError(f"{launch.kernel} would need a grid of {grid}; a GPU launches {MAX_GRID} at most: split the batch")
     arguments: list[Any] = []
     for argument in launch.arguments:
         if argument.kind == "int32":

@@ -37,7 +37,9 @@ def test_evaluate(expression: str, value: int) -> None:
     assert evaluate(expression, SIZES) == value
 
 
-@pytest.mark.parametrize("expression", ["Q", "L / 2", "L // 2", "abs(L)", "min(L)", "L.real", "1 <= L <= 3", "'a'", "2.0", "True"])
+@pytest.mark.parametrize(
+    "expression", ["Q", "L / 2", "L // 2", "abs(L)", "min(L)", "L.real", "1 <= L <= 3", "'a'", "2.0", "True"]
+)
 def test_evaluate_knows_nothing_else(expression: str) -> None:
     with pytest.raises(ContractError, match=r"is no size, number or function of plugins/launches\.py"):
         evaluate(expression, SIZES)
@@ -86,7 +88,9 @@ def test_plans_are_complete(op: contract.Op, dtype: str) -> None:
         (contract.ROUTED_EXPERTS, EXPERTS, "T", {8: "pairs", 9: "small tiles", 256: "small tiles"}, {257: "tiles"}),
     ],
 )
-def test_the_size_of_a_call_chooses(op: contract.Op, geometry: Any, size: str, few: dict[int, str], many: dict[int, str]) -> None:
+def test_the_size_of_a_call_chooses(
+    op: contract.Op, geometry: Any, size: str, few: dict[int, str], many: dict[int, str]
+) -> None:
     made = plans(op, geometry, "float16", 87)
     assert {n: choose(made, {**SIZES, size: n}).name for n in (*few, *many)} == {**few, **many}
 
@@ -95,7 +99,9 @@ def test_work_grows_with_the_pairs_not_with_the_experts() -> None:
     def tiles_of(experts: int, tokens: int) -> list[int]:
         made = plans(contract.ROUTED_EXPERTS, {**EXPERTS, "E": experts}, "float16", 90)
         launches = [launch for plan in made for launch in plan.launches if launch.kernel in ("tile_hidden", "pair_hidden")]
-        return [evaluate(launch.grid[0 if launch.kernel == "tile_hidden" else 1], {**SIZES, "T": tokens}) for launch in launches]
+        return [
+            evaluate(launch.grid[0 if launch.kernel == "tile_hidden" else 1], {**SIZES, "T": tokens}) for launch in launches
+        ]
 
     assert tiles_of(1024, 4) == tiles_of(128, 4) == [8, 8, 8]  # pairs, whatever the tiles
     assert tiles_of(16, 10_000) == [20_000, 1250 + 16, 313 + 16]
@@ -104,7 +110,10 @@ def test_work_grows_with_the_pairs_not_with_the_experts() -> None:
 def test_a_list_of_blocks_is_bounded_by_the_blocks_there_are() -> None:
     (_, plan) = plans(contract.ROUTED_ATTENTION, ATTENTION, "float16", 90)
     blocks = plan.buffers[0]
-    assert (evaluate(blocks.count, {"B": 1, "L": 16, "M": 64}), evaluate(blocks.count, {"B": 1, "L": 16, "M": 2**20})) == (10, 258)
+    assert (evaluate(blocks.count, {"B": 1, "L": 16, "M": 64}), evaluate(blocks.count, {"B": 1, "L": 16, "M": 2**20})) == (
+        10,
+        258,
+    )
 
 
 def test_bits_hold_every_position_of_a_tile() -> None:

@@ -22,33 +22,31 @@ def plans_of(name: str, inputs: Inputs, attributes: Attributes) -> tuple[tuple[P
     return triton_launch.plans_for(contract.BY_NAME[name], list(inputs.values()), attributes)
 
 
-def run_kernels(name: str, inputs: Inputs, attributes: Attributes, only: str = "") -> dict[str, list[Tensor]]:
-    """Plan name -> outputs, of every plan (or of ``only`` one), whatever the plan's condition says.
+def run_one(plan: Plan, name: str, inputs: Inputs, attributes: Attributes) -> tuple[list[Tensor], Tensor]:
+    """(outputs, workspace) of one plan, whatever its condition says.
 
     Outputs start as NaN or -7, the workspace as bytes that are NaN and -1.
     """
-    op = contract.BY_NAME[name]
-    plans, sizes = plans_of(name, inputs, attributes)
+    op, (_, sizes) = contract.BY_NAME[name], plans_of(name, inputs, attributes)
     sized = {**sizes, "Hs": attributes.get("num_selection_heads"), "K": attributes.get("topk"), "k": attributes.get("top_k")}
     kind = next(iter(inputs.values())).dtype
-    results = {}
-    for plan in plans:
-        if only and plan.name != only:
-            continue
-        outputs = []
-        for port in op.outputs:
-            shape = [int(sized[symbol] or sizes[symbol]) for symbol in port.shape]
-            whole = port.dtype == "int32"
-            outputs.append(
-                torch.full(shape, _SENTINEL if whole else torch.nan, dtype={"int32": torch.int32, "T": kind}.get(port.dtype))
-            )
-        workspace = torch.full((plan.workspace_bytes(sizes),), 255, dtype=torch.uint8)
-        # Where values are infinite or NaN, NumPy warns of what the kernels mean to compute.
-        with np.errstate(all="ignore"), warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)
-            triton_launch.run_plan(op, plan, list(inputs.values()), outputs, workspace, sizes, attributes)
-        results[plan.name] = outputs
-    return results
+    outputs = []
+    for port in op.outputs:
+        shape = [int(sizes[symbol] if sized[symbol] is None else sized[symbol]) for symbol in port.shape]
+        dtype = {"int32": torch.int32, "float32": torch.float32, "T": kind}[port.dtype]
+        outputs.append(torch.full(shape, _SENTINEL if port.dtype == "int32" else torch.nan, dtype=dtype))
+    workspace = torch.full((plan.workspace_bytes(sizes),), 255, dtype=torch.uint8)
+    # Where values are infinite or NaN, NumPy warns of what the kernels mean to compute.
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        triton_launch.run_plan(op, plan, list(inputs.values()), outputs, workspace, sizes, attributes)
+    return outputs, workspace
+
+
+def run_kernels(name: str, inputs: Inputs, attributes: Attributes, only: str = "") -> dict[str, list[Tensor]]:
+    """Plan name -> outputs, of every plan or of ``only`` one."""
+    plans, _ = plans_of(name, inputs, attributes)
+    return {plan.name: run_one(plan, name, inputs, attributes)[0] for plan in plans if only in ("", plan.name)}
 
 
 def check(name: str, inputs: Inputs, attributes: Attributes, only: str = "") -> list[Tensor]:
