@@ -114,7 +114,10 @@ def coarse_route_split(
     INIT: tl.constexpr, LOCAL: tl.constexpr, CAUSAL: tl.constexpr, KEY_HEADS: tl.constexpr, SUMMED: tl.constexpr,
     UNITS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
-    """Few tokens: the best K keys of UNITS blocks, to ``ranks`` int64 [B, HS, L, splits, K]. Grid [splits, HS, B*L]."""
+    """Few tokens: the best K keys of UNITS blocks, to ``ranks`` int64 [B, HS, L, splits, K]. Grid [splits, HS, B*L].
+
+    UNITS is a multiple of COLS.
+    """
     split, s, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     b, i = row // length, (row % length).to(tl.int32)
     past, new = tl.load(past_len + b), tl.load(new_len + b)
@@ -127,9 +130,8 @@ def coarse_route_split(
         score = score_blocks(
             query, unit_key, b, s, i, length, units, block, complete, HR, HK, HS, DR, KEY_HEADS, SUMMED, COLS, DEPTH
         )
-        inside = block < (split + 1) * UNITS
-        scored = tl.where((complete & inside)[None, :], rank(score, block[None, :]), NEVER)
-        forced = is_forced(block, own, horizon, BLOCK, K, INIT, LOCAL) & inside
+        scored = tl.where(complete[None, :], rank(score, block[None, :]), NEVER)
+        forced = is_forced(block, own, horizon, BLOCK, K, INIT, LOCAL)
         best = keep_best(best, tl.where(forced[None, :], forced_rank(block[None, :]), scored), False)
     slot = tl.arange(0, KP)[None, :]
     out = ranks + (((b * HS + s) * length + i) * splits + split) * K + slot

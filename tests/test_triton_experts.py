@@ -39,6 +39,14 @@ def test_expert_route_minus_zero_ties_with_zero() -> None:
     assert (ids // 2 < 2).all()  # the first two of four groups
 
 
+def test_expert_route_keeps_no_group_without_a_finite_score() -> None:
+    """Three groups may be kept, one can be: its two experts are chosen and nobody else."""
+    inputs, attributes = make_call("ExpertRoute")
+    inputs["group_logits"] = torch.tensor([-torch.inf, 1.0, torch.nan, -torch.inf]).expand(6, 4).contiguous()
+    (ids, weights) = check("ExpertRoute", inputs, {**attributes, "topk_group": 3, "top_k": 4})
+    assert (ids[:, :2].sort().values == torch.tensor([2, 3])).all() and (ids[:, 2:] == -1).all() and (weights[:, 2:] == 0).all()
+
+
 def make_experts(tokens: int, kept: int, count: int, width: int, inner: int, dtype: torch.dtype = torch.float32) -> Inputs:
     """Ids -1, out of range and repeated (which count twice); expert 0 is chosen by nobody."""
     ids = torch.randint(1, count + 1, (tokens, kept), dtype=torch.int32)

@@ -50,9 +50,9 @@ class Case:
 
 
 CASES = {
-    "one-token-blocks-and-forced-ones-over-K": Case(1, 3, 9, (1, 1, 1), 3, init=3, local=2),
+    "one-token-blocks-and-forced-ones-over-K": Case(1, 3, 9, (4, 2, 4), 3, init=3, local=2),
     "K-over-N-and-heads-that-do-not-nest": Case(5, 9, 6, (6, 3, 2), 20, init=2, local=3, causal=0),
-    "two-slices-and-two-tiles-of-blocks": Case(3, 4, 70, (4, 2, 2), 70, init=0),
+    "two-slices-and-two-tiles-of-blocks": Case(3, 4, 70, (4, 2, 1), 70, init=0),
 }
 LONG = Case(2, 6, 300, (1, 1, 1), 4, local=2)  # two splits of blocks for one position
 
@@ -77,7 +77,7 @@ def test_fine_route_equals_reference(case: Case) -> None:
     check("FineRoute", case.inputs(2, fine=True), case.attributes())
 
 
-@pytest.mark.parametrize(("dtype", "heads"), [(torch.float16, (4, 1, 2)), (torch.bfloat16, (2, 2, 1))], ids=["fp16", "bf16"])
+@pytest.mark.parametrize(("dtype", "heads"), [(torch.float16, (4, 1, 4)), (torch.bfloat16, (4, 2, 1))], ids=["fp16", "bf16"])
 def test_routes_in_sixteen_bits(dtype: torch.dtype, heads: tuple[int, int, int]) -> None:
     """Whole numbers are exact in every type, and so are the choices."""
     case = Case(4, 5, 12, heads, 40)
