@@ -44,7 +44,11 @@ class Case:
         if fine:
             # Unsorted, repeated (also further apart than a step of 32), missing and out of range.
             shape = (2, 1 if choices % 2 else choices // 2, length, 40)
-            found["candidates"] = torch.randint(-2, self.blocks + 3, shape, dtype=torch.int32)
+            blocks = torch.randint(-2, self.blocks + 3, shape, dtype=torch.int32)
+            # Every head and position lacks other blocks.
+            found["candidates"] = torch.where(
+                torch.rand(*shape[:3], self.blocks + 5).gather(-1, blocks.long() + 2) < 0.5, -1, blocks
+            )
         past = self.size * self.blocks - length
         return {**found, "past_len": int32(past, past // 3), "new_len": int32(length, length // 2)}
 
