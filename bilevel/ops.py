@@ -4,6 +4,10 @@
 Called eagerly they run the vectorised PyTorch forms (trainable). While ``torch.export`` traces, each becomes one node
 ``torch.ops.bilevel.<name>``, which ``bilevel.export`` turns into one ONNX node of the contract. Any ``nn.Module`` that calls
 these functions can therefore be exported; nothing needs to be registered or subclassed.
+
+On a GPU the Triton kernels run in place of the PyTorch forms wherever Triton is installed, no gradient is asked of the output
+(routes have none) and the kernels cover the sizes; ``bilevel.plugins.gpu_kernels`` finds them or switches them off. Where a
+gradient is asked, forward and backward are PyTorch's: kernels with a PyTorch backward would compute the forward pass twice.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bilevel import attention, experts, routing
-from bilevel.plugins import contract
+from bilevel.plugins import contract, gpu_kernels
 from bilevel.plugins.errors import ContractError
 from bilevel.precision import wide
 
@@ -89,10 +93,31 @@ def _fake_outputs(op: contract.Op, tensors: tuple[Tensor, ...], attributes: dict
     return outputs if len(outputs) > 1 else outputs[0]
 
 
+def _form(op: contract.Op, eager: Callable[..., Any]) -> Callable[..., Any]:
+    """``op`` on checked inputs: by the kernels, or by the PyTorch form ``eager``."""
+    differentiable = any(port.dtype != "int32" for port in op.outputs)
+
+    def form(*tensors: Tensor, **attributes: Any) -> Any:
+        kernels = gpu_kernels.kernels_for(tensors[0].device.type)
+        trained = differentiable and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        # torch.compile traces the PyTorch form: it has a gradient, and the launcher's Python is not for tracing.
+        if kernels is None or trained or torch.compiler.is_compiling() or not kernels.covers(op, tensors, attributes):
+            return eager(*tensors, **attributes)
+        return kernels.run(op, tensors, attributes)
+
+    return form
+
+
 def _define(op: contract.Op, eager: Callable[..., Any]) -> Callable[..., Any]:
     """Register ``torch.ops.bilevel.<name>`` and return the function that modules call."""
+    form = _form(op, eager)
+
+    def checked(*tensors: Tensor, **attributes: Any) -> Any:
+        _check(op, tensors, attributes)
+        return form(*tensors, **attributes)
+
     _library.define(_torch_schema(op))
-    _library.impl(op.torch_name, eager, "CompositeExplicitAutograd")
+    _library.impl(op.torch_name, checked, "CompositeExplicitAutograd")
 
     def fake(*tensors: Tensor, **attributes: Any) -> Any:
         return _fake_outputs(op, tensors, attributes)
@@ -101,15 +126,14 @@ def _define(op: contract.Op, eager: Callable[..., Any]) -> Callable[..., Any]:
     node = getattr(getattr(torch.ops, contract.DOMAIN), op.torch_name)
 
     def call(*tensors: Tensor, **attributes: Any) -> Any:
-        if torch.compiler.is_exporting():
-            if tensors[0].dtype == torch.float64:
-                raise ContractError(
-                    f"{op.name}: {op.inputs[0].name} is float64, which no device has kernels for; "
-                    "export the module in float32, float16 or bfloat16"
-                )
-            return node(*tensors, **attributes)
-        _check(op, tensors, attributes)
-        return eager(*tensors, **attributes)
+        if not torch.compiler.is_exporting():
+            return checked(*tensors, **attributes)
+        if tensors[0].dtype == torch.float64:
+            raise ContractError(
+                f"{op.name}: {op.inputs[0].name} is float64, which no device has kernels for; "
+                "export the module in float32, float16 or bfloat16"
+            )
+        return node(*tensors, **attributes)
 
     call.__name__, call.__doc__ = op.torch_name, f"{op.summary} See ``{eager.__module__}.{op.torch_name}``."
     return call

@@ -27,6 +27,7 @@ _EXTRAS = {
     "polygraphy": "export",
     "jinja2": "export",
     "matplotlib": "dev",
+    "triton": "kernels",
 }
 
 

@@ -13,7 +13,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"bilevel": "bilevel", "export": "bilevel.export", "plugins": "bilevel.plugins", "runtime": "bilevel.runtime"}
-SHARED = ("bilevel.plugins.contract", "bilevel.plugins.cpu_library", "bilevel.plugins.errors")
+SHARED = ("bilevel.plugins.contract", "bilevel.plugins.cpu_library", "bilevel.plugins.errors", "bilevel.plugins.gpu_kernels")
+
+PLANNING = tuple(
+    f"bilevel.plugins.{name}" for name in ("contract", "errors", "launches", "plans_experts", "plans_routing", "tiles")
+)
 
 # Module or package -> (what it may import from this repository, what else; None: anything). The longest name applies.
 # "bilevel" alone is the package itself: its docstring and version.
@@ -23,6 +27,14 @@ LAW: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     "bilevel.plugins.contract": (("bilevel.plugins.errors",), ()),
     "bilevel.plugins.cpu_library": (("bilevel.plugins.errors",), ()),
     "bilevel.plugins.errors": ((), ()),
+    # The one door to the kernels: nothing but this module, inside a function, loads PyTorch's and Triton's side of plugins/.
+    "bilevel.plugins.gpu_kernels": (("bilevel.plugins.triton_launch",), ()),
+    # What describes the kernels' launches is read without PyTorch and Triton too, by whoever writes a launcher in C.
+    "bilevel.plugins.launches": (("bilevel.plugins.contract", "bilevel.plugins.errors", "bilevel.plugins.tiles"), ()),
+    "bilevel.plugins.plans": (PLANNING, ()),
+    "bilevel.plugins.plans_experts": (PLANNING, ()),
+    "bilevel.plugins.plans_routing": (PLANNING, ()),
+    "bilevel.plugins.tiles": (("bilevel.plugins.errors",), ()),
     "bilevel.export": (("bilevel", "bilevel.plugins", "bilevel.export"), None),
     "bilevel.runtime": (
         ("bilevel.runtime", *SHARED),
@@ -105,6 +117,14 @@ def test_import_law(module: str) -> None:
         ("bilevel.plugins.contract", "import numpy", ["numpy"]),
         ("bilevel.plugins.contract", "import bilevel", ["bilevel"]),
         ("bilevel.plugins.errors", "from . import contract", ["bilevel.plugins.contract"]),
+        ("bilevel.plugins.plans", "import torch", ["torch"]),
+        (
+            "bilevel.plugins.gpu_kernels",
+            "from bilevel.plugins.triton_compile import Compiled",
+            ["bilevel.plugins.triton_compile"],
+        ),
+        ("bilevel.ops", "from bilevel.plugins import gpu_kernels", []),
+        ("bilevel.ops", "from bilevel.plugins import triton_launch", ["bilevel.plugins.triton_launch"]),
         ("bilevel.model", "import torch\nfrom bilevel import ops\nfrom bilevel.plugins import contract", []),
         ("bilevel.model", "from bilevel.export.module import save_onnx", ["bilevel.export.module"]),
         ("bilevel.model", "import onnx", ["onnx"]),

@@ -1,0 +1,39 @@
+"""The plans of each operator: geometry -> kernels, constants, arguments, grids, workspace (standard library only).
+
+``plans(op, geometry, dtype, arch)`` is the entry; ``plugins/launches.py`` explains what a plan holds. Geometry: the attributes, and
+every size of the contract except those of RUNTIME_SIZES, which belong to a call.
+"""
+
+from __future__ import annotations
+
+from bilevel.plugins import contract, plans_experts, plans_routing
+from bilevel.plugins.errors import ContractError
+from bilevel.plugins.launches import Geometry, Plan
+from bilevel.plugins.tiles import DTYPE_BYTES, shared_limit
+
+RUNTIME_SIZES = ("B", "L", "U", "M", "T")
+# A program holds a position's whole choice, a row of a head and a token's expert scores in registers.
+LIMITS = {"K": 128, "topk": 128, "D": 256, "E": 1024, "top_k": 128}
+_MAKERS = {
+    "CoarseRoute": plans_routing.coarse_route,
+    "FineRoute": plans_routing.fine_route,
+    "RoutedAttention": plans_routing.routed_attention,
+    "ExpertRoute": plans_experts.expert_route,
+    "RoutedExperts": plans_experts.routed_experts,
+}
+
+
+def plans(op: contract.Op, geometry: Geometry, dtype: str, arch: int) -> tuple[Plan, ...]:
+    """How ``op`` runs for a geometry, a data type ("float16", "bfloat16", "float32") and an architecture as in 87.
+
+    Raises ContractError for what the kernels do not cover.
+    """
+    shared_limit(arch)
+    if dtype not in DTYPE_BYTES:
+        raise ContractError(f"{op.name}: the kernels know no {dtype}; give {', '.join(DTYPE_BYTES)}")
+    for name, most in LIMITS.items():
+        if geometry.get(name, 0) > most:
+            raise ContractError(
+                f"{op.name}: the kernels take {name} up to {most}, not {geometry[name]}; the PyTorch form has no limit"
+            )
+    return _MAKERS[op.name](geometry, dtype, arch)
