@@ -113,4 +113,4 @@ def make_text(request: Request, ids: Array, config: ModelConfig, longest: int) -
     decoded = min(DECODED, max(left - size, 0))
     full, rest = divmod(max(left - decoded, 0), longest)
     sizes += [longest] * full + [rest] + [1] * decoded
-    return Text.cut(rows, lengths, [n for n in sizes if n > 0], size, longest)
+    return Text.cut(rows, lengths, [n for n in sizes if n > 0], size, longest, late=True)

@@ -32,6 +32,7 @@ PARTS = (
     "level 2",
     "attention",
     "experts logits",
+    "experts group logits",
     "experts",
     "experts weights",
     "expert output",
@@ -256,6 +257,9 @@ class Comparison:
         precise = numpy(exact.expert_logits[0])[flat]
         shown, shown_groups = (got[name][flat] for name in node.operands[:2])
         self.computed("experts logits", where, node.op_type, node.operands[0], shown, precise, logits)
+        if attributes["group_score"] == "external":  # else nobody reads them
+            outer_precise = numpy(exact.group_logits[0])[flat]
+            self.computed("experts group logits", where, node.op_type, node.operands[1], shown_groups, outer_precise, groups)
         bias, shown_ids = numpy(plain.expert_bias[0]), got[node.selected[0]][flat]
         entry = self._entry("experts", where.layer, node.op_type, True)
         outer, inner = expert_choices(logits, groups, bias, ids, attributes)

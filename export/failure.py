@@ -216,7 +216,7 @@ def _outliers(entry: Entry) -> str:
     assert entry.first is not None
     results = RunResults()
     for name, array in zip(("PyTorch fp64", entry.first.execution), entry.sides, strict=True):
-        results.append((name, [IterationResult({entry.name: array}, runner_name=name)]))
+        results.append((name, [IterationResult({entry.name: np.ascontiguousarray(array)}, runner_name=name)]))
     scale = float(np.abs(entry.sides[0]).max()) or 1.0
     limit = getattr(entry.judged, "limit", 0.0) * scale
     printed = io.StringIO()

@@ -63,10 +63,10 @@ class Selection:
     def as_dict(self) -> dict[str, Any]:
         """The counts, the smallest margin and the histogram of margins (``bilevel.export.report`` describes them)."""
         rows = max(self.rows, 1)
-        margins, tolerances = (
-            np.concatenate([part[np.isfinite(part)] for part in parts]) if parts else np.zeros(0)
-            for parts in (self.margins, self.tolerances)
-        )
+        margins, tolerances = (np.concatenate(parts) if parts else np.zeros(0) for parts in (self.margins, self.tolerances))
+        had_choice = np.isfinite(margins)  # its tolerance may be infinite: a choice that loosen() excused as a whole
+        margins, tolerances = margins[had_choice], tolerances[had_choice]
+        finite = tolerances[np.isfinite(tolerances)]
         return {
             "rows": self.rows,
             "exact_rate": self.exact / rows,
@@ -76,8 +76,8 @@ class Selection:
             "smallest_margin": float(margins.min()) if margins.size else None,
             "margins": _histogram(margins, tolerances),
             "tolerance": {
-                "median": float(np.median(tolerances)) if tolerances.size else None,
-                "largest": float(tolerances.max()) if tolerances.size else None,
+                "median": float(np.median(finite)) if finite.size else None,
+                "largest": float(finite.max()) if finite.size else None,
             },
             "example": self.example,
             "passed": self.passed,

@@ -51,20 +51,35 @@ class Text:
     block_size: int
 
     @classmethod
-    def cut(cls, ids: Array, lengths: Array, sizes: Sequence[int], block_size: int, longest: int | None = None) -> Text:
+    def cut(
+        cls,
+        ids: Array,
+        lengths: Array,
+        sizes: Sequence[int],
+        block_size: int,
+        longest: int | None = None,
+        late: bool = False,
+    ) -> Text:
         """Calls of the given sizes one after the other, the rest in calls of at most ``longest`` tokens.
 
-        A finished row goes on idle at position 0 of its own caches, which nobody reads again.
+        late: all rows but the first begin with the second call, so that rows of one call stand at different positions. A row that
+        has not begun or is finished goes along idle at position 0 of its own caches, which nobody reads before it is written anew.
         """
-        total, calls, first = ids.shape[1], [], 0
-        sizes = list(sizes)
-        past = np.zeros(len(ids), np.int32)
+        sizes, calls, first = list(sizes), [], 0
+        begin = np.zeros(len(ids), np.int64)
+        if late and sizes:
+            begin[1:] = sizes[0]
+        total = int((lengths + begin).max())
         while first < total:
             size = min(sizes.pop(0) if sizes else longest or total, total - first)
-            new = np.clip(lengths - first, 0, size).astype(np.int32)
-            calls.append(Call(np.ascontiguousarray(ids[:, first : first + size]), past, new))
+            new = np.where(first >= begin, np.clip(lengths + begin - first, 0, size), 0).astype(np.int32)
+            past = np.where(new > 0, first - begin, 0).astype(np.int32)
+            piece = np.zeros((len(ids), size), ids.dtype)
+            for row, tokens in enumerate(ids):
+                given = tokens[past[row] : past[row] + size]
+                piece[row, : len(given)] = given
+            calls.append(Call(piece, past, new))
             first += size
-            past = np.where(lengths <= first, 0, past + new).astype(np.int32)
         return cls(ids, lengths, tuple(calls), block_size)
 
     @property

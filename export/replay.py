@@ -115,7 +115,7 @@ class Replay:
                 feeds |= self._forced(after[number])
                 got = infer(runner, part, feeds)
                 if number in tried:
-                    self._reorder(part, execution, runner, feeds, got)
+                    self._reorder(part, execution, runner, feeds)
                 caches = {name: got.get(name.replace("past.", "present.", 1), cache) for name, cache in caches.items()}
                 yield number, got
 
@@ -144,19 +144,21 @@ class Replay:
                 forced |= {name: numpy(tensor) for name, tensor in zip(node.outputs, found, strict=False)}
         return forced
 
-    def _reorder(self, part: Part, execution: str, runner: BaseRunner, feeds: Arrays, got: Arrays) -> None:
-        """Run the call again with every list of blocks reversed, its unused tail filled with a block that it holds already."""
+    def _reorder(self, part: Part, execution: str, runner: BaseRunner, feeds: Arrays) -> None:
+        """Run the call twice more with every list of blocks a block shorter: as a router would write it, then reversed and filled
+        up with a block that it holds already. The two name the same blocks."""
         lists = {name for node in self.parts.nodes if node.op_type in ("CoarseRoute", "FineRoute") for name in node.outputs}
-        other = {name: _reversed(feeds[name]) for name in part.inputs if name in lists}
-        if not other:
+        shorter = {name: _shorter(feeds[name]) for name in part.inputs if name in lists}
+        if not shorter:
             return
-        again = infer(runner, part, feeds | other)
+        once = infer(runner, part, feeds | shorter)
+        again = infer(runner, part, feeds | {name: _repeated(routes) for name, routes in shorter.items()})
         for node in part.nodes:
             for name in (
                 node.selected if node.op_type == "FineRoute" else node.outputs if node.op_type == "RoutedAttention" else ()
             ):
                 key = f"layer {node.layer} {node.op_type}, {execution}"
-                error = relative_error(again[name].astype(np.float64), got[name])
+                error = relative_error(again[name], once[name].astype(np.float64))
                 self.reordered[key] = max(self.reordered.get(key, 0.0), error)
 
     def order_invariant(self) -> dict[str, Any] | None:
@@ -173,6 +175,13 @@ class Replay:
         return {"name": "order and repetition of routes", "passed": self.reordered[worst] <= limit, "detail": detail}
 
 
-def _reversed(routes: Array) -> Array:
-    """Routes [..., K] backwards, -1 replaced by the first block of the list."""
-    return np.ascontiguousarray(np.where(routes < 0, routes[..., :1], routes)[..., ::-1])
+def _shorter(routes: Array) -> Array:
+    """Routes [..., K] without the last block of every list that holds several."""
+    count = (routes >= 0).sum(-1, keepdims=True)
+    return np.where((np.arange(routes.shape[-1]) == count - 1) & (count > 1), -1, routes).astype(routes.dtype)
+
+
+def _repeated(routes: Array) -> Array:
+    """Routes [..., K] backwards, -1 replaced by the second block of the list: the first one is often kept whatever is proposed."""
+    filling = np.where(routes[..., 1:2] >= 0, routes[..., 1:2], routes[..., :1])
+    return np.ascontiguousarray(np.where(routes < 0, filling, routes)[..., ::-1])

@@ -58,7 +58,7 @@ _COLUMNS = (
     Column("operands", "computation", _BLOCKS),
     Column("blocks chosen", "selection", (1, 2)),
     Column("attention", "computation", ("attention",)),
-    Column("expert scores", "computation", ("experts logits", "experts weights")),
+    Column("expert scores", "computation", ("experts logits", "experts group logits", "experts weights")),
     Column("experts chosen", "selection", ("experts",)),
     Column("expert output", "computation", ("expert output",)),
     Column("output", "computation", ("embedding", "output", "logits")),

@@ -20,6 +20,7 @@ from tests.inserts import (
     next_block,
     next_expert,
     not_pooled_again,
+    of_first_row,
     of_next_row,
     one_key_late,
     one_less_later,
@@ -203,6 +204,9 @@ ATTENTION_FAULTS = {
         "layer 1 attention",
         "RoutedAttention",
     ),
+    "attention: the first row's length for all rows": Fault(
+        before(ATTENTION[1], 4, of_first_row), "layer 1 attention", "RoutedAttention"
+    ),
     "attention: the length of the cache forgotten": Fault(
         before(ATTENTION[1], 4, times(0)), "layer 1 attention", "RoutedAttention"
     ),
@@ -211,6 +215,9 @@ ATTENTION_FAULTS = {
 EXPERT_FAULTS = {
     "experts: top-k off by one": Fault(set_attribute("ExpertRoute", 0, "top_k", 1), "layer 1 experts", "ExpertRoute"),
     "experts: bias forgotten": Fault(before(EXPERT_ROUTE, 2, times(0.0)), "layer 1 experts", "ExpertRoute"),
+    "experts: groups in another order": Fault(
+        before(EXPERT_ROUTE, 1, take([1, 2, 0], 1)), "layer 1 experts group logits", "ExpertRoute"
+    ),
     "experts: logits of the next word": Fault(before(EXPERT_ROUTE, 0, of_next_row), "layer 1 experts logits", "ExpertRoute"),
     "experts: ids shifted": Fault(before(EXPERTS, 1, next_expert), "layer 1 expert output", "RoutedExperts"),
     "experts: gate and up swapped": Fault(

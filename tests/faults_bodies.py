@@ -39,6 +39,11 @@ def _attention(old: str, new: str) -> Fault:
     return Fault(body("RoutedAttention", attention, (old, new)), "layer 0 attention", "RoutedAttention")
 
 
+def _twice(old: str, new: str) -> Fault:
+    """PyTorch's routes repeat nothing, so only the invariant can show it."""
+    return Fault(body("RoutedAttention", attention, (old, new)), "order and repetition of routes", "RoutedAttention")
+
+
 def _expert_route(old: str, new: str, at: str, **needs: Any) -> Fault:
     return Fault(body("ExpertRoute", experts, (old, new)), at, "ExpertRoute", **needs)
 
@@ -98,6 +103,12 @@ BODY_FAULTS = {
     "attention: the tail's -1 read as a block": _attention(
         "op.And(op.And(blocks >= 0, blocks < num_blocks), b", "op.And(blocks < num_blocks, b"
     ),
+    "attention: a repeated block counted twice in short calls": _twice(
+        "used = op.And(visible, op.Not(repeated))", "used = visible"
+    ),
+    "attention: a repeated block counted twice in long calls": _twice(
+        "used = op.And(visible, op.Equal(op.GatherElements(winner, column, axis=2), number))", "used = visible"
+    ),
     "experts: groups masked by 0": _expert_route(
         "op.Unsqueeze(keep, [2]), grouped, lowest)",
         "op.Unsqueeze(keep, [2]), grouped, 0.0)",
@@ -131,6 +142,13 @@ KERNEL_FAULTS = {
     ),
     "both levels: top-k off by one": _kernel(
         "route.h", "const int64_t room = a.topk - count;", "const int64_t room = a.topk - count - 1;", "level 1", "CoarseRoute"
+    ),
+    "attention: a repeated block counted twice": _kernel(
+        "attention.h",
+        "return std::unique(out, out + count) - out;",
+        "return count;",
+        "order and repetition of routes",
+        "RoutedAttention",
     ),
     "attention: kv heads interleaved": _kernel(
         "attention.h", "kv = h * a.kv_heads / a.heads", "kv = h % a.kv_heads", "layer 0 attention", "RoutedAttention"

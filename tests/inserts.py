@@ -122,6 +122,11 @@ def next_expert(ids):
 
 
 @planted
+def of_first_row(lengths):
+    return op.Expand(op.Slice(lengths, [0], [1], [0]), op.Shape(lengths))
+
+
+@planted
 def of_next_row(rows):
     first = op.Slice(rows, [0], [1], [0])
     return op.Concat(op.Slice(rows, [1], [100000], [0]), first, axis=0)

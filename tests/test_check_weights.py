@@ -181,7 +181,7 @@ def test_command_prints_both_further_lines(copied: Exported, capsys: pytest.Capt
     assert main([*command, "--summary"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["selection", "computation", "end", "invariants", "activations", "effect"]
-    assert "of int4" in lines[5] and "level 1 100.0%" in lines[5] and "experts" in lines[5]
+    assert "of int4" in lines[5] and "level 1 100 %" in lines[5] and "experts" in lines[5]
     assert main(command) == 0
     assert "Effect of int4" in capsys.readouterr().out
 
