@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from bilevel import ops
 from bilevel.config import Experts, ModelConfig
+from bilevel.experts import weights_of
 from bilevel.precision import wide
 from bilevel.state import Step, Trace
 from bilevel.word_router import unit
@@ -39,8 +40,8 @@ class ExpertGate(nn.Module):
             group_logits = logits.new_zeros(x.shape[0], spec.n_group)
         bias = self.e_score_correction_bias if spec.select_bias else logits.new_zeros(spec.num_experts)
         ids, weights = ops.expert_route(logits, group_logits, bias.to(logits.dtype), **spec.route_attributes())
-        if trace is not None and (given := trace.given("expert_weights")) is not None:
-            ids, weights = trace.given("expert_ids"), given.to(weights.dtype)
+        if trace is not None and (given := trace.given("expert_ids")) is not None:
+            ids, weights = given, self._given_weights(logits, given, trace.given("expert_weights"))
         if trace is not None:
             trace.expert_logits.append(logits)
             trace.group_logits.append(group_logits)
@@ -48,6 +49,13 @@ class ExpertGate(nn.Module):
             trace.expert_ids.append(ids)
             trace.expert_weights.append(weights)
         return ids, weights
+
+    def _given_weights(self, logits: Tensor, ids: Tensor, weights: Tensor | None) -> Tensor:
+        """The weights that come with given experts, or those that these would have had here."""
+        if weights is not None:
+            return weights.to(logits.dtype)
+        spec = self.experts
+        return weights_of(logits, ids, score_func=spec.score_func, normalize=int(spec.normalize), scale=float(spec.scale))
 
 
 class ExpertWeights(nn.Module):

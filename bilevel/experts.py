@@ -50,7 +50,7 @@ def expert_route(
     """Groups first, then experts inside them (see ``bilevel.reference.expert_route``); gradients reach the logits."""
     num_experts, num_groups = logits.shape[1], group_logits.shape[1]
     check_expert_shapes(num_experts, num_groups, top_k, topk_group)
-    scores = torch.sigmoid(logits) if score_func == "sigmoid" else torch.softmax(logits, dim=-1)
+    scores = _scores(logits, score_func)
     with torch.no_grad():
         choice = _rank(scores + select_bias)
         grouped = choice.unflatten(1, (num_groups, num_experts // num_groups))
@@ -65,10 +65,24 @@ def expert_route(
         inside = torch.where(kept[..., None], grouped, -torch.inf).flatten(1)
         best, ids = _best(inside, top_k)
         chosen = best > -torch.inf
-    weights = torch.where(chosen, scores.gather(1, ids), 0.0)
+    ids = torch.where(chosen, ids, -1).to(torch.int32)
+    return ids, _weights(scores, ids, normalize, scale)
+
+
+def _scores(logits: Tensor, score_func: str) -> Tensor:
+    return torch.sigmoid(logits) if score_func == "sigmoid" else torch.softmax(logits, dim=-1)
+
+
+def _weights(scores: Tensor, ids: Tensor, normalize: int, scale: float) -> Tensor:
+    weights = torch.where(ids >= 0, scores.gather(1, ids.clamp(min=0).long()), 0.0)
     if normalize:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return torch.where(chosen, ids, -1).to(torch.int32), weights * scale
+    return weights * scale
+
+
+def weights_of(logits: Tensor, ids: Tensor, *, score_func: str, normalize: int, scale: float) -> Tensor:
+    """The weights [T, k] that ``expert_route`` gives to the experts ``ids`` int32 [T, k] (-1: none), had it chosen them."""
+    return _weights(_scores(logits, score_func), ids, normalize, scale)
 
 
 def routed_experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

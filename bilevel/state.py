@@ -80,7 +80,10 @@ class Trace:
         if self.forced is None:
             return None
         forced = getattr(self.forced, kind)
-        return forced[len(getattr(self, kind))] if isinstance(forced, list) else forced
+        if not isinstance(forced, list):
+            return forced
+        index = len(getattr(self, kind))
+        return forced[index] if index < len(forced) else None
 
 
 @dataclass

@@ -137,8 +137,9 @@ class _Check:
             passages = replay.run(self.text)
         entries = comparison.entries
         structure = structure_differences(self.config, self.parts.nodes)
+        excused = any(entry.judged.excused for entry in entries if isinstance(entry.judged, Selection))
         try:
-            ends, invariants = self._alone(passages)
+            ends, invariants = self._alone(passages, excused)
         except BundleError as error:
             if first_failing(entries) is None and not structure:
                 raise
@@ -202,20 +203,19 @@ class _Check:
             },
         }
 
-    def _alone(self, passages: list[Passage]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def _alone(self, passages: list[Passage], excused: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The shipped graph on its own: next token, greedy text, invariants."""
         self._on_stage("the whole graph on its own: next token")
         library = self.executions.get("CPU kernels")
         device, head = Device(self.path, self.config, self.precision, library=library), end_to_end.Head(self.parts)
         with torch.no_grad():
-            reference = end_to_end.Reference(self.plain, self.exact, self.text, self.precision, [p.x for p in passages])
-            hidden, _ = device.read(self.text)
-            forced = end_to_end.teacher_forced(reference, head, end_to_end.flat(hidden, self.text))
+            models, hidden = (self.plain, self.exact), [passage.x for passage in passages]
+            forced = end_to_end.next_token(device, head, self.text, models, self.precision, hidden=hidden, excused=excused)
             self._on_stage("the whole graph on its own: greedy text")
             size, longest = self.config.routing.block_size, self.config.max_position_embeddings
             wanted = int(self.text.lengths.sum())
             prompts, count = end_to_end.greedy_prompts(self.ids, wanted, size, longest)
-            greedy = end_to_end.greedy(self.plain, self.exact, device, head, prompts, count, self.longest, self.precision)
+            greedy = end_to_end.greedy(models, device, head, prompts, count, self.longest, self.precision, excused=excused)
         # As far as every invariant has something to say; the longest texts only take longer.
         ids = self.ids[: min(int(self.text.lengths.max()), self.longest, 16 * size)]
         invariants = check_invariants(device, self.plain, ids, self.precision, forced["limit"], self._on_stage)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
 from bilevel.config import ModelConfig
 from bilevel.export.adapt import TYPES, float_ports, load_adapted
@@ -15,8 +16,10 @@ from bilevel.export.graph_parts import SELECTIONS
 from bilevel.export.judge import Array
 from bilevel.export.layered import Text
 from bilevel.export.sessions import Arrays, open_session, run_session
+from bilevel.export.structure import expected_nodes
 from bilevel.model import hidden_name
 from bilevel.plugins.contract import DOMAIN
+from bilevel.state import Trace
 
 
 class Device:
@@ -86,6 +89,20 @@ class Device:
             for name, choice in self.routes.items():
                 routes[name].append(choice)
         return hidden, routes
+
+    def choices(self, routes: dict[str, list[Array]]) -> list[list[Trace]]:
+        """What :meth:`read` found, as PyTorch can obey it: per part (level 1, then every layer) a trace per call."""
+        routers = [(op, layer) for _, op, layer in expected_nodes(self.config) if op in SELECTIONS]
+        count = len(next(iter(routes.values()), []))
+        parts = [[Trace() for _ in range(count)] for _ in range(self.config.num_hidden_layers + 1)]
+        for (op, layer), calls in zip(routers, routes.values(), strict=True):
+            for trace, choice in zip(parts[0 if layer is None else layer + 1], calls, strict=True):
+                tensor = torch.from_numpy(choice)
+                if layer is None:
+                    trace.candidates = tensor
+                else:
+                    (trace.expert_ids if op == "ExpertRoute" else trace.routes).append(tensor)
+        return parts
 
     def last_logits(self, ids: Array, sizes: Sequence[int]) -> Array:
         """Logits [vocab] after ``ids`` [L], read in calls of the given sizes, the rest in one."""

@@ -129,7 +129,7 @@ class _Part:
             replay.words(text)
         else:
             plain = old.plain.words(text)
-            exact = old.exact.words(text, forced=plain)
+            exact = old.exact.words(text, [passage.trace for passage in plain])
             for index in range(self.config.num_hidden_layers if is_head else layer or 0):
                 plain = old.plain.layer(index, plain, text, keep=False)
             if is_head:

@@ -158,14 +158,14 @@ class LayeredModel:
             if self.config.tie_word_embeddings:
                 self.model.model.embed_tokens.to("meta")
 
-    def words(self, text: Text, forced: Sequence[Passage] | None = None) -> list[Passage]:
-        """The embedding and level 1 over every call. forced: passages whose candidates are obeyed."""
+    def words(self, text: Text, obeyed: Sequence[Trace] | None = None) -> list[Passage]:
+        """The embedding and level 1 over every call. obeyed: per call, a trace whose candidates are obeyed."""
         config, passages = self.config, []
         router = ("model.word_router",) if config.routing.is_two_level else ()
         state = self._empty(text) if router else None
         with self._loaded("model.embed_tokens", *router):
             for index, call in enumerate(text.calls):
-                trace = Trace(forced=forced[index].trace if forced else None)
+                trace = Trace(forced=obeyed[index] if obeyed is not None else None)
                 x, step, ids, keys = self.model.model.begin(*call.tensors, state, trace)
                 if state is not None:
                     state.token_ids, state.word_block_key = ids, keys
@@ -197,11 +197,12 @@ class LayeredModel:
         with self._loaded(f"model.layers.{index}"):
             layer = self.model.model.layers[index]
             for number, passage in enumerate(passages):
-                record = Trace(forced=obeyed[number] if obeyed is not None else None) if keep else None
+                given = obeyed[number] if obeyed is not None else None
+                record = Trace(forced=given) if keep or given is not None else None
                 step = dataclasses.replace(passage.step, trace=record)
                 x, state = layer(passage.x.to(self.dtype), step, state)
                 result = dataclasses.replace(passage, x=x)
-                if record is not None:
+                if record is not None and keep:
                     record.block_key = [keys.clone() for keys in record.block_key]  # later calls write into it
                     result.trace = record
                     result.key, result.value = (_written(cache, passage.call) for cache in (state.key, state.value))
@@ -222,11 +223,15 @@ class LayeredModel:
                 for passage in passages
             ]
 
-    def hidden(self, text: Text) -> list[Tensor]:
-        """The hidden states that leave the last layer, [B, L, d] per call, with this model's own choices."""
-        passages = self.words(text)
+    def hidden(self, text: Text, obeyed: Sequence[Sequence[Trace]] | None = None) -> list[Tensor]:
+        """The hidden states that leave the last layer, [B, L, d] per call.
+
+        obeyed: the choices to obey in place of this model's own: per part (level 1, then every layer) a trace per call.
+        """
+        passages = self.words(text, obeyed[0] if obeyed is not None else None)
         for index in range(self.config.num_hidden_layers):
-            passages = self.layer(index, passages, text, keep=False)
+            given = obeyed[index + 1] if obeyed is not None else None
+            passages = self.layer(index, passages, text, obeyed=given, keep=False)
         return [passage.x for passage in passages]
 
 

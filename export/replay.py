@@ -59,7 +59,7 @@ class Replay:
     def words(self, text: Text) -> tuple[list[Passage], list[Passage]]:
         """Compare the embedding and level 1; returns the passages of both precisions in front of layer 0."""
         plain = self.plain.words(text)
-        exact = self.exact.words(text, forced=plain)
+        exact = self.exact.words(text, [passage.trace for passage in plain])
         part = self.parts.words()
         for execution in self.parts.executions:
             with self._noting(part, Where(None, execution, 0, text.calls[0])):

@@ -160,6 +160,9 @@ _TEACHER_FORCED = _object(
         "top1_agreement": _rate("share of the predictions with the same best token"),
         "top1_interval": _interval("confidence interval of top1_agreement"),
         "floor_kl": _measured("kl_mean of PyTorch in this precision against fp64; null where it was not measured"),
+        "kl_same_choices": _measured(
+            "kl_mean against PyTorch that obeys the device's choices; measured where excused ones move kl_mean beyond the limit"
+        ),
         "limit": _number("the largest kl_mean that passes"),
         "passed": _flag("within the limits"),
     },

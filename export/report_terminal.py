@@ -181,6 +181,8 @@ def _end_to_end(report: Entry) -> list[Any]:
     low, high = (scientific(bound) for bound in forced["kl_interval"])
     kl = f"KL {scientific(forced['kl_mean'])} nats ({low} to {high}), largest {scientific(forced['kl_max'])}"
     own = f", PyTorch's own {scientific(forced['floor_kl'])}" if is_finite(forced["floor_kl"]) else ""
+    if is_finite(forced["kl_same_choices"]):
+        own += f", {scientific(forced['kl_same_choices'])} with the device's choices"
     top = f"same best token {_share(forced['top1_agreement'])} ({_range(forced['top1_interval'])})"
     text = f"{greedy['agreed']} of {greedy['tokens']} tokens equal ({_range(greedy['interval'])})"
     text += f", {greedy['excused']} of {count(greedy['rows'], 'row')} parted at a near-tie" if greedy["excused"] else ""

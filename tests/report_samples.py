@@ -123,6 +123,7 @@ def _end_to_end(kl: float, floor: float | None, limit: float) -> Report:
             "top1_agreement": 1.0,
             "top1_interval": [0.9991, 1.0],
             "floor_kl": floor,
+            "kl_same_choices": None,
             "limit": limit,
             "passed": True,
         },

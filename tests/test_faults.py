@@ -86,10 +86,8 @@ def test_harmless_change(copied: Copied, built: Built, monkeypatch: pytest.Monke
     data = periodic_text(bundle) if change.periodic else None
     with change.around():
         report = check_bundle(bundle, checkpoint, tokens=TOKENS, data=data, shrink=False, **change.arguments)
+    assert report["passed"], report["failure"] or report["end_to_end"]
     if not change.excused:
-        assert report["passed"], report["failure"] or report["end_to_end"]
         return
-    # Another block at an exact tie may rightly continue the text otherwise: what the graph does with the same choices decides.
-    assert report["failure"] is None and all(holds for name, holds in report["verdicts"].items() if name != "end_to_end")
     (router,) = (entry for entry in report["selection"] if entry["name"] == change.excused)
     assert router["excused"] > 0 and router["exact_rate"] < 1

@@ -82,7 +82,7 @@ def test_choices_of_another_model_are_obeyed(exported: Exported) -> None:
     ours, theirs = LayeredModel(checkpoint, "bfloat16"), LayeredModel(checkpoint, "bfloat16", exact=True)
     with torch.no_grad():
         plain = ours.words(text)
-        exact = theirs.words(text, forced=plain)
+        exact = theirs.words(text, [passage.trace for passage in plain])
         after = ours.layer(0, plain, text)
         for passage in after:
             passage.trace.routes = [
