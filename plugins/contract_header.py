@@ -32,8 +32,8 @@ enum class AttributeKind { kInt, kFloat, kString };
 // operator has the symbol, else null.
 struct Dim {
   const char* symbol;
-  int64_t factor;
-  const char* sized_by;
+  int64_t factor = 1;
+  const char* sized_by = nullptr;
 };
 
 struct Port {
@@ -74,7 +74,7 @@ def _text(value: str) -> str:
 
 def _dim(symbol: str, sized_by: str | None) -> str:
     factor, name = (int(symbol[0]), symbol[1:]) if symbol[0].isdigit() else (1, symbol)
-    return f"{{{_text(name)}, {factor}, {_text(sized_by) if sized_by else 'nullptr'}}}"
+    return f"{{{_text(name)}{f', {factor}' if factor > 1 or sized_by else ''}{f', {_text(sized_by)}' if sized_by else ''}}}"
 
 
 def _port(op: contract.Op, port: contract.Port) -> str:
@@ -84,10 +84,12 @@ def _port(op: contract.Op, port: contract.Port) -> str:
 
 
 def _attribute(attribute: contract.Attribute) -> str:
-    low = -contract.INT32_MAX if attribute.minimum is None else attribute.minimum
-    high = contract.INT32_MAX if attribute.maximum is None else attribute.maximum
-    choices = "".join(f"{_text(choice)}, " for choice in attribute.choices)
-    return f"{{{_text(attribute.name)}, AttributeKind::{_KINDS[attribute.kind]}, {low}, {high}, {{{choices}nullptr}}}}"
+    low, high = 0, 0
+    if attribute.kind == "int":
+        low = -contract.INT32_MAX if attribute.minimum is None else attribute.minimum
+        high = contract.INT32_MAX if attribute.maximum is None else attribute.maximum
+    choices = ", ".join(map(_text, attribute.choices))
+    return f"{{{_text(attribute.name)}, AttributeKind::{_KINDS[attribute.kind]}, {low}, {high}, {{{choices}}}}}"
 
 
 def _list(items: list[str]) -> str:
