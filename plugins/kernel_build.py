@@ -23,7 +23,7 @@ import bilevel
 from bilevel.plugins import assemblers, contract
 from bilevel.plugins.assemblers import Assembler
 from bilevel.plugins.errors import ContractError, MissingDependency, require
-from bilevel.plugins.kernel_library import ABI
+from bilevel.plugins.kernel_library import ABI, MARK
 from bilevel.plugins.kernel_source import CodeKey, Kernel, Variant, fixed_values, make_source
 from bilevel.plugins.launches import Geometry, Launch
 from bilevel.plugins.plans import plans
@@ -34,8 +34,8 @@ SOURCES = ("cuda_driver.cpp", "kernel_calls.cpp", "kernel_library.cpp")
 TARGETS = ("x86_64", "aarch64")
 
 _FLAGS = ("-std=c++17", "-O2", "-g0", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra")
-# The library brings its C++ runtime along: the device's may be older than the compiler's.
-_LINK = ("-static-libstdc++", "-static-libgcc", f"-Wl,--version-script={CSRC / 'exports.map'}", "-Wl,-z,defs", "-ldl")
+# The C++ runtime is the device's: linked in, a recent compiler's would ask for a glibc that JetPack 6 (2.35) does not have.
+_LINK = (f"-Wl,--version-script={CSRC / 'exports.map'}", "-Wl,-z,defs", "-Wl,--build-id=none", "-s", "-ldl")
 
 Request = tuple[contract.Op, Geometry, str]  # operator, geometry, data type
 Compile = Callable[[Launch, int], Compiled]
@@ -130,6 +130,7 @@ def _embed(
 def _describe(variants: Sequence[Variant], tools: Mapping[int, Assembler], target: str) -> dict[str, object]:
     """What ``bilevel_library_info`` returns, as ``plugins/kernel_library.py`` documents it."""
     return {
+        "library": MARK,
         "abi": ABI,
         "bilevel": bilevel.__version__,
         "target": target,
@@ -147,7 +148,8 @@ def _link(folder: Path, source: str, compiler: str) -> Path:
     command = [compiler, *_FLAGS, f"-I{CSRC}", *files, "variants.cpp", "-o", str(out), *_LINK]
     run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if run.returncode:
-        reason = next((line for line in run.stderr.splitlines() if "error" in line), run.stderr[-300:] or "no message")
+        said = [line for line in run.stderr.splitlines() if "error" in line.lower()]
+        reason = said[0] if said else run.stderr.strip()[-300:] or "no message"
         raise ContractError(f"{compiler} could not build the library ({reason}); install a compiler with C++17, GCC 9 or newer")
     return out
 
@@ -175,7 +177,7 @@ def build_library(
     per core). on_progress(done, all, what): called after every kernel. Raises ContractError and MissingDependency, before
     anything is compiled where it can.
     """
-    target = target or platform.machine()
+    target, out = target or platform.machine(), out.absolute()
     compiler, variants, tools = find_compiler(target), plan_variants(requests, archs), choose_assemblers(archs, cuda)
     out.parent.mkdir(parents=True, exist_ok=True)
     made = compile_all(launches_of(variants), tools, jobs or os.cpu_count() or 1, on_progress)
