@@ -116,7 +116,7 @@ def _build(args: argparse.Namespace, archs: list[int]) -> int:
     rich = require("rich.progress")
     console = require("rich.console").Console(stderr=True)
     columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn(), rich.TimeElapsedColumn())
-    with rich.Progress(*columns, console=console, transient=True) as progress:
+    with rich.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("compiling", total=None)
         build = build_library(
             requests,
@@ -132,7 +132,7 @@ def _build(args: argparse.Namespace, archs: list[int]) -> int:
     if args.json:
         print(
             json.dumps(
-                {"library": str(build.path), "bytes": size, "code_bytes": build.code_bytes, "seconds": seconds, **build.info}
+                {"path": str(build.path), "bytes": size, "code_bytes": build.code_bytes, "seconds": seconds, **build.info}
             )
         )
         return 0
