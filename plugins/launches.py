@@ -76,6 +76,13 @@ class Launch:
     grid: tuple[str, str, str]
     tile: Tile  # of which a launcher needs the warps, and of which the estimate of shared memory is tested
 
+    @property
+    def code(self) -> tuple[object, ...]:
+        """What the machine code depends on; launches in which it is equal share it."""
+        kinds = tuple((argument.name, argument.kind) for argument in self.arguments)
+        constants = tuple(sorted(self.constants.items()))
+        return (self.module, self.kernel, kinds, constants, self.tile.warps, self.tile.stages)
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from typing import Any
 
+from bilevel.plugins.assemblers import Assembler
 from bilevel.plugins.errors import ContractError, require
 from bilevel.plugins.launches import Launch
 from bilevel.plugins.tiles import shared_limit
@@ -28,8 +30,8 @@ class Compiled:
     scratch: int
 
 
-def compile_launch(launch: Launch, arch: int) -> Compiled:
-    """Compile a launch's kernel for an architecture as in 87.
+def compile_launch(launch: Launch, arch: int, assembler: Assembler | None = None) -> Compiled:
+    """Compile a launch's kernel for an architecture as in 87; ``assembler``: by which (None: Triton's own).
 
     Raises ContractError where the machine code needs more shared memory than the architecture has, MissingDependency without
     Triton.
@@ -47,9 +49,14 @@ def compile_launch(launch: Launch, arch: int) -> Compiled:
         constexprs=dict(launch.constants),
         attrs=aligned,
     )
-    options = {"num_warps": launch.tile.warps, "num_stages": launch.tile.stages}
+    options: dict[str, Any] = {"num_warps": launch.tile.warps, "num_stages": launch.tile.stages}
     target = require("triton.backends.compiler").GPUTarget("cuda", arch, 32)
-    made = triton.compile(source, target=target, options=options)
+    with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope():
+        triton.knobs.compilation.disable_line_info = True  # it would hold the paths of this machine
+        if assembler is not None:
+            options["ptx_version"] = assembler.ptx_version
+            triton.knobs.nvidia.ptxas = triton.knobs.nvidia.ptxas_blackwell = str(assembler.path)
+        made = triton.compile(source, target=target, options=options)
     data = made.metadata
     if data.shared > limit:
         raise ContractError(f"{launch.kernel} takes {data.shared} bytes of shared memory; sm_{arch} has {limit}")

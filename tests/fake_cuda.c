@@ -1,0 +1,59 @@
+/* A CUDA driver that has no GPU: it answers as a test tells it to and hands every launch to a callback. */
+#include <stdlib.h>
+#include <string.h>
+
+typedef int (*launch_t)(const void* image, const char* symbol, const unsigned* grid, unsigned threads, unsigned shared,
+                        void* stream, void** parameters);
+
+static int version = 13000, capability = 80, context = 1, refused_load = 0;
+static int loads = 0, shared_requests = 0, launches = 0;
+static launch_t on_launch = 0;
+
+typedef struct {
+  const void* image;
+  char symbol[128];
+} kernel_t;
+
+void fake_configure(int v, int c, int has_context, int load_result, launch_t callback) {
+  version = v, capability = c, context = has_context, refused_load = load_result, on_launch = callback;
+  loads = shared_requests = launches = 0;
+}
+int fake_loads(void) { return loads; }
+int fake_shared_requests(void) { return shared_requests; }
+int fake_launches(void) { return launches; }
+
+int cuDriverGetVersion(int* out) { return *out = version, 0; }
+int cuGetErrorString(int result, const char** text) { return *text = result == 2 ? "out of memory" : "some error", 0; }
+int cuCtxGetDevice(int* device) { return *device = 0, context ? 0 : 201; }
+int cuDeviceGetAttribute(int* value, int attribute, int device) {
+  (void)device;
+  *value = attribute == 75 ? capability / 10 : capability % 10;
+  return attribute == 75 || attribute == 76 ? 0 : 1;
+}
+int cuLibraryLoadData(void** library, const void* image, int* o, void** v, unsigned n, int* lo, void** lv, unsigned ln) {
+  (void)o, (void)v, (void)n, (void)lo, (void)lv, (void)ln;
+  if (refused_load) return refused_load;
+  ++loads;
+  *library = (void*)image;
+  return 0;
+}
+int cuLibraryGetKernel(void** kernel, void* library, const char* name) {
+  kernel_t* made = calloc(1, sizeof *made);
+  made->image = library;
+  strncpy(made->symbol, name, sizeof made->symbol - 1);
+  *kernel = made;
+  return 0;
+}
+int cuKernelSetAttribute(int attribute, int value, void* kernel, int device) {
+  (void)value, (void)kernel, (void)device;
+  ++shared_requests;
+  return attribute == 8 ? 0 : 1;
+}
+int cuLaunchKernel(void* kernel, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
+                   void* stream, void** parameters, void** extra) {
+  (void)by, (void)bz, (void)extra;
+  const unsigned grid[3] = {gx, gy, gz};
+  const kernel_t* made = kernel;
+  ++launches;
+  return on_launch ? on_launch(made->image, made->symbol, grid, bx, shared, stream, parameters) : 0;
+}
