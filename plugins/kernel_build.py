@@ -13,7 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from hashlib import sha256
@@ -23,6 +23,7 @@ import bilevel
 from bilevel.plugins import assemblers, contract
 from bilevel.plugins.assemblers import Assembler
 from bilevel.plugins.errors import ContractError, MissingDependency, require
+from bilevel.plugins.kernel_library import ABI
 from bilevel.plugins.kernel_source import CodeKey, Kernel, Variant, fixed_values, make_source
 from bilevel.plugins.launches import Geometry, Launch
 from bilevel.plugins.plans import plans
@@ -31,7 +32,7 @@ from bilevel.plugins.triton_compile import Compiled, compile_launch
 CSRC = Path(__file__).parent / "csrc"
 SOURCES = ("cuda_driver.cpp", "kernel_calls.cpp", "kernel_library.cpp")
 TARGETS = ("x86_64", "aarch64")
-ABI = 1
+
 _FLAGS = ("-std=c++17", "-O2", "-g0", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra")
 # The library brings its C++ runtime along: the device's may be older than the compiler's.
 _LINK = ("-static-libstdc++", "-static-libgcc", f"-Wl,--version-script={CSRC / 'exports.map'}", "-Wl,-z,defs", "-ldl")

@@ -131,9 +131,7 @@ class _Writer:
         return f"    {{{codes}, {len(texts)}, {fixed}, {len(architectures)}, {listed}}},\n"
 
 
-def make_source(
-    variants: Sequence[Variant], kernels: Sequence[Kernel], indices: Mapping[CodeKey, int], info: str
-) -> str:
+def make_source(variants: Sequence[Variant], kernels: Sequence[Kernel], indices: Mapping[CodeKey, int], info: str) -> str:
     """The C++ file. indices: code -> place in ``kernels``. info: what ``bilevel_library_info`` returns."""
     writer = _Writer(indices)
     listed = "".join(writer.variant(variant) for variant in variants)

@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <cstdlib>
 #include <mutex>
 
 namespace bilevel {
@@ -19,9 +20,11 @@ bool find(void* library, const char* name, Function*& function, std::string& pro
 }
 
 bool open(CudaDriver& driver, std::string& problem) {
-  void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+  const char* named = std::getenv("BILEVEL_CUDA_DRIVER");
+  const std::string file = named != nullptr && *named != '\0' ? named : "libcuda.so.1";
+  void* library = dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) {
-    problem = "the CUDA driver libcuda.so.1 cannot be opened; install NVIDIA's driver, or run on a machine that has one";
+    problem = "the CUDA driver " + file + " cannot be opened; install NVIDIA's driver, or run on a machine that has one";
     return false;
   }
   if (!find(library, "cuDriverGetVersion", driver.cuDriverGetVersion, problem)) return false;

@@ -1,4 +1,5 @@
-// The few functions of the CUDA driver that launch a kernel, looked up in libcuda.so.1 when the first of them is wanted.
+// The few functions of the CUDA driver that launch a kernel, looked up in libcuda.so.1 (or the file that
+// BILEVEL_CUDA_DRIVER names) when the first of them is wanted.
 #ifndef BILEVEL_CUDA_DRIVER_H
 #define BILEVEL_CUDA_DRIVER_H
 
