@@ -55,6 +55,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--target", choices=("x86_64", "aarch64"), help="build: the machine that loads it (default: this one's kind)"
     )
     parser.add_argument(
+        "--tensorrt",
+        choices=("auto", "none", "required"),
+        default="auto",
+        help="build: the TensorRT plugins, which need NVIDIA's headers ($TENSORRT_ROOT/include or the usual folders); auto, the "
+        "default, goes without them where there are none",
+    )
+    parser.add_argument(
         "--jobs", type=int, default=0, metavar="N", help="build: processes that compile (default: one per core)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -124,6 +131,7 @@ def _build(args: argparse.Namespace, archs: list[int]) -> int:
             out,
             cuda=args.cuda,
             target=target,
+            plugins=args.tensorrt,
             jobs=args.jobs,
             on_progress=lambda done, total, what: progress.update(task, completed=done, total=total, description=what),
         )
@@ -138,6 +146,8 @@ def _build(args: argparse.Namespace, archs: list[int]) -> int:
         return 0
     print(f"wrote {build.path} ({size / 1e6:.1f} MB, {build.code_bytes / 1e6:.1f} MB of machine code) in {seconds:.1f} s")
     print(_summary(build.path, build.info))
+    if build.without_plugins:
+        print(f"without the TensorRT plugins: {build.without_plugins}")
     return 0
 
 
@@ -145,7 +155,8 @@ def _summary(path: Path, info: Mapping[str, Any]) -> str:
     """A library's description as text."""
     needed = " and ".join(f"{name} {version}" for name, version in needed_versions(path).items())
     archs = ", ".join(f"sm_{arch} (CUDA {version})" for arch, version in info["architectures"].items())
-    lines = [f"for {info['target']} with {needed} or newer; {archs}"]
+    plugins = f"TensorRT plugins (headers of {info['tensorrt']})" if info["tensorrt"] else "no TensorRT plugins"
+    lines = [f"for {info['target']} with {needed} or newer; {archs}; {plugins}"]
     for variant in info["variants"]:
         sizes = " ".join(f"{name}={value}" for name, value in variant["geometry"].items())
         lines.append(f"  {variant['op']:16} {variant['dtype']:9} {sizes}")
