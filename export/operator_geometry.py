@@ -13,7 +13,7 @@ from bilevel.plugins.errors import ExportError
 from bilevel.plugins.kernel_build import Request
 from bilevel.plugins.plans import RUNTIME_SIZES
 
-_DTYPES = {
+_DTYPES: dict[int, str] = {
     onnx.TensorProto.FLOAT16: "float16",
     onnx.TensorProto.BFLOAT16: "bfloat16",
     onnx.TensorProto.FLOAT: "float32",

@@ -124,7 +124,8 @@ def _embed(
     folder: Path, made: Mapping[CodeKey, Compiled], tools: Mapping[int, Assembler]
 ) -> tuple[list[Kernel], dict[CodeKey, int]]:
     """Write the machine code into ``folder``; the kernels, and where each stands among them. Equal code is written once."""
-    kernels, indices = [], {}
+    kernels: list[Kernel] = []
+    indices: dict[CodeKey, int] = {}
     for key in sorted(made, key=repr):
         code, arch = made[key], key[1]
         image = folder / f"{sha256(code.cubin).hexdigest()[:16]}.cubin"

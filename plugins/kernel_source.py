@@ -96,7 +96,8 @@ class _Writer:
         return self.define("f", "Number {}" + f"(const Sizes&{unused or ' z'})", f" {{ return {body}; }}")
 
     def launch(self, variant: Variant, plan: Plan, launch: Launch, arch: int) -> str:
-        op, places = variant.op, {}
+        op = variant.op
+        places: dict[str, int] = {}
         for name in (*(p.name for p in (*op.inputs, *op.outputs)), *(buffer.name for buffer in plan.buffers)):
             places[name] = len(places)
         attributes = [attribute.name for attribute in op.attributes]
