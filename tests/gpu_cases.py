@@ -145,7 +145,7 @@ class Experts:
 
 
 ATTENTION = (
-    Attention((32, 8, 8), 128, 64, 64, 16, (1, 17, 300), ALL),
+    Attention((32, 8, 8), 128, 64, 64, 16, (1, 17, 150), ALL),
     Attention((16, 2, 2), 128, 64, 40, 16, (2, 130), (HALF,)),
     Attention((6, 3, 2), 80, 48, 9, 2, (1, 70), (BRAIN, SINGLE)),
     Attention((2, 1, 2), 32, 16, 200, 128, (3, 90), (HALF, SINGLE)),

@@ -81,7 +81,9 @@ def routes(machine: Machine, cases: Sequence[Route] = gpu_cases.ROUTES) -> Itera
                 yield from check_call(machine, "FineRoute", *case.call(machine.random(), length, dtype, fine=True))
 
 
-def expert_route(machine: Machine, cases: Sequence[ExpertRoute] = gpu_cases.EXPERT_ROUTES, tokens: int = 33) -> Iterator[Result]:
+def expert_route(
+    machine: Machine, cases: Sequence[ExpertRoute] = gpu_cases.EXPERT_ROUTES, tokens: int = 33
+) -> Iterator[Result]:
     for case in cases:
         yield from check_call(machine, "ExpertRoute", *case.call(machine.random(), tokens))
 

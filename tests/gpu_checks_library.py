@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -34,18 +35,17 @@ class Made:
 
 @dataclass(frozen=True)
 class Cases:
-    """The geometries of the library. few, many: tokens of calls that take the first and the last of an operator's plans."""
+    """The geometries of the library. tokens: of the calls, so many that they take the first and the last of an operator's plans."""
 
     attention: tuple[Attention, ...]
     routes: tuple[Route, ...]
     expert_routes: tuple[ExpertRoute, ...]
     experts: tuple[Experts, ...]
-    few: int = 2
-    many: int = 70
+    tokens: tuple[int, ...] = (2, 70)
 
     def calls(self, machine: Machine, seed: int = 0) -> Iterator[Made]:
         """One call for every geometry, data type and number of tokens; another seed gives other values of the same sizes."""
-        for tokens in (self.few, self.many):
+        for tokens in self.tokens:
             for case in self.attention:
                 for dtype in case.dtypes:
                     yield Made("RoutedAttention", *case.call(machine.random(seed), tokens, dtype), tokens)
@@ -147,12 +147,14 @@ def _bad_calls(call: Call) -> Iterator[tuple[str, Call]]:
     yield "a null address", changed(1, address=0)
     yield "an address off by 8 bytes", changed(0, address=first.address + 8)
     yield "an input less", replace(call, inputs=call.inputs[:-1])
-    yield "an output of another shape", replace(
-        call, outputs=[replace(call.outputs[0], shape=(*call.outputs[0].shape[:-1], 1 + call.outputs[0].shape[-1]))]
+    yield (
+        "an output of another shape",
+        replace(call, outputs=[replace(call.outputs[0], shape=(*call.outputs[0].shape[:-1], 1 + call.outputs[0].shape[-1]))]),
     )
     for name, value in call.attributes.items():
         yield f"no {name}", replace(call, attributes={key: x for key, x in call.attributes.items() if key != name})
-        yield f"{name} not finite", replace(call, attributes={**call.attributes, name: float("nan")})
+        if not isinstance(value, float):
+            yield f"{name} not a number", replace(call, attributes={**call.attributes, name: float("nan")})
         if isinstance(value, int):
             yield f"{name} that was not built", replace(call, attributes={**call.attributes, name: value + 1000})
 
@@ -167,7 +169,7 @@ def refusals(machine: Machine, library: KernelLibrary, calls: Sequence[Made]) ->
         placed = place(machine, library, made)
         accepted, bad = [], list(_bad_calls(placed.call))
         room = placed.workspace.numel()
-        bad_rooms = [(room - 1, 0), (0, 0), (room, 128)] if room else []
+        bad_rooms = [(255, 0), (0, 0), (room, 128)] if room else []  # a plan that has a buffer needs 256 bytes
         for what, call in bad:
             with suppress(KernelError):
                 library.launch(call, placed.workspace.data_ptr(), room)
@@ -179,7 +181,9 @@ def refusals(machine: Machine, library: KernelLibrary, calls: Sequence[Made]) ->
         blank = machine.outputs(placed.call.op, placed.inputs, made.attributes)
         intact = machine.intact()
         same = all(torch.equal(_bits(a), _bits(b)) for a, b in zip(placed.outputs, blank, strict=True))
-        measure = f"{len(bad) + len(bad_rooms)} wrong calls, {len(accepted)} accepted" + (f" ({accepted[0]})" if accepted else "")
+        measure = f"{len(bad) + len(bad_rooms)} wrong calls, {len(accepted)} accepted" + (
+            f" ({accepted[0]})" if accepted else ""
+        )
         measure += "" if same else "; AN OUTPUT WAS WRITTEN"
         yield Result("C interface refuses", made.name, measure, not accepted and same and intact)
 
@@ -190,13 +194,16 @@ def _bits(tensor: Tensor) -> Tensor:
 
 def graphs(machine: Machine, library: KernelLibrary, cases: Cases) -> Iterator[Result]:
     """``bilevel_prepare`` in a library from which nothing ran yet, capture into a CUDA graph, replay with other inputs."""
-    fresh = KernelLibrary(Path(shutil.copy(library.path, library.path.with_name("captured.so"))))
+    # Another file is another library to the loader.
+    fresh = KernelLibrary(Path(shutil.copy(library.path, Path(tempfile.mkdtemp(dir=library.path.parent)) / "fresh.so")))
     others = list(cases.calls(machine, seed=1))
     for made, other in zip(cases.calls(machine), others, strict=True):
         placed = place(machine, fresh, made)
         fresh.prepare(placed.call)
         replay = machine.capture(lambda stream, placed=placed: placed.launch(fresh, stream))  # type: ignore[misc]
-        untouched = all(bool((_bits(x) == _bits(y)).all()) for x, y in zip(placed.outputs, _blank(machine, placed), strict=True))
+        untouched = all(
+            bool((_bits(x) == _bits(y)).all()) for x, y in zip(placed.outputs, _blank(machine, placed), strict=True)
+        )
         for key, x in placed.inputs.items():
             x.copy_(other.inputs[key])
         replay()

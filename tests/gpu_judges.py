@@ -52,9 +52,10 @@ def judge_error(out: Tensor, plain: Tensor, truth: Tensor) -> tuple[str, bool]:
     """At most twice PyTorch's error in this precision; 0 where the truth is 0 (rows that see nothing)."""
     got, other = error_of(out, truth), error_of(plain, truth)
     # Below a rounding of the largest result the quotient of two errors is that of two accidents.
-    least = torch.finfo(out.dtype).eps * float(truth.nan_to_num().abs().max()) / 4 if out.numel() else 0.0
-    ratio = max(mine / max(theirs, least) if mine > 0 else 0.0 for mine, theirs in zip(got, other, strict=True))
-    relative = got[1] / max(float(truth.nan_to_num().abs().max()), 1e-30) if out.numel() else 0.0
+    largest = max(float(truth.nan_to_num().abs().max()), 1e-30) if out.numel() else 1.0
+    least = torch.finfo(out.dtype).eps * largest / 4
+    ratio = max(mine / max(theirs, least) for mine, theirs in zip(got, other, strict=True))
+    relative = got[1] / largest
     idle = (truth == 0).all(-1)
     right = ratio <= _MOST and bool((out[idle] == 0).all()) and (out.dtype != torch.float32 or relative <= _SINGLE)
     return f"{ratio:.2f} times PyTorch's error, largest {relative:.1e}", right
