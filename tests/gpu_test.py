@@ -86,7 +86,7 @@ def run_group(results: Iterator[Any], out: Callable[[str], Any]) -> int:
         for result in results:
             failed |= result.ok is False
             out(json.dumps([result.name, result.what, result.measure, result.ok]))
-    except Exception as error:  # whatever it is, the report has to say it
+    except Exception as error:  # noqa: BLE001 (whatever it is, the report has to say it)
         text = (str(error).strip().splitlines() or [""])[0]
         out(json.dumps(["the group ended early", type(error).__name__, text, False]))
         failed = 1
