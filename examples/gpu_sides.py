@@ -197,7 +197,7 @@ def block_mask(case: Case, t: Tensors, routes: Tensor) -> tuple[BlockMask, Tenso
             return (((bits[b, h // group, i, block // 32] >> (block % 32)) & 1) == 1) & (j <= i)
 
     counts = torch.stack([row.sum(-1) for row in kept]).to(torch.int32)
-    order = torch.stack([row.to(torch.int8).argsort(-1, descending=True, stable=True).to(torch.int32) for row in kept])
+    order = torch.stack([row.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32) for row in kept])
     counts, order = counts.repeat_interleave(repeat, 1), order.repeat_interleave(repeat, 1)
     lengths = (q.shape[2], case.context) if case.phase == "decode" else (length, case.context)
     mask = BlockMask.from_kv_blocks(
