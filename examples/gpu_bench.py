@@ -245,7 +245,9 @@ def main(arguments: list[str] | None = None) -> int:
     clock = Clock(device, options.seconds)
     name = torch.cuda.get_device_name(device) if clock.cuda else "CPU, in Triton's interpreter"
     roof = find_roofline(name, clock.seconds, device)
-    print(f"{name}; PyTorch {torch.__version__}; {roof.bandwidth / 1e9:,.0f} GB/s, {roof.flops / 1e12:,.1f} Tflop/s ({roof.source})")
+    print(
+        f"{name}; PyTorch {torch.__version__}; {roof.bandwidth / 1e9:,.0f} GB/s, {roof.flops / 1e12:,.1f} Tflop/s ({roof.source})"
+    )
     rows: list[dict[str, Any]] = []
     known: dict[Any, tuple[str, Timing]] = {}
     for case in cases(options):
