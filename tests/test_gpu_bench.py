@@ -17,21 +17,8 @@ from bilevel.plugins import gpu_kernels
 from tests.triton_calls import triton_launch
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-SMALL = [
-    "--device",
-    "cpu",
-    "--geometries",
-    "4/2/16",
-    "--block-size",
-    "2",
-    "--coarse-topk",
-    "4",
-    "--topk",
-    "3",
-    "--batches",
-    "1",
-]
-SMALL += ["--route-dim", "8", "--dtype", "float32", "--seconds", "0"]
+SMALL = "--device cpu --geometries 2/1/16 --block-size 2 --coarse-topk 4 --topk 3 --batches 1 --route-dim 8 --seconds 0".split()
+SMALL += ["--dtype", "float32"]
 
 
 @pytest.fixture
@@ -75,7 +62,7 @@ def test_the_block_mask_holds_what_tiles_keep(bench: ModuleType) -> None:
                 [
                     *SMALL,
                     "--geometries",
-                    "4/2/16",
+                    "2/1/16",
                     "--batches",
                     "2",
                     "--block-size",
