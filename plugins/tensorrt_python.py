@@ -194,7 +194,8 @@ class _Plugin:
         pass
 
     def get_fields_to_serialize(self) -> Any:
-        return self.trt.PluginFieldCollection([_to_trt(self.trt, field) for field in write_fields(self.node)])
+        self._fields = Fields(self.trt, write_fields(self.node))
+        return self._fields.collection
 
     def attach_to_context(self, context: Any) -> Any:
         return self.clone()
@@ -224,9 +225,16 @@ class _Plugin:
         return self._guarded("was not run", 1, work)
 
 
-def _to_trt(trt: Any, field: Field) -> Any:
-    data = np.array(field.data, dtype=_NUMPY[field.kind])
-    return trt.PluginField(field.name, data, getattr(trt.PluginFieldType, field.kind))
+class Fields:
+    """A PluginFieldCollection, ``collection``, and what it points to: TensorRT keeps neither the fields nor their data."""
+
+    def __init__(self, trt: Any, fields: Sequence[Field]) -> None:
+        self._data = [np.array(field.data, dtype=_NUMPY[field.kind]) for field in fields]
+        kinds = [getattr(trt.PluginFieldType, field.kind) for field in fields]
+        self._fields = [
+            trt.PluginField(field.name, data, kind) for field, data, kind in zip(fields, self._data, kinds, strict=True)
+        ]
+        self.collection = trt.PluginFieldCollection(self._fields)
 
 
 def _plugin_class(trt: Any) -> Any:
@@ -249,8 +257,8 @@ def _creator_class(trt: Any, plugin: Any) -> Any:
             self.op, self.name = op, op.name
             self.plugin_namespace, self.plugin_version = contract.DOMAIN, str(op.version)
             kinds = {"int": "INT32", "float": "FLOAT32", "string": "CHAR"}
-            fields = [(a.name, kinds[a.kind]) for a in op.attributes]
-            self.field_names = trt.PluginFieldCollection([_to_trt(trt, Field(name, kind, ())) for name, kind in fields])
+            self._fields = Fields(trt, [Field(a.name, kinds[a.kind], ()) for a in op.attributes])
+            self.field_names = self._fields.collection
 
         def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
             given = [Field(f.name, f.type.name, f.data.tolist() if f.size else ()) for f in fields]
