@@ -47,9 +47,9 @@ def _candidates() -> Iterator[Path]:
         spec = importlib.util.find_spec(package)
         for folder in (spec.submodule_search_locations or []) if spec else []:
             yield from sorted(Path(folder).glob(name))
-    for folder in (os.environ.get("CUDA_HOME"), "/usr/local/cuda"):
-        if folder:
-            yield Path(folder) / "bin" / "ptxas"
+    for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda"):
+        if home:
+            yield Path(home) / "bin" / "ptxas"
     if found := shutil.which("ptxas"):
         yield Path(found)
 

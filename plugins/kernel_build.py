@@ -23,19 +23,22 @@ import bilevel
 from bilevel.plugins import assemblers, contract
 from bilevel.plugins.assemblers import Assembler
 from bilevel.plugins.errors import ContractError, MissingDependency, require
-from bilevel.plugins.kernel_library import ABI
+from bilevel.plugins.kernel_library import ABI, MARK
 from bilevel.plugins.kernel_source import CodeKey, Kernel, Variant, fixed_values, make_source
 from bilevel.plugins.launches import Geometry, Launch
 from bilevel.plugins.plans import plans
+from bilevel.plugins.tensorrt_headers import Headers, find_headers
 from bilevel.plugins.triton_compile import Compiled, compile_launch
 
 CSRC = Path(__file__).parent / "csrc"
 SOURCES = ("cuda_driver.cpp", "kernel_calls.cpp", "kernel_library.cpp")
+PLUGIN_SOURCES = ("tensorrt_calls.cpp", "tensorrt_fields.cpp", "tensorrt_plugin.cpp")
+
 TARGETS = ("x86_64", "aarch64")
 
 _FLAGS = ("-std=c++17", "-O2", "-g0", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra")
-# The library brings its C++ runtime along: the device's may be older than the compiler's.
-_LINK = ("-static-libstdc++", "-static-libgcc", f"-Wl,--version-script={CSRC / 'exports.map'}", "-Wl,-z,defs", "-ldl")
+# The C++ runtime is the device's: linked in, a recent compiler's would ask for a glibc that JetPack 6 (2.35) does not have.
+_LINK = (f"-Wl,--version-script={CSRC / 'exports.map'}", "-Wl,-z,defs", "-Wl,--build-id=none", "-s", "-ldl")
 
 Request = tuple[contract.Op, Geometry, str]  # operator, geometry, data type
 Compile = Callable[[Launch, int], Compiled]
@@ -44,11 +47,15 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Build:
-    """A library that was built: its file, what ``bilevel_library_info`` says, bytes of machine code."""
+    """A library that was built: its file, what ``bilevel_library_info`` says, bytes of machine code.
+
+    without_plugins: why the TensorRT plugins were left out, "" where they were not.
+    """
 
     path: Path
     info: Mapping[str, object]
     code_bytes: int
+    without_plugins: str
 
 
 def plan_variants(requests: Sequence[Request], archs: Sequence[int]) -> list[Variant]:
@@ -117,7 +124,8 @@ def _embed(
     folder: Path, made: Mapping[CodeKey, Compiled], tools: Mapping[int, Assembler]
 ) -> tuple[list[Kernel], dict[CodeKey, int]]:
     """Write the machine code into ``folder``; the kernels, and where each stands among them. Equal code is written once."""
-    kernels, indices = [], {}
+    kernels: list[Kernel] = []
+    indices: dict[CodeKey, int] = {}
     for key in sorted(made, key=repr):
         code, arch = made[key], key[1]
         image = folder / f"{sha256(code.cubin).hexdigest()[:16]}.cubin"
@@ -127,27 +135,35 @@ def _embed(
     return kernels, indices
 
 
-def _describe(variants: Sequence[Variant], tools: Mapping[int, Assembler], target: str) -> dict[str, object]:
+def _describe(
+    variants: Sequence[Variant], tools: Mapping[int, Assembler], target: str, headers: Headers | str
+) -> dict[str, object]:
     """What ``bilevel_library_info`` returns, as ``plugins/kernel_library.py`` documents it."""
     return {
+        "library": MARK,
         "abi": ABI,
         "bilevel": bilevel.__version__,
         "target": target,
         "operators": {op.name: op.version for op in contract.OPS},
         "architectures": {str(arch): "{}.{}".format(*tool.version) for arch, tool in sorted(tools.items())},
+        "tensorrt": headers.version if isinstance(headers, Headers) else None,
         "variants": [{"op": v.op.name, "dtype": v.dtype, "geometry": fixed_values(v.op, v.geometry)} for v in variants],
     }
 
 
-def _link(folder: Path, source: str, compiler: str) -> Path:
+def _link(folder: Path, source: str, compiler: str, headers: Headers | str) -> Path:
     """Compile and link in ``folder``; the library's file."""
     (folder / "variants.cpp").write_text(source, encoding="utf-8")
     out = folder / "library.so"
-    files = [str(CSRC / name) for name in SOURCES]
-    command = [compiler, *_FLAGS, f"-I{CSRC}", *files, "variants.cpp", "-o", str(out), *_LINK]
+    has_plugins = isinstance(headers, Headers)
+    files = [str(CSRC / name) for name in (*SOURCES, *(PLUGIN_SOURCES if has_plugins else ()))]
+    # System folders: NVIDIA's headers deprecate what their own newer versions replace.
+    folders = [f"-isystem{path}" for path in headers.include_dirs] if isinstance(headers, Headers) else []
+    command = [compiler, *_FLAGS, f"-I{CSRC}", *folders, *files, "variants.cpp", "-o", str(out), *_LINK]
     run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if run.returncode:
-        reason = next((line for line in run.stderr.splitlines() if "error" in line), run.stderr[-300:] or "no message")
+        said = [line for line in run.stderr.splitlines() if "error" in line.lower()]
+        reason = said[0] if said else run.stderr.strip()[-300:] or "no message"
         raise ContractError(f"{compiler} could not build the library ({reason}); install a compiler with C++17, GCC 9 or newer")
     return out
 
@@ -158,6 +174,16 @@ def choose_assemblers(archs: Sequence[int], cuda: str) -> dict[int, Assembler]:
     return {arch: assemblers.choose(arch, cuda, found) for arch in sorted(set(archs))}
 
 
+def choose_headers(plugins: str) -> Headers | str:
+    """NVIDIA's headers, or why the library goes without the TensorRT plugins. Raises MissingDependency where they are required."""
+    if plugins == "none":
+        return "they were not asked for"
+    headers = find_headers()
+    if plugins == "required" and isinstance(headers, str):
+        raise MissingDependency(headers)
+    return headers
+
+
 def build_library(
     requests: Sequence[Request],
     archs: Sequence[int],
@@ -165,24 +191,27 @@ def build_library(
     *,
     cuda: str = "auto",
     target: str = "",
+    plugins: str = "auto",
     jobs: int = 0,
     compile_all: Callable[..., dict[CodeKey, Compiled]] = compile_kernels,
     on_progress: Progress = lambda done, total, what: None,
 ) -> Build:
     """Build the library for ``requests`` on ``archs`` (as in 87) and put it at ``out``, which is replaced in one step.
 
-    cuda: "auto", "12" or "13", the drivers' CUDA. target: "x86_64" or "aarch64" ("": this machine's). jobs: processes (0: one
-    per core). on_progress(done, all, what): called after every kernel. Raises ContractError and MissingDependency, before
-    anything is compiled where it can.
+    cuda: "auto", "12" or "13", the drivers' CUDA. target: "x86_64" or "aarch64" ("": this machine's). plugins: TensorRT's; "auto"
+    (where NVIDIA's headers are found), "none" or "required". jobs: processes (0: one per core). on_progress(done, all, what):
+    called after every kernel. Raises ContractError and MissingDependency, before anything is compiled where it can.
     """
-    target = target or platform.machine()
+    target, out = target or platform.machine(), out.absolute()
     compiler, variants, tools = find_compiler(target), plan_variants(requests, archs), choose_assemblers(archs, cuda)
+    headers = choose_headers(plugins)
     out.parent.mkdir(parents=True, exist_ok=True)
     made = compile_all(launches_of(variants), tools, jobs or os.cpu_count() or 1, on_progress)
-    info = _describe(variants, tools, target)
+    info = _describe(variants, tools, target, headers)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as name:
         folder = Path(name)
         kernels, indices = _embed(folder, made, tools)
-        library = _link(folder, make_source(variants, kernels, indices, json.dumps(info)), compiler)
+        library = _link(folder, make_source(variants, kernels, indices, json.dumps(info)), compiler, headers)
         os.replace(library, out)
-    return Build(out, info, sum(len(cubin) for cubin in {code.cubin for code in made.values()}))
+    code_bytes = sum(len(cubin) for cubin in {code.cubin for code in made.values()})
+    return Build(out, info, code_bytes, headers if isinstance(headers, str) else "")

@@ -1,7 +1,7 @@
 """A library that ``bilevel kernels build`` made, from Python: ``csrc/bilevel_kernels.h`` by ctypes (standard library only).
 
-``KernelLibrary.info`` is the library's own description:
-abi: int · bilevel: version that built it · target: "x86_64" or "aarch64" · operators: {name: version} · architectures:
+``KernelLibrary.info`` is the library's own description (``read_info`` finds it in a library for another machine too):
+library: "bilevel kernels" · abi: int · bilevel: version that built it · target: "x86_64" or "aarch64" · operators: {name: version} · architectures:
 {"87": CUDA version of its machine code, as in "12.6"} · variants: list of {op, dtype, geometry: {size or attribute: value}} ·
 tensorrt: version of the headers that its TensorRT plugins were built with, None where it has none.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ from typing import Any
 from bilevel.plugins import contract
 from bilevel.plugins.errors import KernelError
 
-ABI = 1
+ABI, MARK = 1, "bilevel kernels"
+_REMEDY = "build one: bilevel kernels build --geometry BUNDLE"
 DTYPES = {"float16": 1, "bfloat16": 2, "float32": 3, "int32": 4}  # bilevel_dtype
 STATUSES = (
     "OK",
@@ -97,6 +99,29 @@ def _attributes(values: Mapping[str, int | float | str]) -> Any:
     return made
 
 
+def read_info(path: Path) -> dict[str, Any]:
+    """The description in a library's file, which is read, not loaded. Raises KernelError."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise KernelError(f"{path} cannot be read ({error.strerror}); {_REMEDY}") from None
+    start = content.find(b'{"library": "%s", "abi": ' % MARK.encode())
+    if start < 0:
+        raise KernelError(f"{path} is no kernel library; {_REMEDY}")
+    return dict(json.loads(content[start : content.index(b"\0", start)]))
+
+
+def needed_versions(path: Path) -> dict[str, str]:
+    """The oldest glibc and libstdc++ symbol versions that a library's file runs with: {"GLIBC": "2.34", "GLIBCXX": "3.4.29"}."""
+    content = path.read_bytes()
+    found = {}
+    for name in ("GLIBC", "GLIBCXX"):
+        versions = re.findall(rb"\0%s_([0-9.]+)(?=\0)" % name.encode(), content)
+        if versions:
+            found[name] = max((version.decode() for version in versions), key=lambda v: [int(part) for part in v.split(".")])
+    return found
+
+
 class KernelLibrary:
     """An opened library. Raises KernelError for a file that is none, or is of another version."""
 
@@ -108,14 +133,9 @@ class KernelLibrary:
             self._library.bilevel_last_error.restype = ctypes.c_char_p
             abi = int(self._library.bilevel_abi_version())
         except (OSError, AttributeError) as error:
-            raise KernelError(
-                f"{path} is no kernel library for this machine ({error}); build one: bilevel kernels build --geometry BUNDLE"
-            ) from None
+            raise KernelError(f"{path} is no kernel library for this machine ({error}); {_REMEDY}") from None
         if abi != ABI:
-            raise KernelError(
-                f"{path} has interface version {abi}, this bilevel reads {ABI}; build it anew: "
-                "bilevel kernels build --geometry BUNDLE"
-            )
+            raise KernelError(f"{path} has interface version {abi}, this bilevel reads {ABI}; {_REMEDY}")
         self.info: dict[str, Any] = json.loads(self._library.bilevel_library_info())
 
     def _check(self, status: int) -> None:

@@ -22,7 +22,7 @@ _OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.LtE: "<="}
 
 @dataclass(frozen=True)
 class Kernel:
-    """Machine code in ``image``; the fields of ``csrc/kernel_tables.h``."""
+    """Machine code in the file ``image``, beside the source; the fields of ``csrc/kernel_tables.h``."""
 
     symbol: str
     image: Path
@@ -96,7 +96,8 @@ class _Writer:
         return self.define("f", "Number {}" + f"(const Sizes&{unused or ' z'})", f" {{ return {body}; }}")
 
     def launch(self, variant: Variant, plan: Plan, launch: Launch, arch: int) -> str:
-        op, places = variant.op, {}
+        op = variant.op
+        places: dict[str, int] = {}
         for name in (*(p.name for p in (*op.inputs, *op.outputs)), *(buffer.name for buffer in plan.buffers)):
             places[name] = len(places)
         attributes = [attribute.name for attribute in op.attributes]
@@ -137,7 +138,7 @@ def make_source(variants: Sequence[Variant], kernels: Sequence[Kernel], indices:
     listed = "".join(writer.variant(variant) for variant in variants)
     images = {kernel.image: f"image_{n}" for n, kernel in reversed(list(enumerate(kernels)))}
     included = "".join(
-        f'asm(".section .rodata\\n.balign 64\\n{name}:\\n.incbin \\"{path}\\"\\n.previous\\n");\n'
+        f'asm(".section .rodata\\n.balign 64\\n{name}:\\n.incbin \\"{path.name}\\"\\n.previous\\n");\n'
         f'extern "C" __attribute__((visibility("hidden"))) const unsigned char {name}[];\n'
         for path, name in sorted(images.items(), key=lambda item: item[1])
     )

@@ -19,6 +19,7 @@ from bilevel.plugins.errors import BilevelError, MissingDependency, require
 COMMANDS = {
     "export": ("bilevel.export.cli_export", "PyTorch checkpoint to ONNX bundle"),
     "check": ("bilevel.export.cli_check", "prove that a bundle computes what its checkpoint computes, routes included"),
+    "kernels": ("bilevel.export.cli_kernels", "the library of GPU kernels for a bundle, for boards and GPUs; needs none"),
     "run": ("bilevel.runtime.cli_run", "generate text, streaming to the terminal"),
     "bench": ("bilevel.runtime.cli_bench", "speed and memory against context length, with the dense twin beside it"),
     "inspect": ("bilevel.runtime.cli_inspect", "what is in a bundle, and whether it is whole"),

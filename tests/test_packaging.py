@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import bilevel
-from bilevel.plugins import errors
+from bilevel.plugins import errors, kernel_build
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -52,12 +52,17 @@ def test_package_data_exists(pyproject: dict[str, Any]) -> None:
     assert (ROOT / "bilevel" / "py.typed").is_file()
 
 
-def test_every_source_of_the_cpu_library_is_listed(pyproject: dict[str, Any]) -> None:
-    """What is not listed is not compiled, is missing from the sdist, or changes without a rebuild."""
-    (module,) = pyproject["tool"]["setuptools"]["ext-modules"]
-    found = {path.relative_to(ROOT).as_posix() for path in (ROOT / "plugins" / "csrc").iterdir()}
-    assert sorted(module["sources"]) == sorted(name for name in found if name.endswith(".cpp"))
-    assert sorted(module["depends"]) == sorted(name for name in found if not name.endswith(".cpp"))
+def test_every_source_is_listed_for_the_library_it_belongs_to(pyproject: dict[str, Any]) -> None:
+    """What is not listed is not compiled, is missing from the sdist or the wheel, or changes without a rebuild."""
+    setuptools = pyproject["tool"]["setuptools"]
+    (module,) = setuptools["ext-modules"]
+    for_gpu = [path for pattern in setuptools["package-data"]["bilevel.plugins"] for path in (ROOT / "plugins").glob(pattern)]
+    gpu = {path.relative_to(ROOT).as_posix() for path in for_gpu}
+    cpu = {path.relative_to(ROOT).as_posix() for path in (ROOT / "plugins" / "csrc").iterdir()} - gpu
+    assert sorted(module["sources"]) == sorted(name for name in cpu if name.endswith(".cpp"))
+    assert sorted(module["depends"]) == sorted(name for name in cpu if not name.endswith(".cpp"))
+    compiled = {f"plugins/csrc/{name}" for name in (*kernel_build.SOURCES, *kernel_build.PLUGIN_SOURCES)}
+    assert compiled == {name for name in gpu if name.endswith(".cpp")}
 
 
 def test_version_is_one(pyproject: dict[str, Any]) -> None:
