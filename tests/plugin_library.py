@@ -104,7 +104,9 @@ class Plugin:
     def _told(self, function: str, call: Call, *more: Any, varies: bool = True) -> int:
         tensors = describe([*call.inputs, *call.outputs], varies)
         counts = (len(call.inputs), len(call.outputs))
-        return int(getattr(self.plugins.harness, function)(ctypes.c_void_p(self.address), *more[:1], tensors, *counts, *more[1:]))
+        return int(
+            getattr(self.plugins.harness, function)(ctypes.c_void_p(self.address), *more[:1], tensors, *counts, *more[1:])
+        )
 
     def configure(self, call: Call, varies: bool = True) -> int:
         return self._told("harness_configure", call, varies=varies)

@@ -61,7 +61,8 @@ def test_both_styles_of_version(style: str, root: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    "version, message", [(OLD_STYLE.format(8, 6, 1), "TensorRT 8.6.1, the plugins need 10.0 or newer"), ("", "names no version")]
+    "version, message",
+    [(OLD_STYLE.format(8, 6, 1), "TensorRT 8.6.1, the plugins need 10.0 or newer"), ("", "names no version")],
 )
 def test_versions_that_do_not_serve(version: str, message: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TENSORRT_ROOT", str(root))

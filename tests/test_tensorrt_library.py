@@ -247,7 +247,9 @@ def test_the_timing_cache_tells_plugins_apart(plugins: Plugins) -> None:
 
 def test_the_library_shows_nothing_but_its_entry_points(plugins: Plugins) -> None:
     run = subprocess.run(["nm", "-D", "--defined-only", plugins.path], capture_output=True, text=True, check=True)
-    shown = {line.split()[-1] for line in run.stdout.splitlines() if " W " not in line and " V " not in line and " u " not in line}
+    shown = {
+        line.split()[-1] for line in run.stdout.splitlines() if " W " not in line and " V " not in line and " u " not in line
+    }
     assert shown == {"getCreators", "setLoggerFinder"}
     needed = subprocess.run(["readelf", "-d", plugins.path], capture_output=True, text=True, check=True).stdout
     assert "nvinfer" not in needed and "cuda" not in needed

@@ -131,7 +131,9 @@ def test_the_types_that_are_taken(name: str) -> None:
             for other in TYPES:
                 wrong = [*descs]
                 wrong[position] = dynamic((2,), other)
-                allowed = other in ("float16", "bfloat16", "float32") if position in floats[:1] else other == wrong_type(port, model)
+                allowed = (
+                    other in ("float16", "bfloat16", "float32") if position in floats[:1] else other == wrong_type(port, model)
+                )
                 assert plugin.supports_format_combination(position, wrong, len(op.inputs)) == allowed
             packed = [*descs]
             packed[position] = dynamic((2,), model, layout=trt.TensorFormat.CHW4)
