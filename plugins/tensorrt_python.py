@@ -21,7 +21,7 @@ import numpy as np
 
 from bilevel.plugins import contract
 from bilevel.plugins.errors import BilevelError, ContractError
-from bilevel.plugins.plans import plans
+from bilevel.plugins.plans import plans_everywhere
 from bilevel.plugins.tensorrt_fields import (
     Field,
     Node,
@@ -33,7 +33,6 @@ from bilevel.plugins.tensorrt_fields import (
     workspace_limit,
     write_fields,
 )
-from bilevel.plugins.tiles import ARCHITECTURES
 
 _FLOATS = {"HALF": "float16", "BF16": "bfloat16", "FLOAT": "float32"}  # TensorRT's names of a model's float types
 _FIXED = {"int32": "INT32", "float32": "FLOAT"}
@@ -100,7 +99,7 @@ def _most_workspace(node: Node) -> int:
     """Bytes of workspace that calls within node.dims need on any architecture. Raises ContractError for what no kernel covers."""
     sizes = largest_sizes(node.op, node.dims, [[False] * len(shape) for shape in node.dims])
     geometry, dtype = geometry_of(node, sizes), node.dtype or "float32"
-    return max(workspace_limit(plans(node.op, geometry, dtype, arch), sizes) for arch in ARCHITECTURES)
+    return max(workspace_limit(found, sizes) for found in plans_everywhere(node.op, geometry, dtype).values())
 
 
 class _Plugin:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import platform
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from bilevel.plugins.kernel_build import CSRC, find_compiler
+from bilevel.plugins.kernel_build import Request, find_compiler
 from bilevel.plugins.kernel_library import Call, DeviceTensor
 from bilevel.plugins.tensorrt_fields import Field
 from bilevel.plugins.tensorrt_headers import Headers, find_headers
+from tests.fake_gpu import build
 
-SOURCES = ("tensorrt_fields.cpp", "tensorrt_calls.cpp", "tensorrt_plugin.cpp")
 _HARNESS = Path(__file__).parent / "tensorrt_harness.cpp"
 # TensorRT's numbers: PluginFieldType and DataType.
 FIELD_TYPES = {"FLOAT32": 1, "FLOAT64": 2, "INT32": 5, "CHAR": 6, "INT64": 10}
@@ -52,23 +53,19 @@ def need_headers() -> Headers:
     return found
 
 
-def _compile(sources: Sequence[Path], out: Path, *more: str) -> Path:
-    folders = [f"-isystem{folder}" for folder in need_headers().include_dirs]
-    flags = ("-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
-    command = [find_compiler("x86_64"), *flags, f"-I{CSRC}", *folders, *map(str, sources), "-o", str(out), *more]
-    subprocess.run(command, check=True)
-    return out
-
-
-def compile_plugins(kernels: Path) -> Path:
-    """The plugins as a library of their own beside ``kernels``, whose C interface they call."""
-    out = kernels.with_name("plugins.so")
-    return _compile([CSRC / name for name in SOURCES], out, str(kernels), f"-Wl,-rpath,{kernels.parent}", "-Wl,-z,defs")
+def build_plugins(requests: Sequence[Request], out: Path, archs: Sequence[int] = (80,)) -> Path:
+    """A kernel library without machine code, with the plugins."""
+    need_headers()
+    return build(requests, out, archs, plugins="required").path
 
 
 @functools.cache
 def _harness(folder: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(_compile([_HARNESS], folder / "harness.so", "-fvisibility=default")))
+    out = folder / "harness.so"
+    folders = [f"-isystem{path}" for path in need_headers().include_dirs]
+    flags = ("-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror")
+    subprocess.run([find_compiler(platform.machine()), *flags, *folders, str(_HARNESS), "-o", str(out)], check=True)
+    library = ctypes.CDLL(str(out))
     for name in ("harness_make", "harness_attach"):
         getattr(library, name).restype = ctypes.c_void_p
     for name in ("harness_said", "harness_timing_key"):

@@ -34,6 +34,11 @@ LAW: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     "bilevel.plugins.plans": (PLANNING, ()),
     "bilevel.plugins.plans_experts": (PLANNING, ()),
     "bilevel.plugins.plans_routing": (PLANNING, ()),
+    "bilevel.plugins.tensorrt_fields": (
+        (*PLANNING, "bilevel.plugins.contract_header", "bilevel.plugins.plans"),
+        (),
+    ),
+    "bilevel.plugins.tensorrt_headers": ((), ()),
     "bilevel.plugins.tiles": (("bilevel.plugins.errors",), ()),
     "bilevel.export": (("bilevel", "bilevel.plugins", "bilevel.export"), None),
     "bilevel.runtime": (

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from bilevel.plugins import contract
-from tests.fake_gpu import build, request_of
+from tests.fake_gpu import request_of
 from tests.operator_calls import make_call
-from tests.plugin_library import compile_plugins, need_headers
+from tests.plugin_library import build_plugins
 
 if importlib.util.find_spec("tensorrt_lean") is None:
     pytest.skip("there is no lean TensorRT for this machine", allow_module_level=True)
@@ -43,11 +43,9 @@ print(json.dumps(found))
 
 
 def test_creators_are_listed_and_make_plugins_out_of_a_plan(tmp_path: Path) -> None:
-    need_headers()
     calls = {op.name: make_call(op.name) for op in contract.OPS}
-    kernels = build([request_of(name, *call) for name, call in calls.items()], tmp_path / "kernels.so")
+    library = build_plugins([request_of(name, *call) for name, call in calls.items()], tmp_path / "library.so")
     given = [(name, attributes, [list(x.shape) for x in inputs.values()]) for name, (inputs, attributes) in calls.items()]
-    library = compile_plugins(kernels.path)
     command = [sys.executable, "-c", PROGRAM, str(library), json.dumps(given)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr

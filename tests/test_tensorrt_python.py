@@ -157,7 +157,7 @@ def test_what_no_kernel_covers_stops_the_build() -> None:
 
 def test_fields_travel_as_the_contract_of_the_plan_says() -> None:
     name = "ExpertRoute"
-    inputs, attributes = make_call(name)
+    attributes = make_call(name)[1]
     plugin = plugin_of(name, attributes)
     written = [Field(f.name, f.type.name, f.data.tolist()) for f in plugin.get_fields_to_serialize()]
     read = read_fields(contract.EXPERT_ROUTE, written, from_plan=True)

@@ -24,8 +24,7 @@ from bilevel.export.tensorrt_versions import Flavour, load_flavour
 from bilevel.plugins import tensorrt_python
 from bilevel.plugins.errors import ExportError
 from bilevel.plugins.tensorrt_fields import Node
-from tests.fake_gpu import build as build_kernels
-from tests.plugin_library import compile_plugins, need_headers
+from tests.plugin_library import build_plugins
 from tests.rtx_engines import build, in_process, layer_kinds
 from tests.tiny_models import BLOCK_SIZE, PREFILL_CHUNK
 
@@ -126,10 +125,8 @@ def test_a_file_that_is_no_graph(tmp_path: Path, rtx: Flavour, exported: Exporte
 @pytest.fixture(scope="module")
 def plugin_library(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The C++ plugins over a kernel library for the tiny model."""
-    need_headers()
     requests = read_requests(exported("two_level")[1] / "model.onnx")
-    kernels = build_kernels(requests, tmp_path_factory.mktemp("library") / "kernels.so", (86, 89))
-    return compile_plugins(kernels.path)
+    return build_plugins(requests, tmp_path_factory.mktemp("library") / "library.so", (86, 89))
 
 
 def test_the_cpp_library_builds_the_same_graph(plugin_library: Path, exported: Exported) -> None:
