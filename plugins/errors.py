@@ -6,6 +6,7 @@ BilevelError                 every error a caller may cause; its message is one 
 ├── CheckpointError          a checkpoint that is damaged, incomplete, or holds tensors nobody consumes
 ├── ExportError              a model that cannot be exported as it is
 ├── BundleError              a bundle that is damaged or of another format
+├── EngineError              an engine that is damaged, or does not run here
 ├── KernelError              a kernel library cannot be used, or refuses a call
 ├── RequestError             a prompt or sampling setting that cannot be served
 └── MissingDependency        an optional package is not installed
@@ -54,6 +55,10 @@ class ExportError(BilevelError):
 
 class BundleError(BilevelError):
     """A bundle that is damaged or of another format."""
+
+
+class EngineError(BilevelError):
+    """An engine that is damaged, or does not run here."""
 
 
 class KernelError(BilevelError):
