@@ -30,6 +30,7 @@ _EXTRAS = {
     "jinja2": "export",
     "matplotlib": "dev",
     "triton": "kernels",
+    "cuda": "gpu",
 }
 
 
