@@ -13,7 +13,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"bilevel": "bilevel", "export": "bilevel.export", "plugins": "bilevel.plugins", "runtime": "bilevel.runtime"}
-SHARED = ("bilevel.plugins.contract", "bilevel.plugins.cpu_library", "bilevel.plugins.errors", "bilevel.plugins.gpu_kernels")
+SHARED = (
+    "bilevel.plugins.contract",
+    "bilevel.plugins.cpu_library",
+    "bilevel.plugins.errors",
+    "bilevel.plugins.gpu_kernels",
+    "bilevel.plugins.kernel_library",
+)
 
 PLANNING = tuple(
     f"bilevel.plugins.{name}" for name in ("contract", "errors", "launches", "plans_experts", "plans_routing", "tiles")
@@ -29,6 +35,7 @@ LAW: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     "bilevel.plugins.errors": ((), ()),
     # The one door to the kernels: nothing but this module, inside a function, loads PyTorch's and Triton's side of plugins/.
     "bilevel.plugins.gpu_kernels": (("bilevel.plugins.triton_launch",), ()),
+    "bilevel.plugins.kernel_library": (("bilevel.plugins.contract", "bilevel.plugins.errors"), ()),
     # What describes the kernels' launches is read without PyTorch and Triton too, by whoever writes a launcher in C.
     "bilevel.plugins.launches": (("bilevel.plugins.contract", "bilevel.plugins.errors", "bilevel.plugins.tiles"), ()),
     "bilevel.plugins.plans": (PLANNING, ()),
