@@ -179,27 +179,28 @@ def dense_sides(case: Case, t: Tensors, compiled: bool) -> Iterator[tuple[str, W
 def block_mask(case: Case, t: Tensors, routes: Tensor) -> tuple[BlockMask, Tensor]:
     """(the mask, the queries that it is for). A row of blocks is what _TILE positions keep together; a bit for each says who reads."""
     size, blocks = case.block_size, case.context // case.block_size
-    group, length = case.heads[0] // case.heads[1], case.length
+    group = case.heads[0] // case.heads[1]
+    bits = _bits(routes, blocks)
     if case.phase == "decode":
         q = t.q.unflatten(1, (case.heads[1], group)).flatten(2, 3)
         kept, repeat = _kept(routes, blocks, 1), 1
         end = t.past_len + 1
 
         def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return j < end[b]
+            block = j // size
+            return (((bits[b, h, 0, block // 32] >> (block % 32)) & 1) == 1) & (j < end[b])
 
     else:
         q, kept, repeat = t.q, _kept(routes, blocks, _TILE), group
-        bits = _bits(routes, blocks)
 
         def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             block = j // size
             return (((bits[b, h // group, i, block // 32] >> (block % 32)) & 1) == 1) & (j <= i)
 
     counts = torch.stack([row.sum(-1) for row in kept]).to(torch.int32)
-    order = torch.stack([row.to(torch.int8).argsort(-1, descending=True, stable=True).to(torch.int32) for row in kept])
+    order = torch.stack([row.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32) for row in kept])
     counts, order = counts.repeat_interleave(repeat, 1), order.repeat_interleave(repeat, 1)
-    lengths = (q.shape[2], case.context) if case.phase == "decode" else (length, case.context)
+    lengths = (q.shape[2], case.context)
     mask = BlockMask.from_kv_blocks(
         counts, order, BLOCK_SIZE=(_TILE, size), mask_mod=mask_mod, seq_lengths=lengths, compute_q_blocks=False
     )
