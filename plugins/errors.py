@@ -7,6 +7,8 @@ BilevelError                 every error a caller may cause; its message is one 
 ├── ExportError              a model that cannot be exported as it is
 ├── BundleError              a bundle that is damaged or of another format
 ├── RequestError             a prompt or sampling setting that cannot be served
+├── Overloaded               a server's queue is full
+├── ShuttingDown             a server that takes no more requests
 └── MissingDependency        an optional package is not installed
 """
 
@@ -26,6 +28,10 @@ _EXTRAS = {
     "safetensors": "export",
     "polygraphy": "export",
     "jinja2": "export",
+    "prometheus_client": "serve",
+    "pydantic": "serve",
+    "starlette": "serve",
+    "uvicorn": "serve",
     "matplotlib": "dev",
     "triton": "kernels",
 }
@@ -57,6 +63,18 @@ class BundleError(BilevelError):
 
 class RequestError(BilevelError):
     """A prompt or a sampling setting that cannot be served."""
+
+
+class Overloaded(BilevelError):
+    """A server's queue is full; ``retry_after`` is a guess, in seconds, of when there is room."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class ShuttingDown(BilevelError):
+    """A server that takes no more requests."""
 
 
 class MissingDependency(BilevelError):
