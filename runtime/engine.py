@@ -281,7 +281,7 @@ class Engine:
         """A call of the graph; where it fails, its rows end as errors and the server goes on."""
         try:
             return call(rows, *args)
-        except Exception:
+        except Exception:  # noqa: BLE001 - whatever it is, the other rows go on
             _LOG.exception("a call of the graph failed")
             message = "the model failed on this request; the server's log says why"
             return [self._end(self._jobs[row], row, "error", message) for row in rows if row in self._jobs]

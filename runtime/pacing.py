@@ -6,7 +6,7 @@ from collections import deque
 from statistics import median
 
 # A client then waits for about 1 + RATIO decode steps between two tokens while somebody's prompt is read; the promise is 3.
-RATIO = 1.1
+RATIO = 1.5
 _FIRST_CHUNK, _NUM_STEPS = 8, 32
 
 
@@ -34,8 +34,7 @@ class PrefillPacer:
         if not self._steps or seconds <= 0:
             return
         wanted = tokens * RATIO * median(self._steps) / seconds
-        # Never more than doubled: a short chunk says little about a long one. Growth is damped, a cut is not.
-        if wanted < self._size:
-            self._size = max(1.0, wanted)
-        elif tokens >= int(self._size):
-            self._size = min(float(self._most), 2 * self._size, (self._size + wanted) / 2)
+        # The last piece of a prompt is short and says nothing about what a longer one would cost. Damped: one slow call, for
+        # which somebody else on the machine may be to blame, halves the size at most.
+        if wanted < self._size or tokens >= int(self._size):
+            self._size = min(float(self._most), max(1.0, (self._size + min(wanted, 3 * self._size)) / 2))
