@@ -21,12 +21,15 @@ from bilevel.runtime.serve_service import Service
 
 # Open without a key: they tell nothing but that a server is here. The page asks its user for the key.
 _OPEN = ("/", "/openapi.json", "/v2/health/live", "/v2/health/ready")
+_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
-    (b"content-security-policy", b"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-     b"connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"),
+    (b"content-security-policy", _POLICY.encode()),
     (b"referrer-policy", b"no-referrer"),
-]  # fmt: skip
+]
 
 
 class Guard:

@@ -17,6 +17,11 @@ StopText = Annotated[str, Field(min_length=1, max_length=200)]
 Neutral = Annotated[float | None, Field(ge=0, le=0)]
 
 
+def _warm(temperature: float) -> float:
+    """A temperature so low that dividing by it overflows is none."""
+    return temperature if temperature >= 1e-6 else 0.0
+
+
 class Strict(BaseModel):
     """No coercion, no unknown fields."""
 
@@ -37,7 +42,7 @@ class Sampling(Strict):
     temperature: Annotated[Number, Field(ge=0, le=100)] | None = 1.0
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = 1.0
     top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = 0
-    repetition_penalty: Annotated[Number, Field(gt=0, le=100)] | None = 1.0
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = 1.0
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = 1
@@ -52,7 +57,7 @@ class Sampling(Strict):
     def params(self, max_tokens: int) -> SamplingParams:
         """As the engine takes them; stop texts stay with whoever makes text of tokens."""
         return SamplingParams(
-            temperature=1.0 if self.temperature is None else self.temperature,
+            temperature=_warm(1.0 if self.temperature is None else self.temperature),
             top_p=1.0 if self.top_p is None else self.top_p,
             top_k=self.top_k or 0,
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
@@ -150,14 +155,14 @@ class InferParameters(Strict):
     temperature: Annotated[Number, Field(ge=0, le=100)] = 0.0
     top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    repetition_penalty: Annotated[Number, Field(gt=0, le=100)] = 1.0
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] = 1.0
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     binary_data_output: bool = False
 
     def params(self, num_prompt: int, row_tokens: int) -> SamplingParams:
         """As the engine takes them for a prompt of ``num_prompt`` tokens. Raises RequestError where it does not fit."""
         room = check_budget(num_prompt, self.max_tokens, row_tokens)
-        given = self.model_dump(exclude={"binary_data_output", "max_tokens"})
+        given = self.model_dump(exclude={"binary_data_output", "max_tokens"}) | {"temperature": _warm(self.temperature)}
         return SamplingParams(**given, max_tokens=min(room, self.max_tokens or SamplingParams().max_tokens))
 
 
