@@ -17,6 +17,7 @@ import asyncio
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -113,7 +114,7 @@ async def _watch(port: int, name: str, prompts: Prompts, long: int) -> tuple[lis
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    during = [b - a for each in moments for a, b in zip(each, each[1:], strict=False)]
+    during = [b - a for each in moments for a, b in pairwise(each)]
     return before, during, first.moments[0] - first.asked
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import shutil
-import subprocess
 import time
+from asyncio.subprocess import DEVNULL
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +83,10 @@ class Browser:
     async def __aenter__(self) -> Page:
         assert CHROMIUM is not None
         command = [CHROMIUM, *FLAGS, f"--user-data-dir={self._folder}", "about:blank"]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._process = await asyncio.create_subprocess_exec(*command, stdout=DEVNULL, stderr=DEVNULL)
         active, end = self._folder / "DevToolsActivePort", time.monotonic() + 60
         while not active.exists() or not active.read_text(encoding="ascii").strip():
-            assert time.monotonic() < end and self._process.poll() is None, "Chromium did not start"
+            assert time.monotonic() < end and self._process.returncode is None, "Chromium did not start"
             await asyncio.sleep(0.05)
         port = active.read_text(encoding="ascii").splitlines()[0]
         self._session = aiohttp.ClientSession()
@@ -100,4 +100,4 @@ class Browser:
         await self._socket.close()
         await self._session.close()
         self._process.terminate()
-        self._process.wait(30)
+        await asyncio.wait_for(self._process.wait(), 30)

@@ -88,3 +88,9 @@ def running(
         server.should_exit = True
         thread.join(30)
         assert not thread.is_alive()
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with listen("127.0.0.1", 0) as listener:
+        return int(listener.getsockname()[1])
