@@ -71,6 +71,12 @@ class Device:
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._call("a copy", self._cuda.cudaMemcpyAsync, array.ctypes.data, memory.address, array.nbytes, kind, self.stream)
 
+    def copy_strips(self, target: int, source: int, width: int, pitch: int, count: int) -> None:
+        """Copy ``count`` strips of ``width`` bytes, ``pitch`` bytes apart, from one address to another."""
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        arguments = (target, pitch, source, pitch, width, count, kind, self.stream)
+        self._call("a copy", self._cuda.cudaMemcpy2DAsync, *arguments)
+
     def synchronize(self) -> None:
         """Wait for everything enqueued."""
         self._call("to wait", self._cuda.cudaStreamSynchronize, self.stream)

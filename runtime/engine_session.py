@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +21,9 @@ from bilevel.runtime.bundle import Bundle
 from bilevel.runtime.device_memory import Device, Memory
 from bilevel.runtime.engines import BACKENDS, Engine
 from bilevel.runtime.manifest import CALL_INPUTS
-from bilevel.runtime.tensors import DTYPES
+from bilevel.runtime.tensors import DTYPES, TensorSpec
+
+_ALIGNMENT = 256  # bytes; of every address that TensorRT is given
 
 
 def load_module(backend: str) -> ModuleType:
@@ -120,32 +122,75 @@ class EngineSession:
 
 
 class EngineCaches:
-    """See ``Caches``: rows in the GPU's memory."""
+    """See ``Caches``: rows in the GPU's memory.
 
-    def __init__(self, session: EngineSession, batch: int) -> None:
+    state: {name of a cache's input: its memory and the address of its first row}; None: new and zeroed. Routes are not fetched.
+    """
+
+    routes = None
+
+    def __init__(self, session: EngineSession, batch: int, state: dict[str, tuple[Memory, int]] | None = None) -> None:
         self.batch, self.capacity = batch, session.engine.capacity
         self._session, self._device = session, session.device
         bundle, sizes = session.bundle, session.bundle.sizes(batch, self.capacity)
-        self._memory: dict[str, Memory] = {}
-        for spec, present in bundle.state:
-            shape = spec.resolve(sizes)
-            # An input and its output share the buffer: the engine writes new tokens where the old ones lie.
-            memory = self._device.allocate(math.prod(shape) * DTYPES[spec.dtype].numpy.itemsize, zeroed=True)
-            self._memory[spec.name] = self._memory[present] = memory
+        if state is None:
+            new = {spec.name: self._new(spec, sizes, zeroed=True) for spec, _ in bundle.state}
+            state = {name: (memory, memory.address) for name, memory in new.items()}
+        self._state = state
         longest = max(most for _, most in session.engine.new_tokens)
-        self._memory["input_ids"] = self._device.allocate(batch * longest * DTYPES[CALL_INPUTS["input_ids"]].numpy.itemsize)
-        for name in ("past_len", "new_len"):
-            self._memory[name] = self._device.allocate(batch * DTYPES[CALL_INPUTS[name]].numpy.itemsize)
+        sizes["new_tokens"] = longest
+        self._call = {spec.name: self._new(spec, sizes) for spec in bundle.inputs if spec.name in CALL_INPUTS}
         self._logits = np.zeros((batch, bundle.vocab_size), np.float32)
         # TensorRT wants an address for every output, those that nobody reads included.
-        for spec in bundle.outputs:
-            if spec.name in session.tensors and spec.name not in self._memory:
-                count = math.prod(spec.resolve({**sizes, "new_tokens": longest}))
-                self._memory[spec.name] = self._device.allocate(count * DTYPES[spec.dtype].numpy.itemsize)
+        present = {name for _, name in bundle.state}
+        self._results = {
+            spec.name: self._new(spec, sizes)
+            for spec in bundle.outputs
+            if spec.name in session.tensors and spec.name not in present
+        }
+        # An input and its output share the memory: the engine writes new tokens where the old ones lie.
+        self._addresses = {name: memory.address for name, memory in {**self._call, **self._results}.items()}
+        for spec, output in bundle.state:
+            self._addresses[spec.name] = self._addresses[output] = state[spec.name][1]
         self._contexts: dict[int, Any] = {}
         self._lengths: dict[int, int] = {}
         self._graphs: dict[int, Callable[[], None]] = {}
         self._calls: dict[int, int] = {}
+
+    def _new(self, spec: TensorSpec, sizes: Mapping[str, int], *, zeroed: bool = False) -> Memory:
+        return self._device.allocate(math.prod(spec.resolve(sizes)) * DTYPES[spec.dtype].numpy.itemsize, zeroed=zeroed)
+
+    def _row_bytes(self, spec: TensorSpec) -> int:
+        shape = spec.resolve(self._session.bundle.sizes(1, self.capacity))
+        return math.prod(shape) * DTYPES[spec.dtype].numpy.itemsize
+
+    def rows(self, first: int, count: int) -> EngineCaches:
+        """See ``Caches.rows``. Raises RequestError where a row of a cache does not begin where TensorRT reads."""
+        state = {}
+        for spec, _ in self._session.bundle.state:
+            memory, address = self._state[spec.name]
+            size = self._row_bytes(spec)
+            if size % _ALIGNMENT and first:
+                raise RequestError(
+                    f"a row of the cache {spec.name} takes {size} bytes, TensorRT reads from multiples of {_ALIGNMENT}; build the "
+                    "engine with another --capacity"
+                )
+            state[spec.name] = (memory, address + first * size)
+        return EngineCaches(self._session, count, state)
+
+    def copy_prefix(self, source: int, target: int, tokens: int) -> None:
+        """See ``Caches.copy_prefix``."""
+        # A block that is not whole yet has no key that anybody reads: it is pooled anew by the call that ends it.
+        bundle, sizes = self._session.bundle, self._session.bundle.sizes(1, self.capacity)
+        kept = {"capacity": tokens, "num_blocks": tokens // bundle.block_size}
+        for spec, _ in bundle.state:
+            axis = next((n for n, size in enumerate(spec.shape) if size in kept), 0)
+            shape, address, row = spec.resolve(sizes), self._state[spec.name][1], self._row_bytes(spec)
+            step = math.prod(shape[axis + 1 :]) * DTYPES[spec.dtype].numpy.itemsize
+            width = kept.get(str(spec.shape[axis]), 1) * step
+            if width:
+                places = (address + target * row, address + source * row)
+                self._device.copy_strips(*places, width, shape[axis] * step, math.prod(shape[:axis]))
 
     def run(self, input_ids: NDArray[np.int64], past_len: NDArray[np.int32], new_len: NDArray[np.int32]) -> NDArray[np.float32]:
         """See ``Caches.run``. Raises RequestError when a call does not fit, EngineError when the engine fails."""
@@ -159,9 +204,9 @@ class EngineCaches:
         profile = self._profile(length)
         context = self._context(profile, length)
         for name, array in (("input_ids", input_ids), ("past_len", past_len), ("new_len", new_len)):
-            self._device.upload(self._memory[name], np.ascontiguousarray(array, DTYPES[CALL_INPUTS[name]].numpy))
+            self._device.upload(self._call[name], np.ascontiguousarray(array, DTYPES[CALL_INPUTS[name]].numpy))
         self._enqueue(profile, length, context)
-        self._device.download(self._logits, self._memory["logits"])
+        self._device.download(self._logits, self._results["logits"])
         self._device.synchronize()
         return self._logits
 
@@ -188,8 +233,7 @@ class EngineCaches:
             if not context.set_input_shape(spec.name, spec.resolve(sizes)):
                 raise self._session.failure(f"refuses the shape {spec.resolve(sizes)} for {spec.name}")
         for name in sorted(self._session.tensors):
-            memory = self._memory[name]
-            if not context.set_tensor_address(name, memory.address):
+            if not context.set_tensor_address(name, self._addresses[name]):
                 raise self._session.failure(f"has no tensor {name}")
         self._lengths[profile], self._calls[profile] = length, 0
         self._graphs.pop(profile, None)

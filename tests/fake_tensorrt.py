@@ -65,6 +65,13 @@ class FakeDevice:
         array.view(np.uint8)[:] = _POISON  # until the stream is synchronised
         self.enqueue(lambda: ctypes.memmove(array.ctypes.data, memory.address, array.nbytes))  # type: ignore[arg-type,func-returns-value]
 
+    def copy_strips(self, target: int, source: int, width: int, pitch: int, count: int) -> None:
+        def copy() -> None:
+            for n in range(count):
+                ctypes.memmove(target + n * pitch, source + n * pitch, width)
+
+        self.enqueue(copy)
+
     def synchronize(self) -> None:
         work, self.pending = self.pending, []
         for each in work:
@@ -86,8 +93,9 @@ class FakeDevice:
     def array(self, address: int, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
         """The memory at an address; it must hold the shape."""
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        block = self.blocks[address]
-        assert size <= len(block), f"{size} bytes do not fit into the {len(block)} at this address"
+        start = max(first for first in self.blocks if first <= address)
+        left = start + len(self.blocks[start]) - address
+        assert size <= left, f"{size} bytes do not fit into the {left} at this address"
         return np.frombuffer((ctypes.c_char * size).from_address(address), dtype).reshape(shape)
 
 

@@ -87,6 +87,27 @@ def test_caches_share_one_buffer_and_go_back(bundle: Path, device: FakeDevice, t
     assert device.used == 0
 
 
+def test_rows_share_memory_and_prefixes_are_copied(bundle: Path, device: FakeDevice, trt: FakeTensorrt) -> None:
+    """A prompt read in row 1, its first 11 tokens given to row 0, both continued: as if each had read its own."""
+    session, reference = open_engine(bundle, device, capacity=128), Generator.open(bundle).session
+    every, expected = session.allocate(2, 64), reference.allocate(2, 64)
+    tokens = np.arange(13)[None] % 7
+    for caches in (every, expected):
+        caches.rows(1, 1).run(tokens, np.zeros(1, np.int32), np.array([13], np.int32))
+        caches.copy_prefix(1, 0, 11)
+    call = (np.array([[5], [6]]), np.array([11, 13], np.int32), np.ones(2, np.int32))
+    np.testing.assert_allclose(every.run(*call), expected.run(*call), rtol=1e-5, atol=1e-5)
+
+
+def test_rows_that_tensorrt_cannot_read(bundle: Path, device: FakeDevice, trt: FakeTensorrt) -> None:
+    caches = open_engine(bundle, device, capacity=12).allocate(2, 12)
+    assert caches.rows(0, 1).batch == 1
+    with pytest.raises(
+        RequestError, match="a row of the cache .* bytes, TensorRT reads from multiples of 256; build the engine"
+    ):
+        caches.rows(1, 1)
+
+
 def test_plugins_are_loaded_before_the_plan(bundle: Path, device: FakeDevice, trt: FakeTensorrt, tmp_path: Path) -> None:
     (tmp_path / "library.so").write_text("")
     open_engine(bundle, device, tmp_path / "library.so")

@@ -17,7 +17,24 @@ from bilevel.plugins import gpu_kernels
 from tests.triton_calls import triton_launch
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-SMALL = ["--device", "cpu", "--geometries", "2/1/16", "--block-size", "2", "--coarse-topk", "4", "--topk", "3", "--batches", "1", "--route-dim", "8", "--seconds", "0"]
+SMALL = [
+    "--device",
+    "cpu",
+    "--geometries",
+    "2/1/16",
+    "--block-size",
+    "2",
+    "--coarse-topk",
+    "4",
+    "--topk",
+    "3",
+    "--batches",
+    "1",
+    "--route-dim",
+    "8",
+    "--seconds",
+    "0",
+]
 SMALL += ["--dtype", "float32"]
 
 
