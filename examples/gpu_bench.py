@@ -119,7 +119,8 @@ def measure_flex(clock: Clock, case: Case, tensors: Any, routed: Routed, out: to
     def make() -> Callable[[], object]:
         made.append(flex_side(case, tensors, routed.routes, compiled))
         other = made[0]()
-        difference = float((other - out).abs().max() / out.abs().max())
+        rows = zip(other, out, strict=True)  # one at a time: these are GB
+        difference = max(float((a - b).abs().max() / b.abs().max()) for a, b in rows)
         if not difference <= 2 * ERROR[case.dtype]:
             raise ValueError(f"its results differ by {difference:.1e} of the largest value")
         return made[0]
@@ -129,20 +130,19 @@ def measure_flex(clock: Clock, case: Case, tensors: Any, routed: Routed, out: to
 
 def goals(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str, bool | None]]:
     """(goal, what was measured, met; None where nothing was measured). The worst case of a goal decides."""
-
-    def worst(key: str, phase: str | None, context: int) -> float | None:
-        found = [row[key] for row in rows if row["context"] == context and phase in (None, row["phase"])]
-        return min((value for value in found if value is not None), default=None)
-
     for text, key, phase, context, least in (
-        ("decode at 128k: attention at least 20 times dense", "attention_times_dense", "decode", 131072, 20.0),
+        ("decode at 128k: attention at least 20 times as fast as dense", "attention_times_dense", "decode", 131072, 20.0),
         ("decode at 128k: attention at 60 % of the memory roofline", "roofline_share", "decode", 131072, 0.6),
-        ("prefill at 128k: attention and both levels at least 6 times dense", "times_dense", "prefill", 131072, 6.0),
-        ("4k: attention and both levels no slower than 1.2 times dense", "times_dense", None, 4096, 1 / 1.2),
+        ("prefill at 128k: all at least 6 times as fast as dense", "times_dense", "prefill", 131072, 6.0),
+        ("prefill at 4k: all takes at most 1.2 times as long as dense", "times_dense", "prefill", 4096, 1 / 1.2),
+        ("decode at 4k: all takes at most 1.2 times as long as dense", "times_dense", "decode", 4096, 1 / 1.2),
     ):
-        value = worst(key, phase, context)
-        shown = "not measured" if value is None else f"{value:.0%}" if key == "roofline_share" else f"{value:.2f} times"
-        yield text, shown, None if value is None else value >= least
+        found = [row[key] for row in rows if row["context"] == context and row["phase"] == phase and row[key] is not None]
+        if found:
+            unit = "" if key == "roofline_share" else " times as fast"
+            yield text, f"{min(found):.2f} to {max(found):.2f}{unit} in {len(found)} cases", min(found) >= least
+        else:
+            yield text, "not measured", None
 
 
 def _show(timing: dict[str, Any]) -> str:
