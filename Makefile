@@ -66,7 +66,7 @@ gpu-test:  ## on a machine with an NVIDIA GPU: kernels, C interface, plugins, me
 	@$(GPU_PYTHON) -m tests.gpu_test
 
 gpu-bench:  ## there: routed attention beside PyTorch's dense attention and FlexAttention; options in GPU_BENCH
-	@PYTHONPATH=$(CURDIR) $(GPU_PYTHON) examples/gpu_bench.py --json build/gpu-bench.json $(GPU_BENCH)
+	@PYTHONPATH=$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) examples/gpu_bench.py --json build/gpu-bench.json $(GPU_BENCH)
 
 clean:  ## remove what was built (the environment stays)
 	rm -rf build dist *.egg-info
