@@ -9,7 +9,7 @@ PROMPT ?= def read_lines(path):
 # Whatever is slow to import stays out of the way of two test processes on two cores.
 export OMP_NUM_THREADS ?= $(if $(filter test pytest,$(MAKECMDGOALS)),1,$(shell nproc 2>/dev/null || echo 2))
 
-.PHONY: help run test lint types pytest train train-two-level train-dense clean
+.PHONY: help run test lint types pytest train train-two-level train-dense gpu-test gpu-bench clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*##/  make \1\t/'
@@ -56,8 +56,17 @@ $(VENV)/run: $(VENV)/bin/python pyproject.toml constraints.txt $(wildcard plugin
 	@touch $@
 
 $(VENV)/dev: $(VENV)/run
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[cpu,export,dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[cpu,export,serve,dev]'
 	@touch $@
+
+# A GPU machine may have its own PyTorch and nothing else: the environment's Python where its PyTorch sees a GPU, else python3.
+GPU_PYTHON ?= $(shell $(BIN)/python -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null && echo $(BIN)/python || echo $(PYTHON))
+
+gpu-test:  ## on a machine with an NVIDIA GPU: kernels, C interface, plugins, memory checker (no network, under eight minutes)
+	@$(GPU_PYTHON) -m tests.gpu_test
+
+gpu-bench:  ## there: routed attention beside PyTorch's dense attention and FlexAttention; options in GPU_BENCH
+	@PYTHONPATH=$(CURDIR) $(GPU_PYTHON) examples/gpu_bench.py --json build/gpu-bench.json $(GPU_BENCH)
 
 clean:  ## remove what was built (the environment stays)
 	rm -rf build dist *.egg-info

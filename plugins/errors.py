@@ -9,6 +9,8 @@ BilevelError                 every error a caller may cause; its message is one 
 ├── EngineError              an engine that is damaged, or does not run here
 ├── KernelError              a kernel library cannot be used, or refuses a call
 ├── RequestError             a prompt or sampling setting that cannot be served
+├── Overloaded               a server's queue is full
+├── ShuttingDown             a server that takes no more requests
 └── MissingDependency        an optional package is not installed
 """
 
@@ -28,8 +30,13 @@ _EXTRAS = {
     "safetensors": "export",
     "polygraphy": "export",
     "jinja2": "export",
+    "prometheus_client": "serve",
+    "pydantic": "serve",
+    "starlette": "serve",
+    "uvicorn": "serve",
     "matplotlib": "dev",
     "triton": "kernels",
+    "cuda": "gpu",
 }
 
 
@@ -67,6 +74,18 @@ class KernelError(BilevelError):
 
 class RequestError(BilevelError):
     """A prompt or a sampling setting that cannot be served."""
+
+
+class Overloaded(BilevelError):
+    """A server's queue is full; ``retry_after`` is a guess, in seconds, of when there is room."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class ShuttingDown(BilevelError):
+    """A server that takes no more requests."""
 
 
 class MissingDependency(BilevelError):

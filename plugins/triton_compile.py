@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,6 @@ from bilevel.plugins.tiles import shared_limit
 
 _KINDS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int32": "i32", "int64": "i64"}
 _POINTER_BYTES = 16  # what every pointer is a multiple of
-_SCRATCH = 2  # Triton adds a pointer to global and one to profiling scratch memory to every kernel
 
 
 @dataclass(frozen=True)
@@ -62,4 +62,13 @@ def compile_launch(launch: Launch, arch: int, assembler: Assembler | None = None
         raise ContractError(f"{launch.kernel} takes {data.shared} bytes of shared memory; sm_{arch} has {limit}")
     if data.global_scratch_size or data.profile_scratch_size:
         raise ContractError(f"{launch.kernel} takes scratch memory on sm_{arch}, which no launcher gives; choose smaller tiles")
-    return Compiled(data.name, made.asm["cubin"], data.shared, 32 * data.num_warps, _SCRATCH)
+    scratch = count_parameters(made.asm["ptx"], data.name) - len(launch.arguments)
+    return Compiled(data.name, made.asm["cubin"], data.shared, 32 * data.num_warps, scratch)
+
+
+def count_parameters(ptx: str, symbol: str) -> int:
+    """Parameters of a kernel in PTX. Behind its arguments Triton adds pointers to scratch memory: two since 3.4, fewer before."""
+    found = re.search(rf"\.entry\s+{re.escape(symbol)}\s*\((.*?)\)\s", ptx, re.DOTALL)
+    if found is None:
+        raise ContractError(f"the compiled code has no kernel {symbol}; install the Triton that PyTorch was built with")
+    return found[1].count(".param")

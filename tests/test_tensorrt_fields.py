@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from hashlib import sha256
 from typing import Any
 
 import pytest
 
-from bilevel.plugins import contract, tensorrt_fields
+from bilevel.plugins import contract, tensorrt_fields, triton_sweep
 from bilevel.plugins.errors import ContractError
-from bilevel.plugins.plans import plans
-from bilevel.plugins.tensorrt_fields import Field, Node, geometry_of, largest_sizes, read_fields, workspace_limit, write_fields
+from bilevel.plugins.plans import plans, plans_everywhere
+from bilevel.plugins.tensorrt_fields import (
+    FORMAT_VERSION,
+    Field,
+    Node,
+    geometry_of,
+    largest_sizes,
+    read_fields,
+    workspace_limit,
+    write_fields,
+)
 from tests.operator_calls import make_call
 
 NAMES = [op.name for op in contract.OPS]
@@ -44,7 +54,7 @@ def test_the_parser_gives_attributes_alone(name: str) -> None:
 @pytest.mark.parametrize(
     "field, changes, message",
     [
-        ("format_version", {"data": (2,)}, "format version 2, this library reads 1; install a newer bilevel"),
+        ("format_version", {"data": (2,)}, "format version 2, this library reads 1; build the engine anew with this bilevel"),
         ("format_version", {"name": "other"}, "no format_version"),
         ("format_version", {"kind": "CHAR"}, "no format_version"),
         ("format_version", {"data": (0,)}, "no format_version"),
@@ -115,3 +125,17 @@ def test_the_workspace_of_the_largest_call_serves_every_smaller_one(name: str) -
         plan = next(p for p in found if not p.when or tensorrt_fields.evaluate(p.when, sizes))
         used.append(plan.workspace_bytes(sizes))
     assert limit == max(used)
+
+
+def test_workspaces_belong_to_a_format_version() -> None:
+    """An engine's workspace is fixed when it is built: where a plan takes another one, FORMAT_VERSION (Python and C++) must grow."""
+    sizes = {"B": 2, "L": 512, "U": 128, "M": 8192, "T": 1024}
+    digest = sha256()
+    for op in contract.OPS:
+        symbols = {symbol for port in op.inputs for symbol in port.shape}
+        most = {name: size for name, size in sizes.items() if name in symbols}
+        for geometry in triton_sweep.geometries(op.name):
+            for dtype in ("float16", "float32"):
+                every = plans_everywhere(op, geometry, dtype).values()
+                digest.update(f"{op.name} {max(workspace_limit(each, most) for each in every)}\n".encode())
+    assert (FORMAT_VERSION, digest.hexdigest()[:16]) == (1, "25f359f9db295312")

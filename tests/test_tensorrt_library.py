@@ -112,7 +112,7 @@ def test_fields_are_those_of_the_python_plugins(name: str, plugins: Plugins, gpu
 @pytest.mark.parametrize(
     "field, changes, message",
     [
-        ("format_version", {"data": (2,)}, "format version 2, this library reads 1; install a newer bilevel"),
+        ("format_version", {"data": (2,)}, "format version 2, this library reads 1; build the engine anew with this bilevel"),
         ("format_version", {"name": "other"}, "format_version is missing or damaged"),
         ("format_version", {"kind": "CHAR"}, "format_version is missing or damaged"),
         ("format_version", {"data": (0,)}, "format_version is damaged"),

@@ -15,7 +15,7 @@ import pytest
 from bilevel.plugins import contract, tiles, triton_sweep
 from bilevel.plugins.errors import ContractError
 from bilevel.plugins.plans import plans
-from bilevel.plugins.triton_compile import compile_launch
+from bilevel.plugins.triton_compile import compile_launch, count_parameters
 from tests import triton_calls  # sets the interpreter up before any kernel is loaded
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +44,7 @@ for name, dtype, arch, number, kernels in json.loads(sys.stdin.read()):
         code = compile_launch(last[kernel], arch)
         found = {"kernel": kernel, "arch": arch, "shared": code.shared, "estimate": last[kernel].tile.shared}
         found |= {"symbol": code.symbol.encode() in code.cubin, "elf": code.cubin[:4] == b"\\x7fELF", "threads": code.threads}
+        found |= {"scratch": code.scratch}
         print(json.dumps({**found, "warps": last[kernel].tile.warps}))
 """
 
@@ -65,7 +66,7 @@ def test_compiled_kernels_keep_the_limit_and_the_estimate(tmp_path: Path) -> Non
     assert [line["kernel"] for line in found] == [kernel for *_, kernels in SPREAD for kernel in kernels]
     for line in found:
         assert line["shared"] <= line["estimate"] <= tiles.SHARED_LIMIT[line["arch"]], line
-        assert line["symbol"] and line["elf"] and line["threads"] == 32 * line["warps"], line
+        assert line["symbol"] and line["elf"] and line["threads"] == 32 * line["warps"] and line["scratch"] == 2, line
     largest = {line["kernel"]: line["shared"] / line["estimate"] for line in found}
     assert largest["attention_split"] > 0.5 and largest["attention_tiles"] > 0.3  # the estimates are not mere guesses
 
@@ -94,3 +95,11 @@ def test_compiling_in_the_interpreter_is_refused() -> None:
         compile_launch(plan.launches[0], 90)
     with pytest.raises(ContractError, match="no architecture sm_75"):
         compile_launch(plan.launches[0], 75)
+
+
+def test_parameters_are_counted() -> None:
+    """In the kernel's own list, whatever functions stand beside it."""
+    ptx = ".func other(.param .b32 a)\n{}\n.visible .entry f(\n\t.param .u64 .ptr .global .align 1 f_0,\n\t.param .u32 f_1\n)\n.reqntid 128\n{}"
+    assert count_parameters(ptx, "f") == 2
+    with pytest.raises(ContractError, match="has no kernel g; install the Triton that PyTorch was built with"):
+        count_parameters(ptx, "g")

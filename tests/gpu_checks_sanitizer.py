@@ -1,0 +1,45 @@
+"""Checks of ``make gpu-test`` that run under compute-sanitizer: one call of every kernel, and a write that must not go unnoticed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+
+from tests import gpu_checks_kernels as kernels
+from tests.gpu_cases import BRAIN, HALF, SINGLE, Attention, ExpertRoute, Experts, Route
+from tests.gpu_checks_library import CASES, build, launches
+from tests.gpu_checks_plugins import plugins
+from tests.gpu_machine import Machine, Result
+
+# Of these the kernels are compiled already: they are among gpu_cases.
+_ATTENTION = (Attention((6, 3, 2), 80, 48, 9, 2, (1, 70), (SINGLE,)), Attention((4, 2, 2), 64, 5, 30, 4, (1, 40), (HALF,)))
+_ROUTES = (Route((6, 3, 2), 20, 5, 6, 9, (1, 20), (SINGLE,), init=2, local=3, causal=0),)
+_EXPERTS = (Experts((3, 70), 3, 6, 17, 40, (BRAIN,)),)
+
+
+def small(machine: Machine, folder: Path) -> Iterator[Result]:
+    """Every kernel of every operator, the C interface and, where the library has them, the plugins."""
+    yield from kernels.attention(machine, _ATTENTION)
+    yield from kernels.routes(machine, _ROUTES)
+    yield from kernels.expert_route(machine, (ExpertRoute(8, 4, 3, 4, "sigmoid", "external"),))
+    yield from kernels.experts(machine, _EXPERTS)
+    if (folder / "library.so").is_file():
+        yield from launches(machine, build(machine, CASES, folder / "library.so"), list(CASES.calls(machine)))
+        yield from plugins(machine, folder)
+
+
+@triton.jit
+def _write_one(out, at):
+    tl.store(out + at, 1.0)
+
+
+def overrun(machine: Machine) -> Iterator[Result]:
+    """A float written right behind a tensor that has memory of its own."""
+    out = torch.zeros(1024, device=machine.device)
+    _write_one[(1,)](out, out.numel())
+    machine.synchronize()
+    yield Result("overrun", "a float behind a tensor", "written", True)

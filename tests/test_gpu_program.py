@@ -1,0 +1,216 @@
+"""The program behind ``make gpu-test``, on the CPU: its checks pass in the interpreter, and report errors that are planted."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bilevel.plugins import gpu_kernels
+from bilevel.plugins.kernel_library import KernelLibrary
+from bilevel.plugins.tensorrt_headers import find_headers
+from tests import gpu_checks_kernels as kernels
+from tests import gpu_test
+from tests.fake_gpu import Gpu, fake_gpu, number_kernels
+from tests.gpu_cases import HALF, SINGLE, Attention, ExpertRoute, Experts, Route
+from tests.gpu_checks_library import Cases, library
+from tests.gpu_checks_plugins import plugins
+from tests.gpu_machine import Machine, Result
+from tests.triton_calls import triton_launch
+
+ATTENTION = Attention((4, 2, 2), 16, 4, 6, 3, (2, 17), (SINGLE,))
+ROUTES = [Route((2, 1, 1), 3, 4, 6, 2, (2,), (HALF,), candidates=5)]
+CASES_OF_EXPERTS = [Experts((2,), 3, 6, 7, 5, (HALF,))]
+CASES = Cases(
+    (Attention((4, 2, 2), 16, 4, 6, 3, (), (HALF,)),),
+    (Route((2, 1, 1), 3, 4, 6, 2, (), (SINGLE,), candidates=5),),
+    (ExpertRoute(8, 4, 3, 4, "sigmoid", "external"),),
+    (Experts((), 3, 6, 7, 5, (SINGLE,)),),
+    tokens=(2,),
+)
+
+
+class HostMachine(Machine):
+    """Host memory and the driver of ``tests/fake_gpu.py``."""
+
+    arch = 80  # type: ignore[assignment]
+    compile_all = staticmethod(number_kernels)
+
+    def __init__(self, gpu: Gpu) -> None:
+        super().__init__("cpu")
+        self.gpu = gpu
+
+    def allocate(self, count: int) -> Tensor:
+        return self.gpu.memory.bytes(count)
+
+    def synchronize(self) -> None:
+        pass
+
+    @contextmanager
+    def stream(self) -> Iterator[int]:
+        yield 0
+
+    def capture(self, work: Callable[[int], None]) -> Callable[[], None]:
+        return lambda: work(0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("gpu_program")
+
+
+@pytest.fixture
+def machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HostMachine]:
+    monkeypatch.setattr(gpu_kernels, "DEVICES", frozenset({"cpu"}))
+    gpu_kernels._load.cache_clear()
+    with fake_gpu(folder) as gpu, np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield HostMachine(gpu)
+    gpu_kernels._load.cache_clear()
+
+
+def right(results: Iterator[Result]) -> list[Result]:
+    found = list(results)
+    assert found and [result for result in found if result.ok is False] == []
+    return found
+
+
+def all_kernels(machine: Machine) -> Iterator[Result]:
+    yield from kernels.attention(machine, [ATTENTION])
+    yield from kernels.routes(machine, ROUTES)
+    yield from kernels.expert_route(machine, CASES.expert_routes, tokens=3)
+    yield from kernels.experts(machine, CASES_OF_EXPERTS)
+
+
+def test_kernels_pass(machine: HostMachine) -> None:
+    found = {result.name for result in right(all_kernels(machine))}
+    assert found >= {f"RoutedAttention {plan}" for plan in ("split", "tiles")} | {"FineRoute rows", "ExpertRoute rows"}
+    assert found >= {f"CoarseRoute {plan}" for plan in ("split", "tiles")} | {"RoutedExperts pairs", "RoutedExperts tiles"}
+    assert all(result.ok for result in right(kernels.margins(machine, 20, 40, 8)))
+
+
+def test_an_altered_output_is_reported(machine: HostMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One element of one output of every call, by a little."""
+    run_plan = triton_launch.run_plan
+
+    def altered(op: Any, plan: Any, tensors: Any, outputs: Any, *rest: Any) -> None:
+        run_plan(op, plan, tensors, outputs, *rest)
+        flat = outputs[-1].view(-1)
+        flat[0] += 1 if flat.dtype == torch.int32 else 64 * torch.finfo(flat.dtype).eps * float(flat.abs().max())
+
+    monkeypatch.setattr(triton_launch, "run_plan", altered)
+    found = [next(kernels.attention(machine, [ATTENTION])), next(kernels.expert_route(machine, CASES.expert_routes, tokens=3))]
+    found += [next(kernels.experts(machine, CASES_OF_EXPERTS)), *kernels.routes(machine, ROUTES)]
+    assert len(found) == 6 and all(result.ok is False for result in found)
+
+
+def test_a_write_behind_a_tensor_is_reported(machine: HostMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_plan = triton_launch.run_plan
+
+    def overrunning(*arguments: Any) -> None:
+        run_plan(*arguments)
+        if machine._guards:
+            machine._guards[-1][0] = 0  # of the workspace
+
+    monkeypatch.setattr(triton_launch, "run_plan", overrunning)
+    first = next(kernels.attention(machine, [ATTENTION]))
+    assert first.ok is False and "WROTE BEHIND A TENSOR" in first.measure
+
+
+def test_what_bilevel_ops_gives_is_compared(machine: HostMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = triton_launch.run
+    monkeypatch.setattr(triton_launch, "run", lambda *arguments: run(*arguments) * 2)
+    first = next(kernels.attention(machine, [ATTENTION]))
+    assert first.ok is False and "bilevel.ops gives something else" in first.measure
+    monkeypatch.setattr(gpu_kernels, "DEVICES", frozenset({"cuda"}))
+    first = next(kernels.attention(machine, [ATTENTION]))
+    assert first.ok is False and "bilevel.ops would not use the kernel" in first.measure
+
+
+def test_the_c_interface_and_the_plugins(machine: HostMachine, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They pass, and a driver that loses launches and a library that refuses nothing are reported."""
+    found = right(library(machine, folder, CASES))
+    assert {result.name for result in found} == {"C interface", "C interface refuses", "CUDA graph"}
+    assert all(result.ok for result in found)
+    has_headers = not isinstance(find_headers(), str)
+    found = right(plugins(machine, folder, CASES))
+    assert [result.ok for result in found] == ([True] * 5 if has_headers else [None])
+    machine.gpu.driver.fake_configure(13000, 80, 1, 0, None)
+    lost = [result for result in library(machine, folder, CASES) if result.name != "C interface refuses"]
+    assert lost and all(result.ok is False for result in lost)
+    if has_headers:
+        assert all(result.ok is False for result in plugins(machine, folder, CASES))
+    machine.gpu.configure()
+    with monkeypatch.context() as lax:
+        lax.setattr(KernelLibrary, "launch", lambda *arguments: None)
+        lax_results = [result for result in library(machine, folder, CASES) if result.name == "C interface refuses"]
+    assert len(lax_results) == 5 and all(result.ok is False for result in lax_results)
+    assert "accepted (a rank too low)" in lax_results[0].measure
+
+
+def test_groups_report_how_they_end() -> None:
+    def raising() -> Iterator[Result]:
+        yield Result("a", "b", "c", True)
+        raise RuntimeError("CUDA error: an illegal memory access\nmore")
+
+    lines: list[str] = []
+    assert gpu_test.run_group(iter([Result("a", "b", "c", None)]), lines.append) == 0
+    assert gpu_test.run_group(iter([Result("a", "b", "c", False)]), lines.append) == 1
+    assert gpu_test.run_group(raising(), lines.append) == 1
+    assert json.loads(lines[-1]) == ["the group ended early", "RuntimeError", "CUDA error: an illegal memory access", False]
+    good, bad = json.dumps(["a", "b", "c", True]), json.dumps(["a", "b", "c", False])
+    assert [r[3] for r in gpu_test.read_results([good], 0, "", "routes")] == [True]
+    assert [r[3] for r in gpu_test.read_results([good, bad], 1, "", "routes")] == [True, False]
+    for lines, status in (([], 0), ([good], -11), ([good], 1), ([good], 124)):
+        last = gpu_test.read_results(lines, status, "Segmentation\nfault", "routes")[-1]
+        assert last == ["the group ended early", "routes", f"exit status {status}: fault", False]
+
+
+def test_the_memory_checker_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "compute-sanitizer"
+    ok = json.dumps(["a", "b", "c", True])
+
+    def verdicts(script: str) -> list[bool | None]:
+        tool.write_text(f"#!/bin/sh\n{script}\n")
+        tool.chmod(0o755)
+        return [result[3] for result in gpu_test.sanitize(tmp_path)]
+
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert verdicts(f"case \"$*\" in *sanitized*) echo '{ok}';; *) exit 86;; esac") == [True, True]
+    assert verdicts("exit 86") == [False, True]  # an error, and nothing checked
+    assert verdicts(f"echo '{ok}'; exit 86") == [False, True]  # every value right, but memory was touched that is nobody's
+    assert verdicts(f"echo '{ok}'") == [True, False]  # it notices nothing
+    monkeypatch.setattr(gpu_test, "find_sanitizer", lambda: None)
+    assert [result[3] for result in gpu_test.sanitize(tmp_path)] == [None]
+
+
+def test_where_nothing_can_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert gpu_test.main([]) == 2
+    assert "is built without CUDA; name another Python: make gpu-test GPU_PYTHON=" in capsys.readouterr().err
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_test.main([]) == 2
+    assert "PyTorch sees no NVIDIA GPU" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "TRITON_INTERPRET is set" in gpu_test.what_is_missing()
+
+
+def test_the_report_fails_where_a_check_failed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(gpu_test, "what_is_missing", lambda: "")
+    monkeypatch.setattr(gpu_test, "describe_machine", lambda: "a GPU")
+    monkeypatch.setattr(gpu_test, "sanitize", lambda folder: [["memory checker", "", "", None]])
+    for ok, status in ((True, 0), (False, 1)):
+        line = json.dumps(["a", "b", "c", ok])
+        monkeypatch.setattr(gpu_test, "start", lambda name, folder, line=line: ([line], 0, ""))
+        assert gpu_test.main([]) == status
+        printed = capsys.readouterr().out
+        assert ("5 ok, 0 failed, 1 not run" if ok else "0 ok, 5 failed, 1 not run") in printed
