@@ -1,6 +1,7 @@
-"""A bundle's graph as a TensorRT network: parsed with our plugins, its profiles, its size.
+"""A bundle's graph as a TensorRT network: parsed with our plugins, and its profiles.
 
-``trt`` is the module ``tensorrt`` or ``tensorrt_rtx``. What differs between versions is asked of ``tensorrt_versions``.
+``trt`` is the module ``tensorrt`` or ``tensorrt_rtx``. What differs between versions is asked of ``tensorrt_versions``. This module and
+what it imports load little besides TensorRT: ``engine_worker`` says why.
 """
 
 from __future__ import annotations
@@ -10,11 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
-
-from bilevel.export.functions import routed_nodes
 from bilevel.export.rtx_stub import load_stub
-from bilevel.export.tensorrt_versions import Flavour, is_weakly_typed, must_strip_functions, needs_stub
+from bilevel.export.tensorrt_versions import Flavour, is_weakly_typed, needs_stub
 from bilevel.plugins.errors import ExportError
 
 _KEPT = 5  # errors of TensorRT's that are worth repeating
@@ -75,38 +73,29 @@ def failure(logger: Any, what: str, remedy: str) -> ExportError:
     return ExportError(f"{what} ({said[:1200]}); {remedy}")
 
 
-def _read_graph(graph: Path, strip: bool) -> tuple[bytes, int]:
-    """The ONNX file's bytes, without functions where they would win over plugins, and how many nodes plugins must serve."""
-    model = onnx.load(str(graph), load_external_data=False)
-    if strip:
-        del model.functions[:]
-    return model.SerializeToString(), len(routed_nodes(model.graph))
+def parse_graph(flavour: Flavour, model: bytes, graph: Path, nodes: int) -> Network:
+    """Parse an ONNX model of which ``nodes`` must become plugins; 0: it is to run its portable bodies. Raises ExportError.
 
-
-def parse_graph(flavour: Flavour, graph: Path, with_plugins: bool = True) -> Network:
-    """Parse an ONNX file; with plugins, every routed node must have become one. Raises ExportError.
-
-    The plugins must have been registered: a node without its plugin falls back to its portable body, and no TensorRT says so.
+    graph: the file that the model is of; its weights lie beside it. The plugins must have been registered: a node without its plugin
+    falls back to its body, and no TensorRT says so.
     """
     trt = flavour.trt
-    if with_plugins and needs_stub(flavour):
+    if nodes and needs_stub(flavour):
         load_stub()
     logger = make_logger(trt)
     builder = trt.Builder(logger)
     strongly = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED) if is_weakly_typed(flavour) else 0
     network = builder.create_network(strongly)
     parser = trt.OnnxParser(network, logger)
-    content, wanted = _read_graph(graph, with_plugins and must_strip_functions(flavour))
-    # The path tells the parser where the weights lie.
-    if not parser.parse(content, str(graph)):
+    if not parser.parse(model, str(graph)):
         errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
         logger.messages[:0] = [" ".join(error.split()) for error in errors]
         raise failure(logger, f"{flavour.backend} {flavour.version_text} cannot read {graph}", "export the bundle anew")
     found = count_plugins(trt, network)
-    if with_plugins and found != wanted:
+    if nodes and found != nodes:
         raise ExportError(
-            f"{graph} has {wanted} routed nodes, but {flavour.backend} {flavour.version_text} made {found} plugin layers of them: the "
-            "rest would run their portable bodies; register the plugins (bilevel kernels build, --plugins FILE)"
+            f"{graph} has {nodes} routed nodes, but {flavour.backend} {flavour.version_text} made {found} plugin layers of them: the "
+            "rest would run their portable bodies; build with the plugins of this bilevel (--plugins python), or with --plugins none"
         )
     return Network(flavour, builder, network, parser, logger)
 
