@@ -120,7 +120,9 @@ def build_plan(parsed: Network, job: Job, tell: Callable[..., None]) -> Any:
     plan = parsed.builder.build_serialized_network(parsed.network, config)
     if plan is None:
         what = f"{flavour.backend} {trt.__version__} could not build {job.graph}"
-        raise failure(parsed.logger, what, "try a smaller --capacity, --batch or --prefill-chunk, or bilevel build --plugins none")
+        raise failure(
+            parsed.logger, what, "try a smaller --capacity, --batch or --prefill-chunk, or bilevel build --plugins none"
+        )
     return plan
 
 
