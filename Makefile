@@ -56,7 +56,7 @@ $(VENV)/run: $(VENV)/bin/python pyproject.toml constraints.txt $(wildcard plugin
 	@touch $@
 
 $(VENV)/dev: $(VENV)/run
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[cpu,export,dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[cpu,export,serve,dev]'
 	@touch $@
 
 # A GPU machine may have its own PyTorch and nothing else: the environment's Python where its PyTorch sees a GPU, else python3.

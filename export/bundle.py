@@ -21,7 +21,7 @@ import bilevel
 from bilevel.checkpoint import load_model
 from bilevel.config import ModelConfig
 from bilevel.config_json import config_to_dict, load_config
-from bilevel.export.decoder import save_decoder, state_tensors
+from bilevel.export.decoder import route_outputs, save_decoder, state_tensors
 from bilevel.export.dense_twin import dense_config, save_dense_twin
 from bilevel.export.dense_twin_kv8 import cache_ranges, save_int8_cache
 from bilevel.export.functions import routed_nodes
@@ -191,12 +191,14 @@ def _specs(values: Any) -> list[dict[str, Any]]:
 
 
 def _ports(file: str, graph: onnx.ModelProto, config: ModelConfig) -> dict[str, Any]:
-    """How bundle.json describes a graph: its file, inputs, outputs and the caches among them."""
+    """How bundle.json describes a graph: its file, inputs, outputs, and the caches and routers' choices among them."""
+    routes = route_outputs(config)
     return {
         "file": file,
         "inputs": _specs(graph.graph.input),
         "outputs": _specs(graph.graph.output),
         "state": [{"input": f"past.{t.name}", "output": f"present.{t.name}"} for t in state_tensors(config)],
+        **({} if routes is None else {"routes": routes}),
     }
 
 

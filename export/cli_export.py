@@ -53,6 +53,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="TYPE",
         help="fp32, fp16 or bf16 (default fp32): the type of weights, activations and caches; not together with --weights",
     )
+    parser.add_argument(
+        "--triton-repository",
+        type=Path,
+        metavar="DIR",
+        help="also write a model repository of Triton Inference Server into DIR",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
@@ -78,11 +84,18 @@ def main(args: argparse.Namespace) -> int:
             precision=args.precision,
             on_stage=lambda stage: status.update(stage),
         )
+        repository = None
+        if args.triton_repository is not None:
+            from bilevel.export.triton_repository import write_repository
+
+            status.update("writing the model repository")
+            repository = write_repository(report.path, args.triton_repository)
     seconds = time.perf_counter() - started
     if args.json:
         content = {"bundle": str(report.path), "bytes": report.size_bytes, "operators": report.operators}
         formats = {"precision": PRECISIONS[args.precision], "weights": report.weights}
-        print(json.dumps({**content, **formats, "seconds": seconds}))
+        place = {} if repository is None else {"triton_repository": str(repository)}
+        print(json.dumps({**content, **formats, **place, "seconds": seconds}))
         return 0
     nodes = ", ".join(f"{count} {name}" for name, count in report.operators.items()) or "none (a dense model)"
     print(f"wrote {report.path} ({report.size_bytes / 1e6:.1f} MB) in {seconds:.1f} s")
@@ -91,5 +104,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"weights, activations and caches: {PRECISIONS[args.precision]}")
     if args.weights != "fp32":
         print(f"weights: {describe(report.weights)}")
+    if repository is not None:
+        print(f"Triton Inference Server's model: {repository}")
     print(f"next: bilevel check {report.path} --against {args.checkpoint}")
     return 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
@@ -17,7 +18,7 @@ from bilevel.config import ModelConfig
 from bilevel.export.fused import FusedAttention, fused_projections
 from bilevel.export.module import Inputs, save_onnx
 from bilevel.model import CausalLM
-from bilevel.state import DecoderState, LayerState
+from bilevel.state import DecoderState, LayerState, Trace
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,35 @@ def state_tensors(config: ModelConfig, dtype: torch.dtype = torch.float32) -> li
     return tensors
 
 
+def route_outputs(config: ModelConfig) -> dict[str, Any] | None:
+    """Names of the outputs that tell what the routers chose, as bundle.json lists them; None where attention is dense."""
+    if config.routing.is_dense:
+        return None
+    layers = config.experts.layers if config.experts is not None else ()
+    return {
+        "candidates": "candidates" if config.routing.is_two_level else None,
+        "blocks": [f"blocks.{i}" for i in range(config.num_hidden_layers)],
+        "experts": {str(i): f"experts.{i}" for i in sorted(layers)},
+    }
+
+
+def _route_names(config: ModelConfig) -> list[str]:
+    """The names of :func:`route_outputs`, in the order in which the decoder gives them."""
+    names = route_outputs(config)
+    if names is None:
+        return []
+    return [*([names["candidates"]] if names["candidates"] else []), *names["blocks"], *names["experts"].values()]
+
+
 class ExportableDecoder(nn.Module):
-    """``CausalLM.step`` with its state as a flat list in the order of :func:`state_tensors`."""
+    """``CausalLM.step`` with its state as a flat list in the order of :func:`state_tensors`, and its routers' choices."""
 
     def __init__(self, model: CausalLM) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, input_ids: Tensor, past_len: Tensor, new_len: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
-        """Returns (logits fp32 [B, vocab], *present)."""
+        """Returns (logits fp32 [B, vocab], *present, *choices in the order of :func:`route_outputs`)."""
         config = self.model.config
         values = iter(past)
         layers = [
@@ -59,8 +80,13 @@ class ExportableDecoder(nn.Module):
             for _ in range(config.num_hidden_layers)
         ]
         state = DecoderState(layers, *((next(values), next(values)) if config.routing.is_two_level else ()))
-        logits, state = self.model.step(input_ids, past_len, new_len, state)
-        return logits.float(), *flatten_state(state)
+        trace = Trace()
+        logits, state = self.model.step(input_ids, past_len, new_len, state, trace)
+        if config.routing.is_dense:
+            return logits.float(), *flatten_state(state)
+        candidates = [] if trace.candidates is None else [trace.candidates]
+        experts = [ids.unflatten(0, input_ids.shape) for ids in trace.expert_ids]
+        return logits.float(), *flatten_state(state), *candidates, *trace.routes, *experts
 
 
 def flatten_state(state: DecoderState) -> list[Tensor]:
@@ -95,6 +121,6 @@ def save_decoder(model: CausalLM, path: Path, attention: type[FusedAttention] = 
     }
     for tensor in tensors:
         dynamic[f"past.{tensor.name}"] = {axis: size for axis, size in enumerate(tensor.shape) if isinstance(size, str)}
-    outputs = ["logits", *(f"present.{t.name}" for t in tensors)]
+    outputs = ["logits", *(f"present.{t.name}" for t in tensors), *_route_names(config)]
     with fused_projections(model, attention):
         return save_onnx(ExportableDecoder(model), inputs, path, input_names=names, output_names=outputs, dynamic=dynamic)

@@ -6,8 +6,11 @@ BilevelError                 every error a caller may cause; its message is one 
 ├── CheckpointError          a checkpoint that is damaged, incomplete, or holds tensors nobody consumes
 ├── ExportError              a model that cannot be exported as it is
 ├── BundleError              a bundle that is damaged or of another format
+├── EngineError              an engine that is damaged, or does not run here
 ├── KernelError              a kernel library cannot be used, or refuses a call
 ├── RequestError             a prompt or sampling setting that cannot be served
+├── Overloaded               a server's queue is full
+├── ShuttingDown             a server that takes no more requests
 └── MissingDependency        an optional package is not installed
 """
 
@@ -27,8 +30,13 @@ _EXTRAS = {
     "safetensors": "export",
     "polygraphy": "export",
     "jinja2": "export",
+    "prometheus_client": "serve",
+    "pydantic": "serve",
+    "starlette": "serve",
+    "uvicorn": "serve",
     "matplotlib": "dev",
     "triton": "kernels",
+    "cuda": "gpu",
 }
 
 
@@ -56,12 +64,28 @@ class BundleError(BilevelError):
     """A bundle that is damaged or of another format."""
 
 
+class EngineError(BilevelError):
+    """An engine that is damaged, or does not run here."""
+
+
 class KernelError(BilevelError):
     """A kernel library cannot be used, or refuses a call."""
 
 
 class RequestError(BilevelError):
     """A prompt or a sampling setting that cannot be served."""
+
+
+class Overloaded(BilevelError):
+    """A server's queue is full; ``retry_after`` is a guess, in seconds, of when there is room."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class ShuttingDown(BilevelError):
+    """A server that takes no more requests."""
 
 
 class MissingDependency(BilevelError):

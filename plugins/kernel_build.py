@@ -26,7 +26,7 @@ from bilevel.plugins.errors import ContractError, MissingDependency, require
 from bilevel.plugins.kernel_library import ABI, MARK
 from bilevel.plugins.kernel_source import CodeKey, Kernel, Variant, fixed_values, make_source
 from bilevel.plugins.launches import Geometry, Launch
-from bilevel.plugins.plans import plans
+from bilevel.plugins.plans import plans, plans_everywhere
 from bilevel.plugins.tensorrt_headers import Headers, find_headers
 from bilevel.plugins.triton_compile import Compiled, compile_launch
 
@@ -65,7 +65,8 @@ def plan_variants(requests: Sequence[Request], archs: Sequence[int]) -> list[Var
         kind = dtype if any(port.dtype == "T" for port in op.inputs) else "float32"
         key = json.dumps([op.name, kind, fixed_values(op, geometry)])
         if key not in found:
-            found[key] = Variant(op, geometry, kind, {arch: plans(op, geometry, kind, arch) for arch in sorted(set(archs))})
+            wanted = {arch: plans(op, geometry, kind, arch) for arch in sorted(set(archs))}
+            found[key] = Variant(op, geometry, kind, plans_everywhere(op, geometry, kind), tuple(wanted))
     return list(found.values())
 
 
@@ -73,8 +74,8 @@ def launches_of(variants: Sequence[Variant]) -> dict[CodeKey, Launch]:
     """Every kernel to compile, once: (code, architecture) -> a launch of it."""
     found: dict[CodeKey, Launch] = {}
     for variant in variants:
-        for arch, made in variant.plans.items():
-            for plan in made:
+        for arch in variant.built:
+            for plan in variant.plans[arch]:
                 for launch in plan.launches:
                     found.setdefault((launch.code, arch), launch)
     return found

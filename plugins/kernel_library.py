@@ -154,7 +154,7 @@ class KernelLibrary:
         return made
 
     def workspace_size(self, call: Call, arch: int = 0) -> int:
-        """Bytes that suffice for this call and every smaller one on ``arch`` (0: on any of the library's). Raises KernelError."""
+        """Bytes that suffice for this call and every smaller one on ``arch`` (0: on any). Raises KernelError."""
         size = ctypes.c_size_t()
         self._check(self._library.bilevel_workspace_size(ctypes.byref(self._call(call)), arch, ctypes.byref(size)))
         return size.value

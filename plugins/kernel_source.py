@@ -35,12 +35,13 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Variant:
-    """An operator in one geometry and data type, planned for each architecture."""
+    """An operator in one geometry and data type, planned for every architecture; ``built``: those whose kernels are wanted."""
 
     op: contract.Op
     geometry: Geometry
     dtype: str
     plans: Mapping[int, tuple[Plan, ...]]
+    built: tuple[int, ...]
 
 
 def fixed_values(op: contract.Op, geometry: Geometry) -> dict[str, int | str]:
@@ -117,8 +118,9 @@ class _Writer:
         when = self.function(plan.when, variant.geometry) if plan.when else "nullptr"
         sizes = [f"({buffer.count}) * {KIND_BYTES[buffer.kind]}" for buffer in plan.buffers]
         buffers = self.array("b", "Expression", [self.function(size, variant.geometry) for size in sizes])
-        launches = self.array("l", "Launch", [self.launch(variant, plan, launch, arch) for launch in plan.launches])
-        return f'{{"{plan.name}", {when}, {len(plan.buffers)}, {buffers}, {len(plan.launches)}, {launches}}}'
+        wanted = plan.launches if arch in variant.built else ()
+        launches = self.array("l", "Launch", [self.launch(variant, plan, launch, arch) for launch in wanted])
+        return f'{{"{plan.name}", {when}, {len(plan.buffers)}, {buffers}, {len(wanted)}, {launches}}}'
 
     def variant(self, variant: Variant) -> str:
         values = fixed_values(variant.op, variant.geometry).items()
@@ -126,7 +128,7 @@ class _Writer:
         architectures = []
         for arch, plans in variant.plans.items():
             array = self.array("p", "Plan", [self.plan(variant, plan, arch) for plan in plans])
-            architectures.append(f"{{{arch}, {len(plans)}, {array}}}")
+            architectures.append(f"{{{arch}, {str(arch in variant.built).lower()}, {len(plans)}, {array}}}")
         fixed, listed = self.array("g", "Fixed", texts), self.array("v", "ArchitecturePlans", architectures)
         codes = f"{contract.OPS.index(variant.op)}, {DTYPE_CODES[variant.dtype]}"
         return f"    {{{codes}, {len(texts)}, {fixed}, {len(architectures)}, {listed}}},\n"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from bilevel.plugins import contract, plans_experts, plans_routing
 from bilevel.plugins.errors import ContractError
 from bilevel.plugins.launches import Geometry, Plan
-from bilevel.plugins.tiles import DTYPE_BYTES, shared_limit
+from bilevel.plugins.tiles import ARCHITECTURES, DTYPE_BYTES, shared_limit
 
 RUNTIME_SIZES = ("B", "L", "U", "M", "T")
 # A program holds a position's whole choice, a row of a head and a token's expert scores in registers.
@@ -37,3 +37,16 @@ def plans(op: contract.Op, geometry: Geometry, dtype: str, arch: int) -> tuple[P
                 f"{op.name}: the kernels take {name} up to {most}, not {geometry[name]}; the PyTorch form has no limit"
             )
     return _MAKERS[op.name](geometry, dtype, arch)
+
+
+def plans_everywhere(op: contract.Op, geometry: Geometry, dtype: str) -> dict[int, tuple[Plan, ...]]:
+    """Architecture -> plans, for every architecture that has the shared memory. Raises ContractError where none does."""
+    found, problem = {}, None
+    for arch in ARCHITECTURES:
+        try:
+            found[arch] = plans(op, geometry, dtype, arch)
+        except ContractError as error:
+            problem = error
+    if problem is not None and not found:
+        raise problem
+    return found

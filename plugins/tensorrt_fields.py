@@ -18,6 +18,7 @@ from bilevel.plugins.errors import ContractError
 from bilevel.plugins.launches import Plan, evaluate
 from bilevel.plugins.plans import RUNTIME_SIZES
 
+# Also grows with the workspace that any plan takes: an engine keeps the workspace that it was built with.
 FORMAT_VERSION = 1
 DTYPES = {"": 0, "float16": 1, "bfloat16": 2, "float32": 3}
 _KINDS = {"int": "INT32", "float": "FLOAT32", "string": "CHAR"}
@@ -75,10 +76,10 @@ def _extra(op: contract.Op, fields: dict[str, Field]) -> tuple[str, tuple[tuple[
     version = fields.pop("format_version", None)
     if version is None or version.kind != "INT32" or len(version.data) != 1 or version.data[0] < 1:
         raise ContractError(f"{op.name}: the plan's fields have no format_version; {_REMEDY}")
-    if version.data[0] > FORMAT_VERSION:
+    if version.data[0] != FORMAT_VERSION:
         raise ContractError(
             f"{op.name}: the plan's fields have format version {int(version.data[0])}, this library reads {FORMAT_VERSION}; "
-            "install a newer bilevel, or build the engine anew: bilevel build BUNDLE"
+            "build the engine anew with this bilevel: bilevel build BUNDLE"
         )
     for name in ("dtype", "dims"):
         if name not in fields or fields[name].kind != _EXTRA[name]:

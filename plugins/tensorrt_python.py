@@ -21,7 +21,7 @@ import numpy as np
 
 from bilevel.plugins import contract
 from bilevel.plugins.errors import BilevelError, ContractError
-from bilevel.plugins.plans import plans
+from bilevel.plugins.plans import plans_everywhere
 from bilevel.plugins.tensorrt_fields import (
     Field,
     Node,
@@ -33,7 +33,6 @@ from bilevel.plugins.tensorrt_fields import (
     workspace_limit,
     write_fields,
 )
-from bilevel.plugins.tiles import ARCHITECTURES
 
 _FLOATS = {"HALF": "float16", "BF16": "bfloat16", "FLOAT": "float32"}  # TensorRT's names of a model's float types
 _FIXED = {"int32": "INT32", "float32": "FLOAT"}
@@ -100,7 +99,7 @@ def _most_workspace(node: Node) -> int:
     """Bytes of workspace that calls within node.dims need on any architecture. Raises ContractError for what no kernel covers."""
     sizes = largest_sizes(node.op, node.dims, [[False] * len(shape) for shape in node.dims])
     geometry, dtype = geometry_of(node, sizes), node.dtype or "float32"
-    return max(workspace_limit(plans(node.op, geometry, dtype, arch), sizes) for arch in ARCHITECTURES)
+    return max(workspace_limit(found, sizes) for found in plans_everywhere(node.op, geometry, dtype).values())
 
 
 class _Plugin:
@@ -194,7 +193,8 @@ class _Plugin:
         pass
 
     def get_fields_to_serialize(self) -> Any:
-        return self.trt.PluginFieldCollection([_to_trt(self.trt, field) for field in write_fields(self.node)])
+        self._fields = Fields(self.trt, write_fields(self.node))
+        return self._fields.collection
 
     def attach_to_context(self, context: Any) -> Any:
         return self.clone()
@@ -224,9 +224,16 @@ class _Plugin:
         return self._guarded("was not run", 1, work)
 
 
-def _to_trt(trt: Any, field: Field) -> Any:
-    data = np.array(field.data, dtype=_NUMPY[field.kind])
-    return trt.PluginField(field.name, data, getattr(trt.PluginFieldType, field.kind))
+class Fields:
+    """A PluginFieldCollection, ``collection``, and what it points to: TensorRT keeps neither the fields nor their data."""
+
+    def __init__(self, trt: Any, fields: Sequence[Field]) -> None:
+        self._data = [np.array(field.data, dtype=_NUMPY[field.kind]) for field in fields]
+        kinds = [getattr(trt.PluginFieldType, field.kind) for field in fields]
+        self._fields = [
+            trt.PluginField(field.name, data, kind) for field, data, kind in zip(fields, self._data, kinds, strict=True)
+        ]
+        self.collection = trt.PluginFieldCollection(self._fields)
 
 
 def _plugin_class(trt: Any) -> Any:
@@ -249,8 +256,8 @@ def _creator_class(trt: Any, plugin: Any) -> Any:
             self.op, self.name = op, op.name
             self.plugin_namespace, self.plugin_version = contract.DOMAIN, str(op.version)
             kinds = {"int": "INT32", "float": "FLOAT32", "string": "CHAR"}
-            fields = [(a.name, kinds[a.kind]) for a in op.attributes]
-            self.field_names = trt.PluginFieldCollection([_to_trt(trt, Field(name, kind, ())) for name, kind in fields])
+            self._fields = Fields(trt, [Field(a.name, kinds[a.kind], ()) for a in op.attributes])
+            self.field_names = self._fields.collection
 
         def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
             given = [Field(f.name, f.type.name, f.data.tolist() if f.size else ()) for f in fields]

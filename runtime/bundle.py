@@ -25,6 +25,9 @@
     graph.inputs, .outputs    [{"name", "dtype", "shape"}]; a size is a number or one of batch, new_tokens, capacity and
                               num_blocks (= capacity / block_size)
     graph.state               [{"input", "output"}]: caches, carried from one call to the next
+    graph.routes              optional {"candidates": output or null, "blocks": [output of each layer], "experts": {layer: output}}:
+                              what the routers of a call chose, int32 [batch, heads, new_tokens, kept] (experts [batch, new_tokens,
+                              kept]), -1 where nothing; present where attention is routed. Nobody has to fetch them
     dense_twin                optional {"file", "operators", "inputs", "outputs", "state"}: the same weights with ordinary
                               attention, which ``bilevel bench`` measures the graph against; described like the graph
     files                     {name: {"sha256", "bytes"}} of every other file in the folder
@@ -47,7 +50,7 @@ from pathlib import Path
 from typing import Any
 
 from bilevel.plugins.errors import BundleError
-from bilevel.runtime.manifest import FileRecord, Graph, Manifest, remedy
+from bilevel.runtime.manifest import FileRecord, Graph, Manifest, RouteOutputs, remedy
 from bilevel.runtime.tensors import DTYPES, TensorSpec
 
 
@@ -75,6 +78,7 @@ class Bundle:
     outputs: tuple[TensorSpec, ...]
     state: tuple[tuple[TensorSpec, str], ...]
     vocab_size: int
+    routes: RouteOutputs | None
     files: Mapping[str, FileRecord]
     checks: tuple[Mapping[str, Any], ...]
     twin: Graph | None
@@ -178,6 +182,7 @@ def _parse(manifest: Manifest) -> Bundle:
         outputs=graph.outputs,
         state=graph.state,
         vocab_size=graph.vocab_size,
+        routes=graph.routes,
         files=files,
         checks=tuple(manifest.get("checks", list)),
         twin=twin,

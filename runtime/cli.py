@@ -21,7 +21,9 @@ COMMANDS = {
     "check": ("bilevel.export.cli_check", "prove that a bundle computes what its checkpoint computes, routes included"),
     "kernels": ("bilevel.export.cli_kernels", "the library of GPU kernels for a bundle, for boards and GPUs; needs none"),
     "run": ("bilevel.runtime.cli_run", "generate text, streaming to the terminal"),
+    "serve": ("bilevel.runtime.cli_serve", "text for many users over HTTP: OpenAI's API, KServe v2, a page to try it"),
     "bench": ("bilevel.runtime.cli_bench", "speed and memory against context length, with the dense twin beside it"),
+    "doctor": ("bilevel.runtime.cli_doctor", "what this machine can run, and what to do about the rest"),
     "inspect": ("bilevel.runtime.cli_inspect", "what is in a bundle, and whether it is whole"),
 }
 DESCRIPTION = "Takes a trained two-level-routing Transformer from PyTorch to the device."

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from bilevel.plugins.errors import RequestError
+from bilevel.runtime.backends import AUTO, CHOICES, ONNX, open_session
+from bilevel.runtime.engines import FOLDER
 from bilevel.runtime.generate import Generation, Generator
 from bilevel.runtime.sampling import SamplingParams
-from bilevel.runtime.text import decode_utf8
+from bilevel.runtime.text import BundleTokenizer, decode_utf8
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +49,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prefill-chunk", type=int, metavar="TOKENS", help="prompt tokens per call (default: the bundle's limit)"
     )
+    parser.add_argument(
+        "--backend",
+        choices=CHOICES,
+        default=AUTO,
+        help="what runs the bundle; auto takes its best engine that runs here, else ONNX Runtime (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--library", type=Path, metavar="FILE", help="the kernel library for TensorRT's plugins (see bilevel doctor)"
+    )
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="0: one per core (default: %(default)s)")
     parser.add_argument("--no-verify", action="store_true", help="skip the comparison of sizes and hashes")
     parser.add_argument("--json", action="store_true", help="print one JSON object: texts, ids, finish reasons, timings")
@@ -59,7 +70,12 @@ def main(args: argparse.Namespace) -> int:
     if args.prompt_file is not None:
         prompts.append(_read_prompt(args.prompt_file))
     _check(args, prompts)
-    generator = Generator.open(args.bundle, verify=not args.no_verify, threads=args.threads)
+    session, why = open_session(
+        args.bundle, args.backend, verify=not args.no_verify, threads=args.threads, library=args.library
+    )
+    if args.backend != ONNX and not args.json and any((args.bundle / FOLDER).glob("*.json")):
+        print(f"[{why}]", file=sys.stderr)
+    generator = Generator(session, BundleTokenizer(session.bundle.tokenizer_path))
     # A terminal that cannot show a character gets a question mark; the run goes on.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")

@@ -29,6 +29,15 @@ class FileRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RouteOutputs:
+    """Names of the outputs that tell what the routers chose; blocks: one per layer, experts: by layer."""
+
+    candidates: str | None
+    blocks: tuple[str, ...]
+    experts: Mapping[int, str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Graph:
     """One ONNX file of a bundle; state pairs each cache's input with the name of its output."""
 
@@ -38,6 +47,7 @@ class Graph:
     outputs: tuple[TensorSpec, ...]
     state: tuple[tuple[TensorSpec, str], ...]
     vocab_size: int
+    routes: RouteOutputs | None
 
 
 def remedy(folder: Path) -> str:
@@ -97,6 +107,7 @@ class Manifest:
             outputs=tuple(outputs.values()),
             state=self.state(key, inputs, outputs),
             vocab_size=self.vocab_size(outputs),
+            routes=self.routes(key, outputs),
         )
 
     def precision(self) -> str:
@@ -172,6 +183,24 @@ class Manifest:
         if others != CALL_INPUTS:
             raise self.error(f"the graph's inputs besides its state are {others}, expected {CALL_INPUTS}")
         return tuple(pairs)
+
+    def routes(self, key: str, outputs: Mapping[str, TensorSpec]) -> RouteOutputs | None:
+        """The outputs of the graph at ``key`` that tell what its routers chose; None where the bundle names none."""
+        if "routes" not in self.get(key, dict):
+            return None
+        candidates = self.get(f"{key}.routes.candidates", (str, type(None)))
+        blocks = self.get(f"{key}.routes.blocks", list)
+        experts = self.get(f"{key}.routes.experts", dict)
+        names = [*blocks, *experts.values(), *([] if candidates is None else [candidates])]
+        if not blocks or not all(isinstance(n, str) and n in outputs and outputs[n].dtype == "int32" for n in names):
+            raise self.error(
+                f"bundle.json gives {key}.routes with outputs {names}, which are not all int32 outputs of the graph"
+            )
+        if not all(layer.isdecimal() for layer in experts):
+            raise self.error(f"bundle.json gives {key}.routes.experts for {list(experts)}, which are not all numbers of layers")
+        return RouteOutputs(
+            candidates=candidates, blocks=tuple(blocks), experts={int(layer): name for layer, name in experts.items()}
+        )
 
     def eos(self) -> tuple[int, ...]:
         """Ids that end a text."""

@@ -62,6 +62,16 @@ class Row:
         return len(self._tokens) - self.num_cached
 
     @property
+    def prompt_ids(self) -> list[int]:
+        """The tokens of the prompt."""
+        return self._tokens[: self.completion.num_prompt_tokens]
+
+    @property
+    def cached_ids(self) -> list[int]:
+        """The tokens that the row's caches hold."""
+        return self._tokens[: self.num_cached]
+
+    @property
     def num_prompt_read(self) -> int:
         """Tokens of the prompt that the graph has seen."""
         return min(self.num_cached, self.completion.num_prompt_tokens)

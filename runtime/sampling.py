@@ -119,3 +119,23 @@ def nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
         count *= 8
     ids = ids[np.argsort(-weights[ids], kind="stable")]
     return ids[: np.searchsorted(np.cumsum(weights[ids]), target) + 1]
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural logarithm of the chosen token's probability, and the best tokens with theirs, best first.
+
+    They are the model's own, before temperature, top-k, top-p and penalties.
+    """
+
+    chosen: float
+    top: tuple[tuple[int, float], ...]
+
+
+def log_probabilities(logits: NDArray[np.float32], token: int, count: int) -> TokenLogprobs:
+    """Those of ``token`` and of the ``count`` best tokens for logits [vocab]. Equal ones: the lowest id first."""
+    shifted = logits.astype(np.float64) - float(logits.max())
+    logs = shifted - np.log(np.exp(shifted).sum())
+    ids = largest(logs, count) if count else np.zeros(0, np.intp)
+    best = ids[np.argsort(-logs[ids], kind="stable")][:count]
+    return TokenLogprobs(float(logs[token]), tuple((int(i), float(logs[i])) for i in best))

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -22,11 +23,25 @@ from bilevel.runtime.manifest import CALL_INPUTS
 from bilevel.runtime.tensors import DTYPES, TensorSpec
 
 
+@dataclass(frozen=True)
+class Routes:
+    """What the routers of one call chose; -1 fills what was not used.
+
+    candidates: level 1's blocks, int32 [B, 1, L, K1], None where there is no level 1. blocks: what each layer's selection heads
+    read, int32 [layers, B, Hs, L, K2]. experts: {layer: int32 [B, L, k]}.
+    """
+
+    candidates: NDArray[np.int32] | None
+    blocks: NDArray[np.int32]
+    experts: Mapping[int, NDArray[np.int32]]
+
+
 class Caches(Protocol):
     """The state of one batch of rows, and the means to extend it."""
 
     batch: int
     capacity: int
+    routes: Routes | None  # of the last call, overwritten by the next; None where the bundle's graph does not give them
 
     def run(self, input_ids: NDArray[np.int64], past_len: NDArray[np.int32], new_len: NDArray[np.int32]) -> NDArray[np.float32]:
         """One call: write the tokens into the caches and return logits [B, vocab] of each row's last valid token.
@@ -34,6 +49,12 @@ class Caches(Protocol):
         input_ids: [B, L], right-padded. past_len, new_len: [B]; past_len + L <= capacity in every row.
         The returned array is overwritten by the next call.
         """
+
+    def rows(self, first: int, count: int) -> Caches:
+        """Rows first to first + count - 1 as caches of their own, which share this memory: a call leaves the others alone."""
+
+    def copy_prefix(self, source: int, target: int, tokens: int) -> None:
+        """Give row ``target`` the first ``tokens`` tokens of row ``source``; what it held there is lost."""
 
 
 class Session(Protocol):
@@ -122,30 +143,61 @@ class OnnxSession:
                 f"caches for {batch} rows of {capacity} tokens need {needed / 2**20:.0f} MiB, this machine has "
                 f"{present / 2**20:.0f} MiB; lower the capacity or the number of prompts"
             )
-        return OnnxCaches(self._ort, self._session, self.bundle, batch, capacity)
+        sizes = self.bundle.sizes(batch, capacity)
+        state = {spec.name: np.zeros(spec.resolve(sizes), DTYPES[spec.dtype].numpy) for spec, _ in self.bundle.state}
+        return OnnxCaches(self._ort, self._session, self.bundle, state, batch, capacity)
 
 
 class OnnxCaches:
     """Caches in numpy memory, bound once: an input and its output share the buffer, and a call rebinds nothing.
 
     ONNX Runtime reads and writes the arrays held here directly, so nothing is copied but the new tokens.
+    state: {name: array with the rows along the first axis}.
     """
 
-    def __init__(self, ort: Any, session: Any, bundle: Bundle, batch: int, capacity: int) -> None:
-        self.batch, self.capacity = batch, capacity
-        self._ort, self._session, self._binding = ort, session, session.io_binding()
-        sizes = bundle.sizes(batch, capacity)
-        self.state: dict[str, NDArray[Any]] = {}
+    def __init__(
+        self, ort: Any, session: Any, bundle: Bundle, state: dict[str, NDArray[Any]], batch: int, capacity: int
+    ) -> None:
+        self.batch, self.capacity, self.state = batch, capacity, state
+        self.routes: Routes | None = None
+        self._ort, self._session, self._binding, self._bundle = ort, session, session.io_binding(), bundle
         for spec, present in bundle.state:
-            self.state[spec.name] = np.zeros(spec.resolve(sizes), DTYPES[spec.dtype].numpy)
-            value = self._value(self.state[spec.name], spec.dtype)
+            value = self._value(state[spec.name], spec.dtype)
             self._binding.bind_ortvalue_input(spec.name, value)
             self._binding.bind_ortvalue_output(present, value)
         self._logits = np.zeros((batch, bundle.vocab_size), np.float32)
         self._binding.bind_ortvalue_output("logits", self._value(self._logits, "float32"))
         self._past_len = self._bind_input("past_len", (batch,))
         self._new_len = self._bind_input("new_len", (batch,))
-        self._input_ids = self._bind_input("input_ids", (batch, 1))
+        self._bind_call(1)
+
+    def rows(self, first: int, count: int) -> OnnxCaches:
+        """See ``Caches.rows``."""
+        state = {name: array[first : first + count] for name, array in self.state.items()}
+        return OnnxCaches(self._ort, self._session, self._bundle, state, count, self.capacity)
+
+    def copy_prefix(self, source: int, target: int, tokens: int) -> None:
+        """See ``Caches.copy_prefix``."""
+        # A block that is not whole yet has no key that anybody reads: it is pooled anew by the call that ends it.
+        sizes = {"capacity": tokens, "num_blocks": tokens // self._bundle.block_size}
+        for spec, _ in self._bundle.state:
+            cut = tuple(slice(sizes.get(str(size))) for size in spec.shape[1:])
+            self.state[spec.name][target][cut] = self.state[spec.name][source][cut]
+
+    def _bind_call(self, length: int) -> None:
+        """Buffers for calls of ``length`` columns: their tokens, and what their routers choose."""
+        self._input_ids = self._bind_input("input_ids", (self.batch, length))
+        if (names := self._bundle.routes) is None:
+            return
+        sizes = {**self._bundle.sizes(self.batch, self.capacity), "new_tokens": length}
+        shapes = {spec.name: spec.resolve(sizes) for spec in self._bundle.outputs}
+        blocks = np.empty((len(names.blocks), *shapes[names.blocks[0]]), np.int32)
+        experts = {layer: np.empty(shapes[name], np.int32) for layer, name in names.experts.items()}
+        candidates = np.empty(shapes[names.candidates], np.int32) if names.candidates else None
+        bound = [*zip(names.blocks, blocks, strict=True), *((names.experts[layer], experts[layer]) for layer in experts)]
+        for name, array in bound if candidates is None else [*bound, (str(names.candidates), candidates)]:
+            self._binding.bind_ortvalue_output(name, self._value(array, "int32"))
+        self.routes = Routes(candidates, blocks, experts)
 
     def _value(self, array: NDArray[Any], dtype: str) -> Any:
         return self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, DTYPES[dtype].onnx_type)
@@ -166,7 +218,7 @@ class OnnxCaches:
                 "raise the capacity or give shorter prompts"
             )
         if self._input_ids.shape[1] != length:
-            self._input_ids = self._bind_input("input_ids", (batch, length))
+            self._bind_call(length)
         self._input_ids[:], self._past_len[:], self._new_len[:] = input_ids, past_len, new_len
         with _translated("ONNX Runtime could not run the graph", "use fewer or shorter prompts, or a smaller chunk"):
             self._session.run_with_iobinding(self._binding)

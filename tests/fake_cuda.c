@@ -22,13 +22,26 @@ int fake_loads(void) { return loads; }
 int fake_shared_requests(void) { return shared_requests; }
 int fake_launches(void) { return launches; }
 
+int cuInit(unsigned flags) { return flags ? 1 : refused_load; }
+int cuDeviceGetCount(int* count) { return *count = context, 0; }
+int cuDeviceGet(int* device, int index) { return *device = index, 0; }
+int cuDeviceGetName(char* name, int size, int device) {
+  (void)device;
+  strncpy(name, "Fake Orin", (size_t)size);
+  return 0;
+}
+int cuDeviceTotalMem_v2(size_t* bytes, int device) {
+  (void)device;
+  *bytes = (size_t)8 << 30;
+  return 0;
+}
 int cuDriverGetVersion(int* out) { return *out = version, 0; }
 int cuGetErrorString(int result, const char** text) { return *text = result == 2 ? "out of memory" : "some error", 0; }
 int cuCtxGetDevice(int* device) { return *device = 0, context ? 0 : 201; }
 int cuDeviceGetAttribute(int* value, int attribute, int device) {
   (void)device;
-  *value = attribute == 75 ? capability / 10 : capability % 10;
-  return attribute == 75 || attribute == 76 ? 0 : 1;
+  *value = attribute == 75 ? capability / 10 : attribute == 76 ? capability % 10 : capability == 87; /* 18: integrated */
+  return attribute == 75 || attribute == 76 || attribute == 18 ? 0 : 1;
 }
 int cuLibraryLoadData(void** library, const void* image, int* o, void** v, unsigned n, int* lo, void** lv, unsigned ln) {
   (void)o, (void)v, (void)n, (void)lo, (void)lv, (void)ln;

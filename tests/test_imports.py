@@ -13,11 +13,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"bilevel": "bilevel", "export": "bilevel.export", "plugins": "bilevel.plugins", "runtime": "bilevel.runtime"}
-SHARED = ("bilevel.plugins.contract", "bilevel.plugins.cpu_library", "bilevel.plugins.errors", "bilevel.plugins.gpu_kernels")
+SHARED = (
+    "bilevel.plugins.contract",
+    "bilevel.plugins.cpu_library",
+    "bilevel.plugins.errors",
+    "bilevel.plugins.gpu_kernels",
+    "bilevel.plugins.kernel_library",
+)
 
 PLANNING = tuple(
     f"bilevel.plugins.{name}" for name in ("contract", "errors", "launches", "plans_experts", "plans_routing", "tiles")
 )
+
+SERVING = ("h11", "jinja2", "prometheus_client", "pydantic", "starlette", "uvicorn")
+SERVE_MODULES = sorted(path.stem for path in (ROOT / "runtime").glob("serve_*.py"))
 
 # Module or package -> (what it may import from this repository, what else; None: anything). The longest name applies.
 # "bilevel" alone is the package itself: its docstring and version.
@@ -29,17 +38,26 @@ LAW: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     "bilevel.plugins.errors": ((), ()),
     # The one door to the kernels: nothing but this module, inside a function, loads PyTorch's and Triton's side of plugins/.
     "bilevel.plugins.gpu_kernels": (("bilevel.plugins.triton_launch",), ()),
+    "bilevel.plugins.kernel_library": (("bilevel.plugins.contract", "bilevel.plugins.errors"), ()),
     # What describes the kernels' launches is read without PyTorch and Triton too, by whoever writes a launcher in C.
     "bilevel.plugins.launches": (("bilevel.plugins.contract", "bilevel.plugins.errors", "bilevel.plugins.tiles"), ()),
     "bilevel.plugins.plans": (PLANNING, ()),
     "bilevel.plugins.plans_experts": (PLANNING, ()),
     "bilevel.plugins.plans_routing": (PLANNING, ()),
+    "bilevel.plugins.tensorrt_fields": (
+        (*PLANNING, "bilevel.plugins.contract_header", "bilevel.plugins.plans"),
+        (),
+    ),
+    "bilevel.plugins.tensorrt_headers": ((), ()),
     "bilevel.plugins.tiles": (("bilevel.plugins.errors",), ()),
     "bilevel.export": (("bilevel", "bilevel.plugins", "bilevel.export"), None),
     "bilevel.runtime": (
         ("bilevel.runtime", *SHARED),
-        ("numpy", "onnxruntime", "tokenizers", "rich", "matplotlib", "starlette", "uvicorn", "tensorrt", "cuda"),
+        ("numpy", "onnxruntime", "tokenizers", "rich", "matplotlib", "tensorrt", "cuda"),
     ),
+    # The web server's modules need the extra "serve"; cli_serve loads them, inside a function.
+    "bilevel.runtime.cli_serve": (("bilevel.runtime", *SHARED), SERVING),
+    **{f"bilevel.runtime.{name}": (("bilevel.runtime", *SHARED), ("numpy", *SERVING)) for name in SERVE_MODULES},
 }
 HEAVY = ("torch", "triton", "tensorrt", "onnx", "onnxruntime", "onnxscript", "safetensors", "tokenizers", "rich", "cuda")
 
@@ -169,10 +187,11 @@ def test_import_is_light(package: str) -> None:
 
 
 def test_runtime_imports_without_its_optional_packages() -> None:
-    """Every module of the runtime loads where only numpy is installed, and loads nothing of the PyTorch side."""
-    modules = [module for module in MODULES if module.startswith("bilevel.runtime")]
+    """Every module but the web server's loads where only numpy is installed, and loads nothing of the PyTorch side."""
+    web = tuple(f"bilevel.runtime.{name}" for name in SERVE_MODULES)
+    modules = [module for module in MODULES if module.startswith("bilevel.runtime") and module not in web]
     program = (
-        f"import sys, importlib\nsys.modules.update(dict.fromkeys({HEAVY}))\n"
+        f"import sys, importlib\nsys.modules.update(dict.fromkeys({HEAVY + SERVING}))\n"
         f"for module in {modules}: importlib.import_module(module)\n"
         "print(*(m for m in sys.modules if m.startswith(('bilevel.export', 'bilevel.model', 'bilevel.ops'))), 'loaded')"
     )

@@ -18,6 +18,8 @@ from bilevel.plugins.errors import ContractError, KernelError, MissingDependency
 from bilevel.plugins.kernel_build import build_library, find_compiler, launches_of, plan_variants
 from bilevel.plugins.kernel_library import Call, DeviceTensor, KernelLibrary
 from bilevel.plugins.plans import RUNTIME_SIZES
+from bilevel.plugins.tensorrt_fields import workspace_limit
+from bilevel.plugins.tiles import ARCHITECTURES
 from tests.fake_gpu import Gpu, build, call_of, fake_gpu, number_kernels, request_of
 from tests.operator_calls import assert_same, make_call, run_reference
 
@@ -89,6 +91,20 @@ def test_the_workspace_of_the_largest_call_serves_every_smaller_one(
     used = [plan.workspace_bytes(sizes) for plan in variant.plans[80]]
     assert needed <= most and needed >= used[-1]
     assert library.workspace_size(call_of(gpu.memory, name, inputs, attributes)) >= needed  # of any architecture
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_workspace_for_any_architecture_does_not_depend_on_the_library(
+    name: str, library: KernelLibrary, gpu: Gpu, folder: Path
+) -> None:
+    """An engine's workspace is fixed when it is built; it may run with a library for other GPUs."""
+    call = call_of(gpu.memory, name, *make_call(name, 20))
+    sizes = call.op.bind_shapes([tensor.shape for tensor in call.inputs])
+    (variant,) = plan_variants([request_of(name, *make_call(name))], [80])
+    expected = [workspace_limit(made, sizes) for made in variant.plans.values()]
+    assert len(expected) == len(ARCHITECTURES) and library.workspace_size(call) == max(expected)
+    with pytest.raises(KernelError, match="holds kernels for sm_80, sm_87, sm_90, none runs on sm_120"):
+        library.workspace_size(call, 120)
 
 
 def test_what_every_argument_points_to_is_counted() -> None:

@@ -18,6 +18,7 @@ from bilevel.export.cli_kernels import LIBRARY, parse_architectures
 from bilevel.plugins import contract
 from bilevel.plugins.errors import ContractError
 from bilevel.plugins.kernel_library import Call, DeviceTensor, KernelLibrary, needed_versions, read_info
+from bilevel.plugins.tensorrt_headers import find_headers
 from bilevel.plugins.tiles import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -143,3 +144,42 @@ def test_architectures_as_people_write_them() -> None:
     assert parse_architectures("sm_90, 87,sm_87") == [87, 90] and parse_architectures("all") == list(ARCHITECTURES)
     with pytest.raises(ContractError, match="--arch sm_9o must list"):
         parse_architectures("sm_9o")
+
+
+# Calls the plugin library as TensorRT does when it loads one, and prints its creators.
+LISTER = """
+#include <dlfcn.h>
+#include <cstdio>
+#include "NvInferRuntime.h"
+int main(int, char** arguments) {
+  void* library = dlopen(arguments[1], RTLD_NOW);
+  using Get = nvinfer1::IPluginCreatorInterface* const* (*)(int32_t&);
+  const auto get = library == nullptr ? nullptr : reinterpret_cast<Get>(dlsym(library, "getCreators"));
+  if (get == nullptr) return std::puts(dlerror()), 1;
+  int32_t count = 0;
+  const auto creators = get(count);
+  for (int32_t i = 0; i < count; ++i) {
+    const auto creator = static_cast<nvinfer1::IPluginCreatorV3One*>(creators[i]);
+    const auto kind = creator->getInterfaceInfo();
+    std::printf("%s %s %s %s\\n", kind.kind, creator->getPluginNamespace(), creator->getPluginName(), creator->getPluginVersion());
+  }
+}
+"""
+
+
+@pytest.mark.skipif(
+    any(shutil.which(tool) is None for tool in CROSS), reason="needs Debian's g++-aarch64-linux-gnu and qemu-user"
+)
+@pytest.mark.skipif(isinstance(find_headers(), str), reason=f"no TensorRT plugins: {find_headers()}")
+def test_the_creators_of_a_boards_library(bundle: Path, cache: Path, tmp_path: Path) -> None:
+    arguments = ("--geometry", bundle, "--arch", "sm_87", "--target", "aarch64", "--tensorrt", "required")
+    kernels("build", *arguments, "--out", tmp_path / LIBRARY, cache=cache)
+    (tmp_path / "lister.cpp").write_text(LISTER)
+    headers = find_headers()
+    assert not isinstance(headers, str)
+    folders = [f"-isystem{folder}" for folder in headers.include_dirs]
+    compiler = ["aarch64-linux-gnu-g++", "-std=c++17", *folders, tmp_path / "lister.cpp", "-o", tmp_path / "lister", "-ldl"]
+    subprocess.run(compiler, check=True)
+    command = ["qemu-aarch64", "-L", str(SYSROOT), str(tmp_path / "lister"), str(tmp_path / LIBRARY)]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert lines == [f"PLUGIN CREATOR_V3ONE bilevel {op.name} {op.version}" for op in contract.OPS]

@@ -9,7 +9,7 @@ import pytest
 from bilevel.plugins import contract, tiles
 from bilevel.plugins.errors import ContractError
 from bilevel.plugins.launches import ALIGNMENT, KIND_BYTES, Buffer, Plan, choose, evaluate
-from bilevel.plugins.plans import RUNTIME_SIZES, plans
+from bilevel.plugins.plans import RUNTIME_SIZES, plans, plans_everywhere
 from bilevel.plugins.triton_sweep import geometries
 
 SIZES = {"B": 2, "L": 21, "U": 700, "M": 4096, "T": 100}
@@ -136,6 +136,16 @@ def test_bits_hold_every_position_of_a_tile() -> None:
 def test_what_the_kernels_do_not_cover_is_refused(op: contract.Op, geometry: dict[str, Any], message: str) -> None:
     with pytest.raises(ContractError, match=f"{op.name}: .*{message}"):
         plans(op, geometry, "float16", 90)
+
+
+def test_architectures_without_the_shared_memory_are_left_out() -> None:
+    """Attention of 64 heads of 256 in fp32 fits where a program may use more than 99 KB."""
+    wide = {**ATTENTION, "Hq": 64, "Hkv": 1, "Hs": 1, "D": 256}
+    found = plans_everywhere(contract.ROUTED_ATTENTION, wide, "float32")
+    assert 90 in found and 86 not in found
+    assert set(plans_everywhere(contract.ROUTED_ATTENTION, ATTENTION, "float16")) == set(tiles.ARCHITECTURES)
+    with pytest.raises(ContractError, match="take K up to 128"):
+        plans_everywhere(contract.ROUTED_ATTENTION, {**ATTENTION, "K": 300}, "float16")
 
 
 def test_unknown_types_and_architectures_are_refused() -> None:

@@ -82,7 +82,8 @@ BILEVEL_EXPORT const char* bilevel_status_text(int32_t status);
 BILEVEL_EXPORT const char* bilevel_last_error(void);
 
 /* *bytes: the workspace, aligned to 256 bytes, that suffices for this call and for every call whose sizes B, L, U, M, T are not
- * larger. arch: a compute capability as in 87; 0: the most that any architecture of the library needs. Asks no GPU. */
+ * larger. arch: a compute capability as in 87; 0: the most that any architecture needs, whichever the library was built for, so
+ * that an engine built with one library has room for another's kernels. Asks no GPU. */
 BILEVEL_EXPORT int32_t bilevel_workspace_size(const bilevel_call* call, int32_t arch, size_t* bytes);
 
 /* Load the modules that calls of this geometry need, for the GPU of the calling thread's current context, so that a later

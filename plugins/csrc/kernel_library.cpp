@@ -57,7 +57,8 @@ const ArchitecturePlans& plans_for(const Variant& variant, int32_t capability) {
   std::string held;
   for (int32_t i = 0; i < variant.num_architectures; ++i) {
     const ArchitecturePlans& plans = variant.architectures[i];
-    held += (i == 0 ? "sm_" : ", sm_") + std::to_string(plans.arch);
+    if (!plans.is_built) continue;
+    held += (held.empty() ? "sm_" : ", sm_") + std::to_string(plans.arch);
     if (runs_on(plans.arch, capability) && (best == nullptr || best->arch < plans.arch)) best = &plans;
   }
   if (best != nullptr) return *best;
@@ -221,7 +222,7 @@ size_t workspace_size(const CheckedCall& call, int32_t arch) {
   int64_t bytes = 0;
   if (arch != 0) {
     bytes = workspace_limit(plans_for(variant, arch), call.sizes);
-  } else {
+  } else {  // of the plans for every architecture, whichever were built
     for (int32_t i = 0; i < variant.num_architectures; ++i) {
       bytes = std::max(bytes, workspace_limit(variant.architectures[i], call.sizes));
     }

@@ -80,8 +80,11 @@ struct Plan {
   const Launch* launches;
 };
 
+// Every architecture that there are plans for. is_built: the library holds its kernels; else the plans only say what workspace they
+// would take, so that an engine's workspace does not depend on which architectures a library was built for.
 struct ArchitecturePlans {
   int32_t arch;
+  bool is_built;
   int32_t num_plans;
   const Plan* plans;
 };

@@ -12,7 +12,7 @@ namespace {
 using nvinfer1::PluginField;
 using nvinfer1::PluginFieldType;
 
-constexpr int32_t kFormatVersion = 1;
+constexpr int32_t kFormatVersion = 1;  // of plugins/tensorrt_fields.py
 constexpr char kRemedy[] = "; build the engine anew: bilevel build BUNDLE";
 
 [[noreturn]] void refuse(const std::string& sentence) { throw Refusal{sentence}; }
@@ -89,9 +89,10 @@ const PluginField& need(const nvinfer1::PluginFieldCollection& fields, const cha
 void read_extra(Node& node, const nvinfer1::PluginFieldCollection& fields) {
   const PluginField& version = need(fields, "format_version", PluginFieldType::kINT32);
   if (version.length != 1 || single<int32_t>(version) < 1) refuse(std::string("the plan's field format_version is damaged") + kRemedy);
-  if (single<int32_t>(version) > kFormatVersion) {
+  // An engine's workspace was sized by the library that built it: that of another version may need more.
+  if (single<int32_t>(version) != kFormatVersion) {
     refuse("the plan's fields have format version " + std::to_string(single<int32_t>(version)) + ", this library reads " +
-           std::to_string(kFormatVersion) + "; install a newer bilevel, or build the engine anew: bilevel build BUNDLE");
+           std::to_string(kFormatVersion) + "; build the engine anew with this bilevel: bilevel build BUNDLE");
   }
   const PluginField& dtype = need(fields, "dtype", PluginFieldType::kINT32);
   if (dtype.length == 1) node.dtype = single<int32_t>(dtype);

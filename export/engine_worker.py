@@ -1,0 +1,164 @@
+"""The process that builds one engine: ``python -m bilevel.export.engine_worker JOB``, JOB being a Job as JSON.
+
+It writes the plan to the job's ``out`` and events to standard output, one JSON object a line: {"phase", "step", "steps"} while it builds,
+{"error"} for a failure that has a sentence, {"version"} when it has built.
+
+A process of its own: a build that is interrupted, runs out of memory or crashes takes nobody along.
+
+``reproducible``: the same bytes every time. TensorRT orders parts of a plan by addresses. For these to be the same, memory lies where it
+lay the last time (no address space randomisation), little is imported here besides TensorRT, and TensorRT's threads never run at the same
+time as the one that builds: all share one core, and the builder gives way to them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bilevel.export.engine_network import Limits, Network, add_profiles, failure, parse_graph
+from bilevel.export.tensorrt_versions import Flavour, compute_capabilities, load_flavour
+from bilevel.plugins.errors import BilevelError, EngineError
+
+_FIXED_ADDRESSES = 0x0040000  # ADDR_NO_RANDOMIZE of <sys/personality.h>
+_ASKED = "BILEVEL_FIXED_ADDRESSES"
+PYTHON_PLUGINS, NO_PLUGINS = "python", "none"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to build.
+
+    model: the ONNX file to parse; graph: the bundle's, beside which the weights lie. nodes: routed nodes that must become plugins.
+    archs: as in 89; empty: the GPU at hand. plugins: a kernel library's file, "python" or "none". out: the plan's file.
+    """
+
+    model: str
+    graph: str
+    nodes: int
+    backend: str
+    archs: tuple[int, ...]
+    limits: Limits
+    plugins: str
+    out: str
+    reproducible: bool = False
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> Job:
+        raw = json.loads(text)
+        return Job(**{**raw, "archs": tuple(raw["archs"]), "limits": Limits(**raw["limits"])})
+
+
+def make_reproducible() -> None:
+    """Start this program again with fixed addresses, and give way to its threads. Raises EngineError where the system refuses."""
+    if not sys.platform.startswith("linux"):
+        raise EngineError("--reproducible needs Linux; leave it out")
+    if not os.environ.get(_ASKED):
+        if ctypes.CDLL(None).personality(_FIXED_ADDRESSES) == -1:
+            raise EngineError("this system refuses fixed addresses (personality), which --reproducible needs; leave it out")
+        sys.stdout.flush()
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, _ASKED: "1", "PYTHONHASHSEED": "0"})
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    os.sched_setscheduler(0, os.SCHED_IDLE | os.SCHED_RESET_ON_FORK, os.sched_param(0))
+
+
+def load_plugins(flavour: Flavour, plugins: str) -> None:
+    """Make the operators known. Raises EngineError for a library that TensorRT does not take."""
+    if plugins == PYTHON_PLUGINS:
+        from bilevel.plugins.tensorrt_python import register_plugins
+
+        register_plugins(flavour.trt)
+    elif plugins != NO_PLUGINS and not flavour.trt.get_plugin_registry().load_library(plugins):
+        raise EngineError(
+            f"{flavour.backend} cannot load the plugins of {plugins}; build the library anew: bilevel kernels build --geometry BUNDLE"
+        )
+
+
+def _monitor(trt: Any, tell: Callable[..., None]) -> Any:
+    """TensorRT's progress, told event by event."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            self.steps[name] = steps
+            tell(phase=name, step=0, steps=steps)
+
+        def step_complete(self, name: str, step: int) -> bool:
+            tell(phase=name, step=step + 1, steps=self.steps.get(name, 0))
+            return True
+
+        def phase_finish(self, name: str) -> None:
+            steps = self.steps.pop(name, 0)
+            tell(phase=name, step=steps, steps=steps)
+
+    return Monitor()
+
+
+def build_plan(parsed: Network, job: Job, tell: Callable[..., None]) -> Any:
+    """The serialised engine. Raises EngineError with what TensorRT said."""
+    trt, flavour = parsed.flavour.trt, parsed.flavour
+    config = parsed.builder.create_builder_config()
+    monitor = _monitor(trt, tell)
+    config.progress_monitor = monitor
+    add_profiles(parsed, config, job.limits)
+    members = compute_capabilities(flavour)
+    if job.archs:
+        config.num_compute_capabilities = len(job.archs)
+        for index, arch in enumerate(job.archs):
+            config.set_compute_capability(members[arch], index)
+    plan = parsed.builder.build_serialized_network(parsed.network, config)
+    if plan is None:
+        what = f"{flavour.backend} {trt.__version__} could not build {job.graph}"
+        raise failure(
+            parsed.logger, what, "try a smaller --capacity, --batch or --prefill-chunk, or bilevel build --plugins none"
+        )
+    return plan
+
+
+def run(job: Job, tell: Callable[..., None]) -> None:
+    """Build and write the plan."""
+    flavour = load_flavour(job.backend)
+    tell(phase="loading plugins", step=0, steps=0)
+    load_plugins(flavour, job.plugins)
+    tell(phase="reading the graph", step=0, steps=0)
+    parsed = parse_graph(flavour, Path(job.model).read_bytes(), Path(job.graph), job.nodes)
+    plan = build_plan(parsed, job, tell)
+    with open(job.out, "wb") as file:
+        file.write(memoryview(plan))
+    tell(version=flavour.trt.__version__)
+
+
+def main(text: str) -> int:
+    """Run the job; the exit status."""
+    events = sys.stdout
+
+    def tell(**event: Any) -> None:
+        print(json.dumps(event), file=events, flush=True)
+
+    try:
+        job = Job.from_json(text)
+        if job.reproducible:
+            make_reproducible()
+        # TensorRT and plugins may print: events have the pipe to themselves.
+        events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(2, 1)
+        run(job, tell)
+        return 0
+    except (BilevelError, OSError) as error:
+        tell(error=str(error))
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

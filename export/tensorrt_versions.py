@@ -1,0 +1,73 @@
+"""The flavours of TensorRT and how their versions differ: every difference that this code knows of, as a predicate with its reason.
+
+Enum members are used by name everywhere: 11.0 renumbered some. Caches are written by ScatterND, which every version imports, because
+``TensorScatter`` and the layer behind it exist from 10.15 on only.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from bilevel.plugins.errors import ExportError, require
+
+BACKENDS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+_OLDEST = {"tensorrt": (10, 3), "tensorrt-rtx": (1, 3)}
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """An installed TensorRT. backend: "tensorrt" or "tensorrt-rtx"; trt: its Python module."""
+
+    backend: str
+    trt: Any
+    version: tuple[int, ...]
+
+    @property
+    def version_text(self) -> str:
+        """As in "10.3.0.30"."""
+        return ".".join(map(str, self.version))
+
+
+def load_flavour(backend: str) -> Flavour:
+    """The installed TensorRT of a backend. Raises ExportError for an unknown or too old one, MissingDependency."""
+    if backend not in BACKENDS:
+        raise ExportError(f"there is no backend {backend!r}; engines are built by {' or '.join(BACKENDS)}")
+    trt = require(BACKENDS[backend])
+    version = tuple(int(part) for part in re.findall(r"\d+", trt.__version__)[:4])
+    if version < _OLDEST[backend]:
+        oldest = ".".join(map(str, _OLDEST[backend]))
+        raise ExportError(f"{backend} {trt.__version__} is too old; install {oldest} or newer")
+    return Flavour(backend, trt, version)
+
+
+def needs_stub(flavour: Flavour) -> bool:
+    """Importing a plugin needs ``rtx_stub``: TensorRT-RTX's wheels lack a library that its parser opens by name."""
+    return flavour.backend == "tensorrt-rtx"
+
+
+def must_strip_functions(flavour: Flavour) -> bool:
+    """A local function always wins over a plugin of its name before 10.7 (JetPack 6 has 10.3), so the functions must go.
+
+    From 10.7 a registered plugin wins; from 10.15, and in TensorRT-RTX, where the node names its namespace, as ours do.
+    """
+    return flavour.backend == "tensorrt" and flavour.version < (10, 7)
+
+
+def is_weakly_typed(flavour: Flavour) -> bool:
+    """Networks choose their own types unless told otherwise: TensorRT before 11. Later ones, and TensorRT-RTX, never do."""
+    return flavour.backend == "tensorrt" and flavour.version < (11,)
+
+
+def builds_ahead_of_time(flavour: Flavour) -> bool:
+    """Engines can be built for GPUs that are not there: TensorRT-RTX alone takes a list of compute capabilities."""
+    return flavour.backend == "tensorrt-rtx"
+
+
+def compute_capabilities(flavour: Flavour) -> dict[int, Any]:
+    """GPU architecture, as in 89 -> the member that names it; empty where engines are for the GPU at hand."""
+    if not builds_ahead_of_time(flavour):
+        return {}
+    members = flavour.trt.ComputeCapability.__members__
+    return {int(name[2:]): member for name, member in members.items() if name.startswith("SM")}

@@ -1,0 +1,40 @@
+"""How much of a prompt is read between two decode steps, so that those who are generating hardly notice."""
+
+from __future__ import annotations
+
+from collections import deque
+from statistics import median
+
+# A client then waits for about 1 + RATIO decode steps between two tokens while somebody's prompt is read; the promise is 3.
+RATIO = 1.5
+_FIRST_CHUNK, _NUM_STEPS = 8, 32
+
+
+class PrefillPacer:
+    """Chooses the tokens of a prefill chunk by measured time. most: the bundle's limit.
+
+    Alone, a prompt is read ``most`` tokens at a time. Beside rows that generate, a chunk may take RATIO times the median of
+    the last decode steps; its size follows from how long the previous ones took.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._size = most, float(min(_FIRST_CHUNK, most))
+        self._steps: deque[float] = deque(maxlen=_NUM_STEPS)
+
+    def chunk(self, num_decoding: int) -> int:
+        """Most tokens of the next chunk while ``num_decoding`` rows generate."""
+        return self._most if not num_decoding else max(1, int(self._size))
+
+    def record_decode(self, seconds: float) -> None:
+        """A decode step took ``seconds``."""
+        self._steps.append(seconds)
+
+    def record_chunk(self, tokens: int, seconds: float) -> None:
+        """A chunk of ``tokens``, read beside rows that generate, took ``seconds``."""
+        if not self._steps or seconds <= 0:
+            return
+        wanted = tokens * RATIO * median(self._steps) / seconds
+        # The last piece of a prompt is short and says nothing about what a longer one would cost. Damped: one slow call, for
+        # which somebody else on the machine may be to blame, halves the size at most.
+        if wanted < self._size or tokens >= int(self._size):
+            self._size = min(float(self._most), max(1.0, (self._size + min(wanted, 3 * self._size)) / 2))

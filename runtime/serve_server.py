@@ -1,0 +1,158 @@
+"""The server process: engine and web server together, from start to a shutdown that lets running answers finish."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import socket
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from bilevel.plugins.errors import RequestError
+from bilevel.runtime.bundle import Bundle
+from bilevel.runtime.engine import Engine
+from bilevel.runtime.jobs import EngineLimits
+from bilevel.runtime.route_stats import RouteStats
+from bilevel.runtime.serve_answers import publish_on
+from bilevel.runtime.serve_app import create_app
+from bilevel.runtime.serve_chat import find_template
+from bilevel.runtime.serve_http import Keys, PatientProtocol
+from bilevel.runtime.serve_metrics import Metrics
+from bilevel.runtime.serve_service import HttpLimits, Service
+from bilevel.runtime.session import OnnxSession, Session
+from bilevel.runtime.text import BundleTokenizer
+
+MOST_CONNECTIONS = 1000
+PUBLISH_SECONDS = 0.01  # a screen shows about 60 changes a second
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which on the first signal refuses new work and waits for the answers under way."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, grace: float) -> None:
+        super().__init__(config)
+        self._engine, self._grace, self._draining = engine, grace, False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """First signal: drain, then exit. Second: exit."""
+        if self._draining:
+            super().handle_exit(sig, frame)
+            return
+        self._draining = True
+        loop = asyncio.get_running_loop() if _in_loop() else self._loop
+        loop.call_soon_threadsafe(lambda: loop.create_task(self.drain()))
+
+    async def drain(self) -> None:
+        """Finish what runs, for at most the grace time, then let go of the connections."""
+        self._draining = True
+        await asyncio.to_thread(self._engine.close, self._grace)
+        await asyncio.sleep(0.1)  # the last events are on their way to the clients
+        self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+
+def _in_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def default_capacity(bundle: Bundle, rows: int) -> int:
+    """Tokens per row: the model's, or as many as let the caches of all rows lie in half of this machine's memory."""
+    half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    fitting = half // max(1, bundle.state_bytes(rows, bundle.block_size)) * bundle.block_size
+    return max(1, min(bundle.max_positions, fitting - bundle.block_size))
+
+
+def build(
+    session: Session, name: str, limits: EngineLimits, http: HttpLimits, keys: Keys | None, loop: asyncio.AbstractEventLoop
+) -> tuple[Service, Metrics]:
+    """The service on ``session``, its engine started, delivering to ``loop``."""
+    bundle = session.bundle
+    capacity = min(limits.row_tokens or bundle.max_positions, bundle.max_positions)
+    metrics = Metrics(None if bundle.routes is None else RouteStats(bundle, capacity))
+    engine = Engine(session, limits, publish_on(loop), metrics, PUBLISH_SECONDS)
+    metrics.watch(engine)
+    tokenizer = BundleTokenizer(bundle.tokenizer_path)
+    service = Service(name, engine, tokenizer, find_template(bundle.folder), keys, http)
+    engine.start()
+    return service, metrics
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Open the bundle and serve it; the exit status."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    keys = None if args.api_key_file is None else Keys(args.api_key_file)
+    session = OnnxSession.open(args.bundle, verify=not args.no_verify, threads=args.threads)
+    capacity = args.capacity or default_capacity(session.bundle, args.max_rows)
+    if capacity > session.bundle.max_positions:
+        raise RequestError(f"--capacity {capacity} must be at most this model's {session.bundle.max_positions} positions")
+    limits = EngineLimits(max_rows=args.max_rows, max_queue=args.max_queue, row_tokens=capacity)
+    name = args.model_name or args.bundle.resolve().name
+    listener = listen(args.host, args.port)
+    asyncio.run(run_server(session, name, limits, HttpLimits(max_body=args.max_body), keys, listener, args.grace))
+    return 0
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket, so that a port that is taken is an error before anything is said."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        raise RequestError(
+            f"{host}:{port} cannot be listened on ({error.strerror or error}); choose another --host or --port"
+        ) from None
+    return listener
+
+
+async def run_server(
+    session: Session,
+    name: str,
+    limits: EngineLimits,
+    http: HttpLimits,
+    keys: Keys | None,
+    listener: socket.socket,
+    grace: float,
+    on_start: Callable[[Server], None] = lambda server: None,
+) -> None:
+    """Serve on ``listener`` until the server is told to exit; on_start is given the server before it begins."""
+    service, metrics = build(session, name, limits, http, keys, asyncio.get_running_loop())
+    config = uvicorn.Config(
+        create_app(service, metrics),
+        http=PatientProtocol,
+        ws="none",
+        lifespan="off",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=MOST_CONNECTIONS,
+        timeout_graceful_shutdown=5,
+    )
+    server = Server(config, service.engine, grace)
+    on_start(server)
+    host, port = listener.getsockname()[:2]
+    engine = service.engine
+    print(
+        f"serving {name} at http://{f'[{host}]' if ':' in host else host}:{port} · {limits.max_rows} rows of {engine.row_tokens} tokens",
+        file=sys.stderr,
+        flush=True,
+    )
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        await asyncio.to_thread(engine.close, 0.0)

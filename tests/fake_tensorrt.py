@@ -1,0 +1,227 @@
+"""A double of TensorRT and of a GPU: plans execute in ONNX Runtime on host memory, and TensorRT's rules are enforced.
+
+Work is done when the stream is synchronised, not before: whoever reads earlier reads poison. Every tensor needs an address, shapes
+lie inside the profile, a cache's input and output share one address, and a capture follows a run with the same shapes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from bilevel.plugins.errors import EngineError
+from bilevel.runtime.device_memory import Memory
+
+VERSION = "11.4.0"
+_TYPES = {"tensor(float)": np.float32, "tensor(int32)": np.int32, "tensor(int64)": np.int64, "tensor(float16)": np.float16}
+_POISON = 0xEE
+
+
+class FakeDevice:
+    """``Device`` on host memory. limit: bytes that may be allocated at once."""
+
+    def __init__(self, limit: int = 1 << 30) -> None:
+        self.stream, self.limit, self.used = 7, limit, 0
+        self.blocks: dict[int, ctypes.Array[ctypes.c_char]] = {}
+        self.pending: list[Callable[[], None]] = []
+        self.captured: list[Callable[[], None]] | None = None
+        self.num_graph_launches = 0
+
+    def allocate_raw(self, num_bytes: int) -> int:
+        if self.used + num_bytes > self.limit:
+            raise EngineError("CUDA refused memory (out of memory); use a smaller capacity, batch or chunk")
+        self.used += num_bytes
+        block = ctypes.create_string_buffer(bytes([_POISON]) * max(1, num_bytes), max(1, num_bytes))
+        self.blocks[ctypes.addressof(block)] = block
+        return ctypes.addressof(block)
+
+    def free_raw(self, address: int) -> None:
+        self.synchronize()
+        self.used -= len(self.blocks.pop(address))
+
+    def allocate(self, num_bytes: int, *, zeroed: bool = False) -> Memory:
+        memory = Memory(self, num_bytes)  # type: ignore[arg-type]
+        if zeroed:
+            self.enqueue(lambda: ctypes.memset(memory.address, 0, num_bytes))  # type: ignore[arg-type,func-returns-value]
+        return memory
+
+    def enqueue(self, work: Callable[[], None]) -> None:
+        (self.pending if self.captured is None else self.captured).append(work)
+
+    def upload(self, memory: Memory, array: NDArray[Any]) -> None:
+        assert array.flags.c_contiguous and array.nbytes <= memory.num_bytes
+        data = array.tobytes()
+        self.enqueue(lambda: ctypes.memmove(memory.address, data, len(data)))  # type: ignore[arg-type,func-returns-value]
+
+    def download(self, array: NDArray[Any], memory: Memory) -> None:
+        array.view(np.uint8)[:] = _POISON  # until the stream is synchronised
+        self.enqueue(lambda: ctypes.memmove(array.ctypes.data, memory.address, array.nbytes))  # type: ignore[arg-type,func-returns-value]
+
+    def copy_strips(self, target: int, source: int, width: int, pitch: int, count: int) -> None:
+        def copy() -> None:
+            for n in range(count):
+                ctypes.memmove(target + n * pitch, source + n * pitch, width)
+
+        self.enqueue(copy)
+
+    def synchronize(self) -> None:
+        work, self.pending = self.pending, []
+        for each in work:
+            each()
+
+    def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
+        self.captured = []
+        try:
+            enqueue()
+        finally:
+            work, self.captured = self.captured, None
+
+        def launch() -> None:
+            self.num_graph_launches += 1
+            self.pending.extend(work)
+
+        return launch
+
+    def array(self, address: int, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        """The memory at an address; it must hold the shape."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        start = max(first for first in self.blocks if first <= address)
+        left = start + len(self.blocks[start]) - address
+        assert size <= left, f"{size} bytes do not fit into the {left} at this address"
+        return np.frombuffer((ctypes.c_char * size).from_address(address), dtype).reshape(shape)
+
+
+class _Context:
+    def __init__(self, engine: _Engine) -> None:
+        self.engine, self.profile, self.runs = engine, -1, 0
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+
+    def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
+        assert stream == self.engine.device.stream
+        self.profile = profile
+        return profile < len(self.engine.plan["new_tokens"])
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        assert self.profile >= 0, "an optimisation profile comes first"
+        self.shapes[name], self.runs = tuple(shape), 0
+        if name == "input_ids":
+            fewest, most = self.engine.plan["new_tokens"][self.profile]
+            if not fewest <= shape[1] <= most:
+                return self.engine.fail(f"the shape {shape} of input_ids is outside the profile")
+        return True
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self.addresses[name] = address
+        return name in self.engine.names
+
+    def execute_async_v3(self, stream: int) -> bool:
+        engine = self.engine
+        assert stream == engine.device.stream and set(self.shapes) == set(engine.inputs)
+        if missing := set(engine.names) - set(self.addresses):
+            return engine.fail(f"the tensor {min(missing)} has no address")
+        for name in engine.inputs:
+            if name.startswith("past.") and self.addresses[name] != self.addresses[name.replace("past.", "present.")]:
+                return engine.fail(f"the cache {name} has two addresses")
+        if engine.device.captured is not None and self.runs == 0:
+            return engine.fail("a capture before the first run with these shapes")
+        self.runs += 1
+        shapes, addresses = dict(self.shapes), dict(self.addresses)
+        engine.device.enqueue(lambda: engine.execute(shapes, addresses))
+        return True
+
+
+class _Engine:
+    def __init__(self, plan: dict[str, Any], device: FakeDevice, fail: Callable[[str], bool]) -> None:
+        self.plan, self.device, self.fail = plan, device, fail
+        self.session = ort.InferenceSession(plan["graph"], providers=["CPUExecutionProvider"])
+        self.inputs = {port.name: _TYPES[port.type] for port in self.session.get_inputs()}
+        self.outputs = {port.name: _TYPES[port.type] for port in self.session.get_outputs()}
+        self.names = [*self.inputs, *self.outputs]
+        self.num_io_tensors, self.num_optimization_profiles = len(self.names), len(plan["new_tokens"])
+
+    def get_tensor_name(self, index: int) -> str:
+        return self.names[index]
+
+    def create_execution_context(self, strategy: Any) -> _Context:
+        return _Context(self)
+
+    def execute(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
+        feeds = {n: self.device.array(addresses[n], shapes[n], kind).copy() for n, kind in self.inputs.items()}
+        for (name, kind), value in zip(self.outputs.items(), self.session.run(None, feeds), strict=True):
+            self.device.array(addresses[name], value.shape, kind)[...] = value
+
+
+class FakeTensorrt:
+    """What the runtime uses of the module ``tensorrt``."""
+
+    def __init__(self, device: FakeDevice, version: str = VERSION) -> None:
+        self.__version__ = version
+        self.ExecutionContextAllocationStrategy = SimpleNamespace(ON_PROFILE_CHANGE=2)
+        self.libraries: list[str] = []
+        self._device = device
+
+        class ILogger:
+            ERROR = 1
+
+        self.ILogger = ILogger
+
+    def get_plugin_registry(self) -> Any:
+        def load(path: str) -> bool:
+            self.libraries.append(path)
+            return Path(path).is_file()
+
+        return SimpleNamespace(load_library=load)
+
+    def Runtime(self, logger: Any) -> Any:
+        def fail(reason: str) -> bool:
+            logger.log(self.ILogger.ERROR, reason)
+            return False
+
+        def deserialize(plan: bytes) -> _Engine | None:
+            try:
+                return _Engine(json.loads(plan), self._device, fail)
+            except ValueError:
+                fail("the plan's magic tag does not match")
+                return None
+
+        return SimpleNamespace(deserialize_cuda_engine=deserialize)
+
+
+def write_engine(bundle: Path, name: str = "fake", **changes: Any) -> Path:
+    """An engine that the double runs: the bundle's own graph. Returns its manifest."""
+    from hashlib import sha256
+
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    new_tokens = changes.get("new_tokens", [[1, manifest["limits"]["prefill_chunk"]], [1, 1]])
+    plan = json.dumps({"graph": str(bundle / manifest["graph"]["file"]), "new_tokens": new_tokens}).encode()
+    folder = bundle / "engines"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.plan").write_bytes(plan)
+    content = {
+        "format": "bilevel-engine",
+        "format_version": 1,
+        "created_by": {"bilevel": "0.1.0"},
+        "backend": "tensorrt",
+        "version": VERSION,
+        "platform": None,
+        "architectures": [87],
+        "precision": manifest["precision"],
+        "capacity": 4 * manifest["block_size"] * 4,
+        "batch": [1, 4],
+        "new_tokens": new_tokens,
+        "plugins": None,
+        "graph_sha256": manifest["files"][manifest["graph"]["file"]]["sha256"],
+        "memory_bytes": {"weights": 1000, "activations": 1000, "caches": 1000},
+        "plan": {"file": f"{name}.plan", "sha256": sha256(plan).hexdigest(), "bytes": len(plan)},
+    }
+    (folder / f"{name}.json").write_text(json.dumps({**content, **changes}))
+    return folder / f"{name}.json"
