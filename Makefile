@@ -66,7 +66,9 @@ gpu-test:  ## on a machine with an NVIDIA GPU: kernels, C interface, plugins, me
 	@$(GPU_PYTHON) -m tests.gpu_test
 
 gpu-bench:  ## there: routed attention beside PyTorch's dense attention and FlexAttention; options in GPU_BENCH
-	@PYTHONPATH=$(CURDIR) $(GPU_PYTHON) examples/gpu_bench.py --json build/gpu-bench.json $(GPU_BENCH)
+	@$(GPU_PYTHON) -c 'import torch' 2>/dev/null || \
+	  { echo "gpu-bench: $(GPU_PYTHON) has no PyTorch; name a Python that has it: make gpu-bench GPU_PYTHON=..."; exit 1; }
+	@PYTHONPATH=$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) examples/gpu_bench.py --json build/gpu-bench.json $(GPU_BENCH)
 
 clean:  ## remove what was built (the environment stays)
 	rm -rf build dist *.egg-info

@@ -3,8 +3,8 @@
     python examples/bench_serving.py                      geometry "small" with random weights, made once
     python examples/bench_serving.py build/example-bundle --long 0
 
-overhead   one client's time per token, against ``bilevel run`` (fresh process, same prompt, in turns)
-batching   tokens per second of 8 clients at once, against one; each answer compared with what it is alone (greedy)
+overhead   one client's time per token, against the loop of ``bilevel run`` (same prompt, in turns, the best of the rounds)
+batching   tokens per second of 8 clients at once, against one (the best of the rounds); each answer compared with what it is alone (greedy)
 reading    time between tokens of 4 clients while a long prompt is read, against their median before
 
 Exit status 1 where a goal is missed. The last line is one JSON object.
@@ -15,8 +15,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import subprocess
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -50,31 +50,25 @@ def body(name: str, prompt: str, max_tokens: int) -> dict[str, Any]:
     return {"model": name, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True}
 
 
-def run_alone(bundle: Path, prompt: str, max_tokens: int) -> float:
-    """Seconds per token of ``bilevel run``, in a process of its own."""
-    command = [sys.executable, "-m", "bilevel.runtime.cli", "run", str(bundle), "--no-verify", "--json"]
-    result = subprocess.run(
-        [*command, "--max-tokens", str(max_tokens), "--prompt-file", "-"],
-        input=prompt,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return 1 / float(json.loads(result.stdout)["timings"]["decode_tokens_per_second"])
-
-
 def measure_overhead(bundle: Path, prompts: Prompts, tokens: int, rounds: int) -> dict[str, Any]:
-    """Seconds per token in turns; the server idles while ``bilevel run`` is measured."""
+    """Seconds per token in turns, the best of each side: what else runs on the machine can only slow them.
+
+    The other side is the loop of ``bilevel run``, in this process, which otherwise sleeps, as the server does meanwhile.
+    """
+    generator, params = Generator.open(bundle, verify=False), SamplingParams(max_tokens=tokens)
     alone, served = [], []
     with server(str(bundle), "--capacity", "2048") as (port, _):
         asyncio.run(ask(port, body(bundle.name, prompts.make(32), 16)))
         for _ in range(rounds):
             prompt = prompts.make(32)
-            alone.append(run_alone(bundle, prompt, tokens))
+            generation = generator.generate([prompt], params)
+            generation.finish()
+            alone.append(1 / (generation.stats.decode_tokens_per_second or float("nan")))
             answer = asyncio.run(ask(port, body(bundle.name, prompt, tokens)))
             served.append((answer.moments[-1] - answer.moments[0]) / (len(answer.moments) - 1))
-    overhead = median(served) / median(alone) - 1
-    return {"run_ms": 1e3 * median(alone), "served_ms": 1e3 * median(served), "overhead": overhead, "met": overhead <= 0.05}
+            time.sleep(0.2)  # ONNX Runtime's threads spin for a while after a call
+    overhead = min(served) / min(alone) - 1
+    return {"run_ms": 1e3 * min(alone), "served_ms": 1e3 * min(served), "overhead": overhead, "met": overhead <= 0.05}
 
 
 async def together(port: int, name: str, prompts: list[str], tokens: int) -> tuple[list[Answer], float]:
@@ -97,8 +91,8 @@ def measure_batching(bundle: Path, prompts: Prompts, tokens: int, rounds: int) -
             asked |= dict(zip(wanted, (answer.text for answer in answers), strict=True))
     generator = Generator.open(bundle, verify=False)
     equal = sum(generator.texts([prompt], SamplingParams(max_tokens=tokens))[0] == text for prompt, text in asked.items())
-    factor = median(eight) / median(one)
-    found = {"one": median(one), "eight": median(eight), "factor": factor, "equal": equal, "of": len(asked)}
+    factor = max(eight) / max(one)
+    found = {"one": max(one), "eight": max(eight), "factor": factor, "equal": equal, "of": len(asked)}
     return {**found, "met": factor >= 2.5 and equal == len(asked)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 # Name as PyTorch gives it -> (memory bandwidth in bytes/s, dense 16-bit matrix products with fp32 sums in flop/s), from NVIDIA's data
-# sheets; the first that a GPU's name contains counts.
+# sheets; the first that is a word of a GPU's name counts.
 PEAKS = {
     "B200": (8.0e12, 2.25e15),
     "GH200": (4.0e12, 9.89e14),
@@ -21,8 +22,8 @@ PEAKS = {
     "A100-PCIE-40GB": (1.555e12, 3.12e14),
     "A100": (2.0e12, 3.12e14),
     "L40S": (8.64e11, 3.62e14),
+    "L40": (8.64e11, 1.81e14),
     "L4": (3.0e11, 1.21e14),
-    "A10G": (6.0e11, 7.0e13),
     "RTX 4090": (1.008e12, 1.65e14),
     "RTX 3090": (9.36e11, 7.1e13),
 }
@@ -51,7 +52,7 @@ class Roofline:
 def find_roofline(name: str, measure: Callable[[Callable[[], object]], float], device: torch.device) -> Roofline:
     """A known GPU's, else measured. measure(work): seconds."""
     for known, (bandwidth, flops) in PEAKS.items():
-        if known in name:
+        if re.search(rf"\b{known}\b", name):
             return Roofline(bandwidth, flops, f"data sheet of {known}")
     size = 2**28 if device.type == "cuda" else 2**22
     source, target = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))

@@ -21,7 +21,7 @@ from ray import serve
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from bilevel.runtime.engine import EngineLimits
+from bilevel.runtime.jobs import EngineLimits
 from bilevel.runtime.serve_app import create_app
 from bilevel.runtime.serve_server import build
 from bilevel.runtime.serve_service import HttpLimits

@@ -16,18 +16,16 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bilevel.plugins.errors import BilevelError, Overloaded, RequestError, ShuttingDown
-from bilevel.runtime.jobs import FairQueue, Job, TokenEvent, TokenRoutes
+from bilevel.runtime.jobs import EngineLimits, FairQueue, Job, Observer, TokenEvent, TokenRoutes, token_routes
 from bilevel.runtime.pacing import PrefillPacer
 from bilevel.runtime.rows import Row
 from bilevel.runtime.sampling import Sampler, log_probabilities
-from bilevel.runtime.session import Caches, Routes, Session
+from bilevel.runtime.session import Caches, Session
 from bilevel.runtime.slots import Slots, common_prefix
 from bilevel.runtime.text import NoTokenizer, TextStream
 
@@ -35,38 +33,22 @@ _LOG = logging.getLogger("bilevel.engine")
 Publish = Callable[[Sequence[TokenEvent]], None]
 
 
-@dataclass(frozen=True)
-class EngineLimits:
-    """max_rows: texts generated at once. max_queue: jobs that may wait. row_tokens: prompt and text of one job (None: the model's)."""
-
-    max_rows: int = 8
-    max_queue: int = 64
-    row_tokens: int | None = None
-
-
-class Observer(Protocol):
-    """Whoever counts what the engine does; called from the engine's thread."""
-
-    def prefilled(self, tokens: int, seconds: float) -> None:
-        """A piece of a prompt was read."""
-
-    def decoded(self, rows: Sequence[Row], first: int, routes: Routes | None, seconds: float) -> None:
-        """A token was generated in each of ``rows``; row r is line r.index - first of ``routes``."""
-
-    def token(self, job: Job, now: float) -> None:
-        """``job`` got a token; ``job.last_token`` is still the time of the one before."""
-
-    def ended(self, job: Job, reason: str) -> None:
-        """``job`` has ended."""
-
-
 class Engine:
     """Runs jobs on one session. Everything but the loop itself may be called from any thread.
 
-    publish: told the events of each turn, from the engine's thread; it must return quickly.
+    publish: told the events, from the engine's thread; it must return quickly. publish_seconds: least time between two calls, unless
+    a text begins or ends. On a small machine whoever passes tokens on takes the cores from the model: a wake-up for each token
+    of a model that makes 400 a second costs it a tenth, and nobody reads that fast.
     """
 
-    def __init__(self, session: Session, limits: EngineLimits, publish: Publish, observer: Observer | None = None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        limits: EngineLimits,
+        publish: Publish,
+        observer: Observer | None = None,
+        publish_seconds: float = 0.0,
+    ) -> None:
         bundle = session.bundle
         self.bundle, self.limits, self._publish, self._observer = bundle, limits, publish, observer
         self.row_tokens = min(limits.row_tokens or bundle.max_positions, bundle.max_positions)
@@ -75,6 +57,8 @@ class Engine:
         self._views: dict[tuple[int, int], Caches] = {}
         self._slots, self._queue, self._pacer = Slots(limits.max_rows), FairQueue(), PrefillPacer(bundle.prefill_chunk)
         self._jobs: dict[Row, Job] = {}
+        self._outbox: list[TokenEvent] = []
+        self._published, self._publish_seconds = 0.0, publish_seconds
         self._turn = 0
         self._mean_seconds = 1.0  # that a job keeps a row
         self._wake, self._is_closing = threading.Condition(), False
@@ -175,7 +159,11 @@ class Engine:
             decoding = [row for row in self._slots.active if row.num_pending == 1]
         if decoding:
             events += self._guarded(self._decode, decoding)
-        if events:
+        self._outbox += events
+        now = time.perf_counter()
+        is_urgent = any(event.finish_reason is not None or event.is_first for event in events)
+        if self._outbox and (is_urgent or now - self._published >= self._publish_seconds):
+            events, self._outbox, self._published = self._outbox, [], now
             self._publish(events)
 
     def _drop_cancelled(self) -> list[TokenEvent]:
@@ -252,7 +240,7 @@ class Engine:
         events = []
         for row in rows:
             line = row.index - first
-            routes = _token_routes(view.routes, row, line) if self._jobs[row].wants_routes else None
+            routes = token_routes(view.routes, row, line) if self._jobs[row].wants_routes else None
             events.append(self._extend(row, logits[line], routes))
         seconds = time.perf_counter() - start
         self._pacer.record_decode(seconds)
@@ -269,13 +257,13 @@ class Engine:
             return self._end(job, row, "error", str(error))
         assert event.token is not None
         logprobs = None if job.num_logprobs is None else log_probabilities(logits, event.token, job.num_logprobs)
-        now = time.perf_counter()
+        now, is_first = time.perf_counter(), job.last_token is None
         if self._observer is not None:
             self._observer.token(job, now)
         job.last_token = now
         if event.finish_reason is not None:
             self._end(job, row, event.finish_reason)
-        return TokenEvent(job, event.token, event.finish_reason, logprobs, routes)
+        return TokenEvent(job, event.token, event.finish_reason, logprobs, routes, is_first=is_first)
 
     def _guarded(self, call: Callable[..., list[TokenEvent]], rows: list[Row], *args: int) -> list[TokenEvent]:
         """A call of the graph; where it fails, its rows end as errors and the server goes on."""
@@ -296,12 +284,3 @@ class Engine:
         if self._observer is not None:
             self._observer.ended(job, reason)
         return TokenEvent(job, None, reason, error=error)
-
-
-def _token_routes(routes: Routes | None, row: Row, line: int) -> TokenRoutes | None:
-    """What the last word of ``row`` read, copied out of line ``line`` of a decode step's routes."""
-    if routes is None:
-        return None
-    candidates = () if routes.candidates is None else tuple(int(b) for b in routes.candidates[line, 0, 0] if b >= 0)
-    experts = {layer: tuple(map(int, ids[line, 0])) for layer, ids in routes.experts.items()}
-    return TokenRoutes(row.num_cached - 1, candidates, routes.blocks[:, line, :, 0].copy(), experts)

@@ -21,6 +21,7 @@ from bilevel.runtime.bundle import Bundle
 from bilevel.runtime.device_memory import Device, Memory
 from bilevel.runtime.engines import BACKENDS, Engine
 from bilevel.runtime.manifest import CALL_INPUTS
+from bilevel.runtime.session import Routes
 from bilevel.runtime.tensors import DTYPES, TensorSpec
 
 _ALIGNMENT = 256  # bytes; of every address that TensorRT is given
@@ -127,10 +128,9 @@ class EngineCaches:
     state: {name of a cache's input: its memory and the address of its first row}; None: new and zeroed. Routes are not fetched.
     """
 
-    routes = None
-
     def __init__(self, session: EngineSession, batch: int, state: dict[str, tuple[Memory, int]] | None = None) -> None:
         self.batch, self.capacity = batch, session.engine.capacity
+        self.routes: Routes | None = None
         self._session, self._device = session, session.device
         bundle, sizes = session.bundle, session.bundle.sizes(batch, self.capacity)
         if state is None:

@@ -1,17 +1,19 @@
-"""What a client asked for, what it is told, and the queue in which it waits."""
+"""What a client asked for, what it is told, the queue in which it waits, and who counts along."""
 
 from __future__ import annotations
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bilevel.runtime.rows import Row
 from bilevel.runtime.sampling import SamplingParams, TokenLogprobs
+from bilevel.runtime.session import Routes
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class TokenEvent:
     logprobs: TokenLogprobs | None = None
     routes: TokenRoutes | None = None
     error: str | None = None
+    is_first: bool = False
 
 
 @dataclass(eq=False)
@@ -103,3 +106,37 @@ class FairQueue:
         self._waiting[client].remove(job)
         if not self._waiting[client]:
             del self._waiting[client]
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """max_rows: texts generated at once. max_queue: jobs that may wait. row_tokens: prompt and text of one job (None: the model's)."""
+
+    max_rows: int = 8
+    max_queue: int = 64
+    row_tokens: int | None = None
+
+
+class Observer(Protocol):
+    """Whoever counts what the engine does; called from the engine's thread."""
+
+    def prefilled(self, tokens: int, seconds: float) -> None:
+        """A piece of a prompt was read."""
+
+    def decoded(self, rows: Sequence[Row], first: int, routes: Routes | None, seconds: float) -> None:
+        """A token was generated in each of ``rows``; row r is line r.index - first of ``routes``."""
+
+    def token(self, job: Job, now: float) -> None:
+        """``job`` got a token; ``job.last_token`` is still the time of the one before."""
+
+    def ended(self, job: Job, reason: str) -> None:
+        """``job`` has ended."""
+
+
+def token_routes(routes: Routes | None, row: Row, line: int) -> TokenRoutes | None:
+    """What the last word of ``row`` read, copied out of line ``line`` of a decode step's routes."""
+    if routes is None:
+        return None
+    candidates = () if routes.candidates is None else tuple(int(b) for b in routes.candidates[line, 0, 0] if b >= 0)
+    experts = {layer: tuple(map(int, ids[line, 0])) for layer, ids in routes.experts.items()}
+    return TokenRoutes(row.num_cached - 1, candidates, routes.blocks[:, line, :, 0].copy(), experts)

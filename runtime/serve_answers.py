@@ -57,7 +57,7 @@ class Piece:
 class Answers:
     """The answers to one request. Submitting happens at once, so that a refusal is still a status.
 
-    Raises what ``Engine.submit`` raises. Iterating gives every piece of every choice and ends when all have ended; leaving it
+    Raises what ``Engine.submit`` raises. Iterating gives the pieces of all choices, as many at a time as have come, and ends when all have ended; leaving it
     early, for whatever reason, frees the rows.
     """
 
@@ -70,12 +70,17 @@ class Answers:
             job.receive = self._events.put_nowait
         engine.submit(*jobs)
 
-    async def __aiter__(self) -> AsyncIterator[Piece]:
+    async def __aiter__(self) -> AsyncIterator[list[Piece]]:
         try:
-            while any(choice.finish_reason is None for choice in self.choices):
-                piece = self._piece(await self._events.get())
-                if piece is not None:
-                    yield piece
+            num_open = len(self.choices)
+            while num_open:
+                events = [await self._events.get()]
+                while not self._events.empty():
+                    events.append(self._events.get_nowait())
+                pieces = [piece for event in events if (piece := self._piece(event)) is not None]
+                num_open -= sum(piece.finish_reason is not None for piece in pieces)
+                if pieces:
+                    yield pieces
         finally:
             self.cancel()
 

@@ -27,7 +27,7 @@ from bilevel.runtime.serve_service import Service
 
 VERSION, LENGTH_HEADER = "1", "Inference-Header-Content-Length"
 OUTPUTS = {"output_ids": "INT64", "text": "BYTES", "finish_reason": "BYTES"}
-_WHOLE = {"INT64": np.dtype("<i8"), "INT32": np.dtype("<i4")}
+_WHOLE: dict[str, np.dtype[Any]] = {"INT64": np.dtype("<i8"), "INT32": np.dtype("<i4")}
 
 
 async def describe_server(request: Request) -> Response:
@@ -169,14 +169,15 @@ def _flat(tensor: InputTensor) -> list[Any]:
         values = [value for line in values for value in line]
     kind = str if tensor.datatype == "BYTES" else int
     for value in values:
-        if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and abs(value) >= 2**31):
+        if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and abs(value) >= 2**31):
             raise ApiError(400, f"{tensor.name} holds {repr(value)[:60]}, which is no {'text' if kind is str else 'token id'}")
     return values
 
 
 def _texts(data: bytes) -> list[str]:
     """Texts, each behind its length in 4 bytes, the lowest first."""
-    texts, place = [], 0
+    texts: list[str] = []
+    place = 0
     try:
         while place < len(data):
             end = place + 4 + int.from_bytes(data[place : place + 4], "little")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
@@ -72,7 +73,7 @@ class Metrics:
         ):
             gauge = Gauge(name, text, ["layer"], registry=self.registry)
             for layer in layers:
-                gauge.labels(str(layer)).set_function(lambda read=read, layer=layer: read(layer))
+                gauge.labels(str(layer)).set_function(partial(read, layer))
 
     def page(self) -> bytes:
         """Everything in Prometheus' text format."""

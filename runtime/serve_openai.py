@@ -20,6 +20,8 @@ from bilevel.runtime.serve_http import EventStream, unless_gone
 from bilevel.runtime.serve_schemas import ChatRequest, CompletionRequest, Sampling, check_budget
 from bilevel.runtime.serve_service import Service
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # json.dumps would make one for each event
+
 
 async def list_models(request: Request) -> Response:
     """GET /v1/models."""
@@ -102,8 +104,9 @@ async def _answer(service: Service, request: Request, asked: Sampling, answers: 
     pieces: dict[Choice, list[Piece]] = {choice: [] for choice in answers.choices}
 
     async def collect() -> None:
-        async for piece in answers:
-            pieces[piece.choice].append(piece)
+        async for news in answers:
+            for piece in news:
+                pieces[piece.choice].append(piece)
 
     await unless_gone(request, collect())
     choices = [form.choice(choice, pieces[choice], asked.routes) for choice in answers.choices]
@@ -112,7 +115,7 @@ async def _answer(service: Service, request: Request, asked: Sampling, answers: 
 
 
 def _event(content: Any) -> bytes:
-    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _ENCODER.encode(content).encode() + b"\n\n"
 
 
 async def _events(service: Service, request: Request, asked: Sampling, answers: Answers, form: Format) -> AsyncIterator[bytes]:
@@ -127,8 +130,8 @@ async def _events(service: Service, request: Request, asked: Sampling, answers: 
         if (opening := form.opening(choice)) is not None:
             yield _event({**form.header, "choices": [opening], **extra})
     try:
-        async for piece in answers:
-            yield _event({**form.header, "choices": [form.chunk(piece)], **extra})
+        async for pieces in answers:
+            yield b"".join(_event({**form.header, "choices": [form.chunk(piece)], **extra}) for piece in pieces)
     except Exception as error:  # noqa: BLE001 - the status is out, so the error is an event
         told = as_api_error(error)
         yield _event(error_body(told, request.url.path))

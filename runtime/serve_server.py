@@ -15,7 +15,8 @@ import uvicorn
 
 from bilevel.plugins.errors import RequestError
 from bilevel.runtime.bundle import Bundle
-from bilevel.runtime.engine import Engine, EngineLimits
+from bilevel.runtime.engine import Engine
+from bilevel.runtime.jobs import EngineLimits
 from bilevel.runtime.route_stats import RouteStats
 from bilevel.runtime.serve_answers import publish_on
 from bilevel.runtime.serve_app import create_app
@@ -27,6 +28,7 @@ from bilevel.runtime.session import OnnxSession, Session
 from bilevel.runtime.text import BundleTokenizer
 
 MOST_CONNECTIONS = 1000
+PUBLISH_SECONDS = 0.01  # a screen shows about 60 changes a second
 
 
 class Server(uvicorn.Server):
@@ -79,7 +81,7 @@ def build(
     bundle = session.bundle
     capacity = min(limits.row_tokens or bundle.max_positions, bundle.max_positions)
     metrics = Metrics(None if bundle.routes is None else RouteStats(bundle, capacity))
-    engine = Engine(session, limits, publish_on(loop), metrics)
+    engine = Engine(session, limits, publish_on(loop), metrics, PUBLISH_SECONDS)
     metrics.watch(engine)
     tokenizer = BundleTokenizer(bundle.tokenizer_path)
     service = Service(name, engine, tokenizer, find_template(bundle.folder), keys, http)

@@ -35,10 +35,10 @@ class _Tensor(ctypes.Structure):
 
 def _tensors(tensors: Sequence[DeviceTensor]) -> Any:
     made = (_Tensor * len(tensors))()
-    for place_, tensor in zip(made, tensors, strict=True):
-        place_.rank, place_.dtype = len(tensor.shape), DTYPES[tensor.dtype]
+    for one, tensor in zip(made, tensors, strict=True):
+        one.rank, one.dtype = len(tensor.shape), DTYPES[tensor.dtype]
         for axis, size in enumerate(tensor.shape):
-            place_.dims[axis] = size
+            one.dims[axis] = size
     return made
 
 

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import triton
-import triton.language as tl
 
 from tests import gpu_checks_kernels as kernels
 from tests.gpu_cases import BRAIN, HALF, SINGLE, Attention, ExpertRoute, Experts, Route
@@ -32,14 +30,11 @@ def small(machine: Machine, folder: Path) -> Iterator[Result]:
         yield from plugins(machine, folder)
 
 
-@triton.jit
-def _write_one(out, at):
-    tl.store(out + at, 1.0)
-
-
 def overrun(machine: Machine) -> Iterator[Result]:
     """A float written right behind a tensor that has memory of its own."""
+    from tests.gpu_overrun import write_one
+
     out = torch.zeros(1024, device=machine.device)
-    _write_one[(1,)](out, out.numel())
+    write_one[(1,)](out, out.numel())
     machine.synchronize()
     yield Result("overrun", "a float behind a tensor", "written", True)

@@ -116,8 +116,9 @@ def start(name: str, folder: Path, before: Sequence[str] = (), **more: str) -> t
             command, capture_output=True, text=True, check=False, cwd=ROOT, env=_environment(**more), timeout=_MOST_SECONDS
         )
     except subprocess.TimeoutExpired as late:
-        lines = (late.stdout or b"").decode(errors="replace").splitlines()
-        return lines, 124, f"it was still running after {_MOST_SECONDS} s"
+        said = late.stdout or b""
+        text = said.decode(errors="replace") if isinstance(said, bytes) else said
+        return text.splitlines(), 124, f"it was still running after {_MOST_SECONDS} s"
     return run.stdout.splitlines(), run.returncode, run.stderr
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bilevel.runtime.engine import EngineLimits
+from bilevel.runtime.jobs import EngineLimits
 from bilevel.runtime.serve_http import Keys
 from bilevel.runtime.serve_server import Server, listen, run_server
 from bilevel.runtime.serve_service import HttpLimits

@@ -160,6 +160,7 @@ def test_rooflines(bench: ModuleType) -> None:
     device = torch.device("cpu")
     assert find("NVIDIA H100 80GB HBM3", None, device).bandwidth == 3.35e12
     assert find("NVIDIA H200", None, device).bandwidth == 4.8e12
+    assert find("NVIDIA L40", None, device).flops > find("NVIDIA L4", None, device).flops
     measured = find("some GPU", lambda work: 0.5, device)
     assert measured.bandwidth == 2 * 2**22 / 0.5 and measured.source.startswith("measured")
 

@@ -18,7 +18,7 @@ from bilevel.plugins import gpu_kernels
 from bilevel.plugins.kernel_library import KernelLibrary
 from bilevel.plugins.tensorrt_headers import find_headers
 from tests import gpu_checks_kernels as kernels
-from tests import gpu_test
+from tests import gpu_checks_library, gpu_checks_plugins, gpu_checks_sanitizer, gpu_test
 from tests.fake_gpu import Gpu, fake_gpu, number_kernels
 from tests.gpu_cases import HALF, SINGLE, Attention, ExpertRoute, Experts, Route
 from tests.gpu_checks_library import Cases, library
@@ -172,6 +172,52 @@ def test_groups_report_how_they_end() -> None:
     for lines, status in (([], 0), ([good], -11), ([good], 1), ([good], 124)):
         last = gpu_test.read_results(lines, status, "Segmentation\nfault", "routes")[-1]
         assert last == ["the group ended early", "routes", f"exit status {status}: fault", False]
+
+
+def test_every_group_is_wired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group's name leads to its checks."""
+    ran: list[str] = []
+
+    def noted(name: str) -> Callable[..., Iterator[Result]]:
+        def check(machine: Machine, *rest: Any) -> Iterator[Result]:
+            assert isinstance(machine, Machine) and rest in ((), (tmp_path,))
+            ran.append(name)
+            yield from ()
+
+        return check
+
+    expected = [
+        "attention",
+        "routes",
+        "margins",
+        "experts",
+        "expert_route",
+        "library",
+        "plugins",
+        "far_offsets",
+        "small",
+        "overrun",
+    ]
+    for module in (kernels, gpu_checks_library, gpu_checks_plugins, gpu_checks_sanitizer):
+        for name in expected:
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, noted(name))
+    for group in (*gpu_test.GROUPS, gpu_test.ALONE, gpu_test.SANITIZED, "overrun"):
+        list(gpu_test._group(group, tmp_path))
+    assert ran == expected
+
+
+def test_a_group_in_its_own_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Started as the program starts it; on a machine without a GPU it ends at once, which is a failure of the group."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    found = gpu_test.read_results(*gpu_test.start("attention", tmp_path), "attention")
+    assert [result[3] for result in found] == [False] and "exit status 2: gpu-test: PyTorch" in found[0][2]
+    slow = tmp_path / "slow"
+    slow.write_text("#!/bin/sh\necho '[1]'; exec sleep 60\n")
+    slow.chmod(0o755)
+    monkeypatch.setattr(gpu_test, "_MOST_SECONDS", 0.5)
+    lines, status, errors = gpu_test.start("attention", tmp_path, [str(slow)])
+    assert (lines, status) == (["[1]"], 124) and "still running" in errors
 
 
 def test_the_memory_checker_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from bilevel.plugins.errors import BundleError, Overloaded, RequestError, ShuttingDown
-from bilevel.runtime.engine import Engine, EngineLimits
+from bilevel.runtime.engine import Engine
 from bilevel.runtime.generate import Generator
-from bilevel.runtime.jobs import FairQueue, Job, TokenEvent
+from bilevel.runtime.jobs import EngineLimits, FairQueue, Job, TokenEvent
 from bilevel.runtime.pacing import RATIO, PrefillPacer
 from bilevel.runtime.sampling import SamplingParams, log_probabilities
 from bilevel.runtime.session import OnnxSession
