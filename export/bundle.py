@@ -24,7 +24,7 @@ from bilevel.config_json import config_to_dict, load_config
 from bilevel.export.decoder import route_outputs, save_decoder, state_tensors
 from bilevel.export.dense_twin import dense_config, save_dense_twin
 from bilevel.export.dense_twin_kv8 import cache_ranges, save_int8_cache
-from bilevel.export.functions import routed_nodes
+from bilevel.export.nodes import routed_nodes
 from bilevel.export.precision import PRECISIONS, TWIN_PRECISIONS, check_precision
 from bilevel.export.quantise import check_format, quantise_graph
 from bilevel.export.schemas import ONNX_OPSET

@@ -13,19 +13,20 @@ from typing import Any
 
 from bilevel.export.rtx_stub import load_stub
 from bilevel.export.tensorrt_versions import Flavour, is_weakly_typed, needs_stub
-from bilevel.plugins.errors import ExportError
+from bilevel.plugins.errors import EngineError
 
 _KEPT = 5  # errors of TensorRT's that are worth repeating
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What an engine takes: rows of a batch, tokens of a row's caches, tokens of a prefill call."""
+    """What an engine takes: rows of a batch (batch_least to batch), tokens of a row's caches, tokens of a prefill call."""
 
     batch: int
     capacity: int
     chunk: int
     block_size: int
+    batch_least: int = 1
 
     def sizes(self, batch: int, new_tokens: int) -> dict[str, int]:
         """The graph's free sizes in a call."""
@@ -34,7 +35,7 @@ class Limits:
 
     def profiles(self) -> dict[str, tuple[dict[str, int], dict[str, int], dict[str, int]]]:
         """Profile -> the free sizes of its smallest, its typical and its largest call."""
-        one, chunk = self.sizes(1, 1), self.sizes(1, self.chunk)
+        one, chunk = self.sizes(self.batch_least, 1), self.sizes(self.batch_least, self.chunk)
         return {
             "prefill": (one, chunk, self.sizes(self.batch, self.chunk)),
             "decode": (one, one, self.sizes(self.batch, 1)),
@@ -67,14 +68,14 @@ def make_logger(trt: Any) -> Any:
     return Logger()
 
 
-def failure(logger: Any, what: str, remedy: str) -> ExportError:
+def failure(logger: Any, what: str, remedy: str) -> EngineError:
     """An error that repeats what TensorRT logged."""
     said = "; ".join(logger.messages[:_KEPT]) or "TensorRT logged no reason"
-    return ExportError(f"{what} ({said[:1200]}); {remedy}")
+    return EngineError(f"{what} ({said[:1200]}); {remedy}")
 
 
 def parse_graph(flavour: Flavour, model: bytes, graph: Path, nodes: int) -> Network:
-    """Parse an ONNX model of which ``nodes`` must become plugins; 0: it is to run its portable bodies. Raises ExportError.
+    """Parse an ONNX model of which ``nodes`` must become plugins; 0: it is to run its portable bodies. Raises EngineError.
 
     graph: the file that the model is of; its weights lie beside it. The plugins must have been registered: a node without its plugin
     falls back to its body, and no TensorRT says so.
@@ -93,7 +94,7 @@ def parse_graph(flavour: Flavour, model: bytes, graph: Path, nodes: int) -> Netw
         raise failure(logger, f"{flavour.backend} {flavour.version_text} cannot read {graph}", "export the bundle anew")
     found = count_plugins(trt, network)
     if nodes and found != nodes:
-        raise ExportError(
+        raise EngineError(
             f"{graph} has {nodes} routed nodes, but {flavour.backend} {flavour.version_text} made {found} plugin layers of them: the "
             "rest would run their portable bodies; build with the plugins of this bilevel (--plugins python), or with --plugins none"
         )

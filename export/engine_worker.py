@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ from bilevel.export.tensorrt_versions import Flavour, compute_capabilities, load
 from bilevel.plugins.errors import BilevelError, EngineError
 
 _FIXED_ADDRESSES = 0x0040000  # ADDR_NO_RANDOMIZE of <sys/personality.h>
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
 _ASKED = "BILEVEL_FIXED_ADDRESSES"
 PYTHON_PLUGINS, NO_PLUGINS = "python", "none"
 
@@ -142,6 +144,8 @@ def run(job: Job, tell: Callable[..., None]) -> None:
 def main(text: str) -> int:
     """Run the job; the exit status."""
     events = sys.stdout
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
 
     def tell(**event: Any) -> None:
         print(json.dumps(event), file=events, flush=True)

@@ -12,6 +12,7 @@ from onnxscript import OnnxFunction
 from bilevel.export.bodies_attention import RoutedAttention
 from bilevel.export.bodies_experts import RoutedExperts, expert_route_body
 from bilevel.export.bodies_routes import CoarseRoute, FineRoute
+from bilevel.export.nodes import routed_nodes
 from bilevel.export.schemas import ONNX_OPSET
 from bilevel.plugins.contract import BY_NAME, DOMAIN, VERSION
 from bilevel.plugins.errors import ExportError
@@ -19,11 +20,6 @@ from bilevel.plugins.errors import ExportError
 _BODIES: dict[str, OnnxFunction[..., Any]] = {
     body.name: body for body in (CoarseRoute, FineRoute, RoutedAttention, RoutedExperts)
 }
-
-
-def routed_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    """Every node of the ``bilevel`` domain, in graph order."""
-    return [node for node in graph.node if node.domain == DOMAIN]
 
 
 def _body(name: str, nodes: list[onnx.NodeProto]) -> OnnxFunction[..., Any]:

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 import onnx
 from torch.export import ExportedProgram
 
-from bilevel.export.functions import routed_nodes
+from bilevel.export.nodes import routed_nodes
 from bilevel.plugins.errors import ExportError
 
 # For each operator that obeys a selection: which input carries it, and who may have made it.

@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx
 from onnx import helper
 
-from bilevel.export.functions import routed_nodes
+from bilevel.export.nodes import routed_nodes
 from bilevel.plugins.contract import BY_NAME
 from bilevel.plugins.errors import ExportError
 from bilevel.plugins.kernel_build import Request

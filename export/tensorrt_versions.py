@@ -6,13 +6,18 @@ Enum members are used by name everywhere: 11.0 renumbered some. Caches are writt
 
 from __future__ import annotations
 
+import importlib
 import re
 from dataclasses import dataclass
 from typing import Any
 
-from bilevel.plugins.errors import ExportError, require
+from bilevel.plugins.errors import EngineError
 
 BACKENDS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+_INSTALL = {
+    "tensorrt": "JetPack brings it to a Jetson, elsewhere NVIDIA's packages or pip install tensorrt-cu13",
+    "tensorrt-rtx": "pip install 'bilevel[rtx]'",
+}
 _OLDEST = {"tensorrt": (10, 3), "tensorrt-rtx": (1, 3)}
 
 
@@ -31,14 +36,18 @@ class Flavour:
 
 
 def load_flavour(backend: str) -> Flavour:
-    """The installed TensorRT of a backend. Raises ExportError for an unknown or too old one, MissingDependency."""
+    """The installed TensorRT of a backend. Raises EngineError for one that is unknown, absent, broken or too old."""
     if backend not in BACKENDS:
-        raise ExportError(f"there is no backend {backend!r}; engines are built by {' or '.join(BACKENDS)}")
-    trt = require(BACKENDS[backend])
+        raise EngineError(f"there is no backend {backend!r}; engines are built by {' or '.join(BACKENDS)}")
+    try:
+        trt = importlib.import_module(BACKENDS[backend])
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise EngineError(f"{backend} cannot be loaded ({reason}); install it: {_INSTALL[backend]}") from None
     version = tuple(int(part) for part in re.findall(r"\d+", trt.__version__)[:4])
     if version < _OLDEST[backend]:
         oldest = ".".join(map(str, _OLDEST[backend]))
-        raise ExportError(f"{backend} {trt.__version__} is too old; install {oldest} or newer")
+        raise EngineError(f"{backend} {trt.__version__} is too old; install {oldest} or newer")
     return Flavour(backend, trt, version)
 
 

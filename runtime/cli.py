@@ -20,6 +20,7 @@ COMMANDS = {
     "export": ("bilevel.export.cli_export", "PyTorch checkpoint to ONNX bundle"),
     "check": ("bilevel.export.cli_check", "prove that a bundle computes what its checkpoint computes, routes included"),
     "kernels": ("bilevel.export.cli_kernels", "the library of GPU kernels for a bundle, for boards and GPUs; needs none"),
+    "build": ("bilevel.export.cli_build", "an engine of TensorRT or TensorRT-RTX from a bundle"),
     "run": ("bilevel.runtime.cli_run", "generate text, streaming to the terminal"),
     "serve": ("bilevel.runtime.cli_serve", "text for many users over HTTP: OpenAI's API, KServe v2, a page to try it"),
     "bench": ("bilevel.runtime.cli_bench", "speed and memory against context length, with the dense twin beside it"),

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bilevel.plugins.errors import MissingDependency, require
+from bilevel.plugins.errors import EngineError, MissingDependency, require
 from bilevel.runtime.bundle import Bundle, read_manifest
+from bilevel.runtime.engines import Engine, find_engines
 from bilevel.runtime.manifest import FORMAT_VERSION
 
 # Keys of config.json worth a line, with what they are called in a table.
@@ -33,14 +34,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print the bundle; 1 when a file is missing or differs from the manifest."""
+    """Print the bundle; 1 when a file or an engine is missing or differs from its manifest."""
     bundle = read_manifest(args.bundle)
     facts = describe(bundle)
     if args.json:
         print(json.dumps(facts, indent=2))
     else:
         _print(f"{bundle.folder} (bundle format {FORMAT_VERSION})", _sections(facts))
-    return 0 if all(file["status"] == "ok" for file in facts["files"].values()) else 1
+    return 0 if all(each["status"] == "ok" for each in (*facts["files"].values(), *facts["engines"].values())) else 1
 
 
 def describe(bundle: Bundle) -> dict[str, Any]:
@@ -72,8 +73,48 @@ def describe(bundle: Bundle) -> dict[str, Any]:
             name: {"bytes": record.num_bytes, "sha256": record.sha256, "status": bundle.file_problem(name) or "ok"}
             for name, record in bundle.files.items()
         },
+        "engines": _engines(bundle.folder),
         "checks": list(bundle.checks),
     }
+
+
+def _engines(folder: Path) -> dict[str, dict[str, Any]]:
+    """Engine -> its manifest and status; of one whose manifest cannot be read, the status alone."""
+    engines, problems = find_engines(folder)
+    found = {engine.name: _engine(engine) for engine in engines}
+    return {**found, **{f"unreadable {index}": {"status": str(problem)} for index, problem in enumerate(problems, 1)}}
+
+
+def _engine(engine: Engine) -> dict[str, Any]:
+    try:
+        engine.read_plan()
+        status = "ok"
+    except EngineError as error:
+        status = str(error)
+    return {
+        "backend": engine.backend,
+        "version": engine.version,
+        "platform": engine.platform,
+        "architectures": list(engine.architectures),
+        "precision": engine.precision,
+        "capacity": engine.capacity,
+        "batch": list(engine.batch),
+        "new_tokens": [list(each) for each in engine.new_tokens],
+        "plugins": engine.plugins,
+        "memory_bytes": dict(engine.memory_bytes),
+        "bytes": engine.num_bytes,
+        "status": status,
+    }
+
+
+def _engine_row(engine: dict[str, Any]) -> str:
+    if "backend" not in engine:
+        return str(engine["status"])
+    archs = ", ".join(f"sm_{arch}" for arch in engine["architectures"])
+    rows = "-".join(str(rows) for rows in dict.fromkeys(engine["batch"]))
+    nodes = f"{engine['plugins']['nodes']} plugin nodes" if engine["plugins"] else "no plugins"
+    facts = f"{archs}, {engine['precision']}, capacity {engine['capacity']}, batch {rows}, {nodes}"
+    return f"{engine['backend']} {engine['version']}, {facts}, {_size(engine['bytes'])}, {engine['status']}"
 
 
 def _sections(facts: dict[str, Any]) -> list[Section]:
@@ -103,6 +144,7 @@ def _sections(facts: dict[str, Any]) -> list[Section]:
             ],
         ),
         ("files", [(name, f"{_size(file['bytes'])}, {file['status']}") for name, file in facts["files"].items()]),
+        ("engines", [(name, _engine_row(engine)) for name, engine in facts["engines"].items()]),
         ("created by", [*_rows(facts["created_by"]), ("ONNX opset", str(graph["opset"]))]),
         (
             "checks",

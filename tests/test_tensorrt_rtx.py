@@ -18,7 +18,7 @@ if importlib.util.find_spec("tensorrt_rtx") is None:
 from bilevel.checkpoint import load_model
 from bilevel.export.decoder import save_decoder
 from bilevel.export.engine_network import Limits, parse_graph
-from bilevel.export.functions import routed_nodes
+from bilevel.export.nodes import routed_nodes
 from bilevel.export.operator_geometry import read_requests
 from bilevel.export.tensorrt_versions import Flavour, load_flavour
 from bilevel.plugins import tensorrt_python

@@ -1,0 +1,197 @@
+"""A bundle to an engine: ``engines/NAME.plan`` and its manifest ``NAME.json``, whose format ``runtime/engines.py`` specifies.
+
+The build itself runs in a process of its own (``engine_worker``). Nothing appears in ``engines/`` before it is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+import bilevel
+from bilevel.export.engine_memory import Estimate
+from bilevel.export.engine_network import Limits
+from bilevel.export.engine_plugins import Plugins
+from bilevel.export.engine_worker import NO_PLUGINS, Job
+from bilevel.export.nodes import routed_nodes
+from bilevel.export.tensorrt_versions import Flavour, must_strip_functions
+from bilevel.plugins.errors import EngineError
+
+FORMAT, FORMAT_VERSION = "bilevel-engine", 1
+FOLDER = "engines"
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to build. bundle: the folder; manifest: its bundle.json; archs: what for, as in 89."""
+
+    bundle: Path
+    manifest: Mapping[str, Any]
+    flavour: Flavour
+    archs: tuple[int, ...]
+    limits: Limits
+    plugins: Plugins
+    estimate: Estimate
+    reproducible: bool = False
+
+    @property
+    def graph(self) -> Path:
+        """The ONNX file."""
+        return self.bundle / str(self.manifest["graph"]["file"])
+
+    @property
+    def name(self) -> str:
+        """The same for the same options, so that an engine is replaced by its like and by nothing else."""
+        rows, least = self.limits.batch, self.limits.batch_least
+        archs = "-".join(f"sm{arch}" for arch in self.archs)
+        batch = str(rows) if least == rows else f"{least}to{rows}"
+        portable = "-portable" if self.plugins.source == NO_PLUGINS else ""
+        sizes = f"capacity{self.limits.capacity}-chunk{self.limits.chunk}-batch{batch}"
+        return f"{self.flavour.backend}-{archs}-{self.manifest['precision']}-{sizes}{portable}"
+
+
+def build_engine(plan: Plan, on_progress: Progress = lambda phase, done, total: None) -> Path:
+    """Build, and put plan and manifest into the bundle; the manifest's path. Raises EngineError; then nothing has changed.
+
+    on_progress(phase, done, all): called often; all is 0 where a phase has no steps.
+    """
+    folder = plan.bundle / FOLDER
+    folder.mkdir(exist_ok=True)
+    scratch = folder / f".{plan.name}.building"
+    shutil.rmtree(scratch, ignore_errors=True)  # what a killed build left
+    scratch.mkdir()
+    try:
+        model, nodes = _prepare_model(plan, scratch)
+        built = scratch / "plan"
+        job = Job(
+            str(model),
+            str(plan.graph.absolute()),
+            nodes if plan.plugins.source != NO_PLUGINS else 0,
+            plan.flavour.backend,
+            plan.archs if plan.flavour.backend == "tensorrt-rtx" else (),
+            plan.limits,
+            plan.plugins.source,
+            str(built.absolute()),
+            plan.reproducible,
+        )
+        result = _run(job, scratch / "log", on_progress)
+        manifest = describe_engine(plan, nodes, built, result["version"])
+        (scratch / "json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        target = folder / f"{plan.name}.json"
+        # A manifest stands for a whole plan, at every moment.
+        target.unlink(missing_ok=True)
+        os.replace(built, folder / f"{plan.name}.plan")
+        os.replace(scratch / "json", target)
+        return target
+    except OSError as error:
+        raise EngineError(
+            f"{folder} could not be written ({error.strerror or error}); free some space and try again"
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _prepare_model(plan: Plan, scratch: Path) -> tuple[Path, int]:
+    """(the ONNX file to parse, its routed nodes); without functions where they would win over plugins."""
+    model = onnx.load(str(plan.graph), load_external_data=False)
+    nodes = len(routed_nodes(model.graph))
+    if plan.plugins.source == NO_PLUGINS or not must_strip_functions(plan.flavour):
+        return plan.graph.absolute(), nodes
+    del model.functions[:]
+    path = scratch / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    return path.absolute(), nodes
+
+
+@contextmanager
+def _worker(job: Job, log: Path) -> Iterator[subprocess.Popen[str]]:
+    """The process that builds; killed when it is left before its end. A signal to this program's group does not reach it."""
+    command = [sys.executable, "-m", "bilevel.export.engine_worker", job.to_json()]
+    # The worker finds bilevel where this process found it.
+    paths = os.pathsep.join([str(Path(bilevel.__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with log.open("wb") as errors:
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            encoding="utf-8",
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": paths},
+        )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        if process.stdout:
+            process.stdout.close()
+
+
+def _run(job: Job, log: Path, on_progress: Progress) -> dict[str, Any]:
+    """The worker's result. Raises EngineError with its sentence, or with what is known of its end."""
+    result: dict[str, Any] = {}
+    with _worker(job, log) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            event = json.loads(line)
+            if "error" in event:
+                raise EngineError(event["error"])
+            if "phase" in event:
+                on_progress(event["phase"], event["step"], event["steps"])
+            else:
+                result = event
+        status = process.wait()
+    if status == 0 and result:
+        return result
+    said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    hint = "it may have run out of memory" if status == -signal.SIGKILL else said[-1][:300] if said else "it gave no reason"
+    raise EngineError(f"the process that builds {how} ({hint}); try a smaller --capacity or --batch, or --plugins none")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def describe_engine(plan: Plan, nodes: int, built: Path, version: str) -> dict[str, Any]:
+    """The engine's manifest."""
+    limits, estimate, size = plan.limits, plan.estimate, built.stat().st_size
+    profiles: Sequence[tuple[dict[str, int], ...]] = list(limits.profiles().values())
+    has_plugins = plan.plugins.source != NO_PLUGINS
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "created_by": {"bilevel": bilevel.__version__, plan.flavour.backend: version, "python": platform.python_version()},
+        "backend": plan.flavour.backend,
+        "version": version,
+        "platform": platform.machine() if plan.flavour.backend == "tensorrt" else None,
+        "architectures": list(plan.archs),
+        "precision": plan.manifest["precision"],
+        "capacity": limits.capacity,
+        "batch": [limits.batch_least, limits.batch],
+        "new_tokens": [[calls[0]["new_tokens"], calls[-1]["new_tokens"]] for calls in profiles],
+        "plugins": {"nodes": nodes, "library": plan.plugins.sha256} if has_plugins else None,
+        "graph_sha256": _sha256(plan.graph),
+        # A plan holds weights in the order in which they are read, some of them more than once.
+        "memory_bytes": {"weights": max(size, estimate.weights), "activations": estimate.activations, "caches": estimate.caches},
+        "plan": {"file": f"{plan.name}.plan", "sha256": _sha256(built), "bytes": size},
+    }
