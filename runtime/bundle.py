@@ -95,6 +95,7 @@ class Bundle:
             inputs=twin.inputs,
             outputs=twin.outputs,
             state=twin.state,
+            routes=twin.routes,
             twin=None,
         )
 
