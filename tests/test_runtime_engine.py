@@ -291,7 +291,7 @@ def test_the_pacer_finds_the_chunk_that_fits() -> None:
     assert pacer.chunk(0) == 512
     before = pacer.chunk(3)
     pacer.record_chunk(before, 10.0)
-    assert pacer.chunk(3) == (before + 1) // 2  # one slow call is not believed at once
+    assert before // 2 <= pacer.chunk(3) <= (before + 1) // 2  # one slow call is not believed at once
     for _ in range(9):
         pacer.record_chunk(pacer.chunk(3), 10.0)
     assert pacer.chunk(3) == 1
