@@ -7,8 +7,10 @@
     text.py       tokens to text, never splitting a character
     rows.py       one row of a batch
     generate.py   prompts to a stream of events
+    engine.py     many jobs on one device: rows join and leave a running batch (jobs.py, slots.py, pacing.py)
+    serve_*.py    the engine over HTTP; these need the extra "serve"
     cli*.py       the command line, one module per command
 
-Importing these modules needs the standard library and numpy only. onnxruntime, tokenizers and rich are imported where they
-are used, so ``bilevel --help`` works on a bare board.
+Importing these modules, but for serve_*, needs the standard library and numpy only. onnxruntime, tokenizers and rich are imported
+where they are used, so ``bilevel --help`` works on a bare board.
 """

@@ -33,6 +33,7 @@ from a checkpoint to text:
   bilevel export my-checkpoint my-bundle            PyTorch to one ONNX file, its tokenizer and a manifest
   bilevel check my-bundle --against my-checkpoint   the same routes, the same numbers, the same tokens?
   bilevel run my-bundle "Once upon a time"          text, on a machine that needs no PyTorch
+  bilevel serve my-bundle                           the same for many users, over HTTP
   bilevel bench my-bundle                           what it costs on this machine, and what a dense model would cost
   bilevel inspect my-bundle                         geometry, routing, files, memory per token
 

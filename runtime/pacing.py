@@ -7,6 +7,7 @@ from statistics import median
 
 # A client then waits for about 1 + RATIO decode steps between two tokens while somebody's prompt is read; the promise is 3.
 RATIO = 1.5
+LEAST_SECONDS = 0.015  # nobody notices a pause as short as this, and tiny pieces waste a fast model's time
 _FIRST_CHUNK, _NUM_STEPS = 8, 32
 
 
@@ -14,7 +15,7 @@ class PrefillPacer:
     """Chooses the tokens of a prefill chunk by measured time. most: the bundle's limit.
 
     Alone, a prompt is read ``most`` tokens at a time. Beside rows that generate, a chunk may take RATIO times the median of
-    the last decode steps; its size follows from how long the previous ones took.
+    the last decode steps, or LEAST_SECONDS; its size follows from how long the previous ones took.
     """
 
     def __init__(self, most: int) -> None:
@@ -33,7 +34,7 @@ class PrefillPacer:
         """A chunk of ``tokens``, read beside rows that generate, took ``seconds``."""
         if not self._steps or seconds <= 0:
             return
-        wanted = tokens * RATIO * median(self._steps) / seconds
+        wanted = tokens * max(RATIO * median(self._steps), LEAST_SECONDS) / seconds
         # The last piece of a prompt is short and says nothing about what a longer one would cost. Damped: one slow call, for
         # which somebody else on the machine may be to blame, halves the size at most.
         if wanted < self._size or tokens >= int(self._size):
