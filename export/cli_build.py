@@ -47,7 +47,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prefill-chunk", type=int, metavar="N", help="most tokens of one call (default: the bundle's)")
     parser.add_argument("--plugins", metavar="FILE", help="a kernel library, python or none (default: the bundle's library)")
     parser.add_argument(
-        "--reproducible", action="store_true", help="the same bytes every time: on one core, giving way to everything else"
+        "--reproducible",
+        action="store_true",
+        help="the same bytes every time that this bundle is built in this folder: on one core, giving way to everything else",
     )
     parser.add_argument("--yes", action="store_true", help="build even where the estimate of memory says that it cannot fit")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -157,7 +159,9 @@ def main(args: argparse.Namespace) -> int:
     available = available_memory()
     free = "" if available is None else f", {human(available)} are free"
     console.print(f"building takes about {human(plan.estimate.build)} of memory{free}", highlight=False, soft_wrap=True)
-    console.print(f"running takes about {human(plan.estimate.run)}: {sizes_in_words(plan.estimate)}", highlight=False, soft_wrap=True)
+    console.print(
+        f"running takes about {human(plan.estimate.run)}: {sizes_in_words(plan.estimate)}", highlight=False, soft_wrap=True
+    )
     if plan.plugins.why:
         console.print(f"building with the Python plugins: {plan.plugins.why}", highlight=False, soft_wrap=True)
     problem = memory_problem(plan.estimate, available, gpu)

@@ -27,11 +27,12 @@ from bilevel.export.engine_network import Limits
 from bilevel.export.engine_plugins import Plugins
 from bilevel.export.engine_worker import NO_PLUGINS, Job
 from bilevel.export.nodes import routed_nodes
-from bilevel.export.tensorrt_versions import Flavour, must_strip_functions
+from bilevel.export.tensorrt_versions import Flavour, builds_ahead_of_time, must_strip_functions
 from bilevel.plugins.errors import EngineError
 
 FORMAT, FORMAT_VERSION = "bilevel-engine", 1
 FOLDER = "engines"
+_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH")  # what a reproducible build keeps
 Progress = Callable[[str, int, int], None]
 
 
@@ -77,18 +78,19 @@ def build_engine(plan: Plan, on_progress: Progress = lambda phase, done, total: 
     try:
         model, nodes = _prepare_model(plan, scratch)
         built = scratch / "plan"
+        # Files by their places in the bundle: a plan's bytes depend on the lengths of paths.
         job = Job(
-            str(model),
-            str(plan.graph.absolute()),
-            nodes if plan.plugins.source != NO_PLUGINS else 0,
-            plan.flavour.backend,
-            plan.archs if plan.flavour.backend == "tensorrt-rtx" else (),
-            plan.limits,
-            plan.plugins.source,
-            str(built.absolute()),
-            plan.reproducible,
+            model=str(model.relative_to(plan.bundle)),
+            graph=str(plan.graph.relative_to(plan.bundle)),
+            nodes=nodes if plan.plugins.source != NO_PLUGINS else 0,
+            backend=plan.flavour.backend,
+            archs=plan.archs if builds_ahead_of_time(plan.flavour) else (),
+            limits=plan.limits,
+            plugins=plan.plugins.source,
+            out=str(built.relative_to(plan.bundle)),
+            reproducible=plan.reproducible,
         )
-        result = _run(job, scratch / "log", on_progress)
+        result = _run(job, plan.bundle, scratch / "log", on_progress)
         manifest = describe_engine(plan, nodes, built, result["version"])
         (scratch / "json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         target = folder / f"{plan.name}.json"
@@ -110,19 +112,21 @@ def _prepare_model(plan: Plan, scratch: Path) -> tuple[Path, int]:
     model = onnx.load(str(plan.graph), load_external_data=False)
     nodes = len(routed_nodes(model.graph))
     if plan.plugins.source == NO_PLUGINS or not must_strip_functions(plan.flavour):
-        return plan.graph.absolute(), nodes
+        return plan.graph, nodes
     del model.functions[:]
     path = scratch / "model.onnx"
     path.write_bytes(model.SerializeToString())
-    return path.absolute(), nodes
+    return path, nodes
 
 
 @contextmanager
-def _worker(job: Job, log: Path) -> Iterator[subprocess.Popen[str]]:
+def _worker(job: Job, bundle: Path, log: Path) -> Iterator[subprocess.Popen[str]]:
     """The process that builds; killed when it is left before its end. A signal to this program's group does not reach it."""
     command = [sys.executable, "-m", "bilevel.export.engine_worker", job.to_json()]
-    # The worker finds bilevel where this process found it.
+    # The worker finds bilevel where this process found it. A plan's bytes depend on the length of the environment as well.
     paths = os.pathsep.join([str(Path(bilevel.__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    names = _ENVIRONMENT if job.reproducible else os.environ
+    environment = {name: os.environ[name] for name in names if name in os.environ}
     with log.open("wb") as errors:
         process = subprocess.Popen(
             command,
@@ -131,7 +135,8 @@ def _worker(job: Job, log: Path) -> Iterator[subprocess.Popen[str]]:
             text=True,
             encoding="utf-8",
             start_new_session=True,
-            env={**os.environ, "PYTHONPATH": paths},
+            cwd=bundle,
+            env={**environment, "PYTHONPATH": paths},
         )
     try:
         yield process
@@ -142,10 +147,10 @@ def _worker(job: Job, log: Path) -> Iterator[subprocess.Popen[str]]:
             process.stdout.close()
 
 
-def _run(job: Job, log: Path, on_progress: Progress) -> dict[str, Any]:
+def _run(job: Job, bundle: Path, log: Path, on_progress: Progress) -> dict[str, Any]:
     """The worker's result. Raises EngineError with its sentence, or with what is known of its end."""
     result: dict[str, Any] = {}
-    with _worker(job, log) as process:
+    with _worker(job, bundle, log) as process:
         assert process.stdout is not None
         for line in process.stdout:
             event = json.loads(line)
@@ -192,6 +197,10 @@ def describe_engine(plan: Plan, nodes: int, built: Path, version: str) -> dict[s
         "plugins": {"nodes": nodes, "library": plan.plugins.sha256} if has_plugins else None,
         "graph_sha256": _sha256(plan.graph),
         # A plan holds weights in the order in which they are read, some of them more than once.
-        "memory_bytes": {"weights": max(size, estimate.weights), "activations": estimate.activations, "caches": estimate.caches},
+        "memory_bytes": {
+            "weights": max(size, estimate.weights),
+            "activations": estimate.activations,
+            "caches": estimate.caches,
+        },
         "plan": {"file": f"{plan.name}.plan", "sha256": _sha256(built), "bytes": size},
     }

@@ -5,7 +5,7 @@ It writes the plan to the job's ``out`` and events to standard output, one JSON 
 
 A process of its own: a build that is interrupted, runs out of memory or crashes takes nobody along.
 
-``reproducible``: the same bytes every time. TensorRT orders parts of a plan by addresses. For these to be the same, memory lies where it
+``reproducible``: the same bytes every time, for a bundle in one place. TensorRT orders parts of a plan by addresses. For these to be the same, memory lies where it
 lay the last time (no address space randomisation), little is imported here besides TensorRT, and TensorRT's threads never run at the same
 time as the one that builds: all share one core, and the builder gives way to them.
 """
@@ -59,13 +59,15 @@ class Job:
         return Job(**{**raw, "archs": tuple(raw["archs"]), "limits": Limits(**raw["limits"])})
 
 
-def make_reproducible() -> None:
+def make_reproducible(job: Job) -> None:
     """Start this program again with fixed addresses, and give way to its threads. Raises EngineError where the system refuses."""
     if not sys.platform.startswith("linux"):
         raise EngineError("--reproducible needs Linux; leave it out")
     if not os.environ.get(_ASKED):
         if ctypes.CDLL(None).personality(_FIXED_ADDRESSES) == -1:
             raise EngineError("this system refuses fixed addresses (personality), which --reproducible needs; leave it out")
+        # Modules that Python has to compile first leave memory in another state: the second start finds all of them compiled.
+        load_plugins(load_flavour(job.backend), PYTHON_PLUGINS)
         sys.stdout.flush()
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, _ASKED: "1", "PYTHONHASHSEED": "0"})
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -153,7 +155,7 @@ def main(text: str) -> int:
     try:
         job = Job.from_json(text)
         if job.reproducible:
-            make_reproducible()
+            make_reproducible(job)
         # TensorRT and plugins may print: events have the pipe to themselves.
         events = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)

@@ -137,7 +137,7 @@ class _Plugin:
         fixed = {name: getattr(self.trt.DataType, kind) for name, kind in _FIXED.items()}
         return [fixed[port.dtype] if port.dtype in fixed else floats[0] for port in self.node.op.outputs]
 
-    def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: Sequence[Any], builder: Any) -> list[Any]:
+    def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: Sequence[Any], exprs: Any) -> list[Any]:
         op = self.node.op
         for port, shape in zip(op.inputs, inputs, strict=True):
             if len(shape) != len(port.shape):
@@ -146,7 +146,7 @@ class _Plugin:
         def axis(symbol: str) -> Any:
             place = output_axis(op, symbol)
             if isinstance(place, str):
-                return builder.constant(self.node.attributes[place])
+                return exprs.constant(self.node.attributes[place])
             return inputs[place[0]][place[1]]
 
         return [self.trt.DimsExprs([axis(symbol) for symbol in port.shape]) for port in op.outputs]

@@ -1,7 +1,8 @@
 """Engines for GPUs that are not there: the tests' way through TensorRT-RTX's parser and builder.
 
-As a program (``python -m tests.rtx_engines GRAPH PLUGINS ROWS,CAPACITY,CHUNK,BLOCK SM,...``) it does the same in a process of its own,
-whose plugin registry nobody else has touched. PLUGINS: "none", or the file of a plugin library. It prints what it built as JSON.
+As a program (``python -m tests.rtx_engines GRAPH NODES PLUGINS ROWS,CAPACITY,CHUNK,BLOCK SM,...``) it does the same in a process of its own,
+whose plugin registry nobody else has touched. NODES: that must become plugins. PLUGINS: "none", or the file of
+a plugin library. It prints what it built as JSON.
 """
 
 from __future__ import annotations
@@ -40,20 +41,20 @@ def build(parsed: Network, limits: Limits, archs: Sequence[int]) -> bytes:
     return bytes(plan)
 
 
-def in_process(graph: Path, plugins: str, limits: Limits, archs: Sequence[int]) -> dict[str, Any]:
+def in_process(graph: Path, nodes: int, plugins: str, limits: Limits, archs: Sequence[int]) -> dict[str, Any]:
     """Build in a new process; what it printed."""
     sizes = f"{limits.batch},{limits.capacity},{limits.chunk},{limits.block_size}"
-    command = [sys.executable, "-m", "tests.rtx_engines", str(graph), plugins, sizes, ",".join(map(str, archs))]
+    command = [sys.executable, "-m", "tests.rtx_engines", str(graph), str(nodes), plugins, sizes, ",".join(map(str, archs))]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     return dict(json.loads(run.stdout))
 
 
-def main(graph: str, plugins: str, sizes: str, archs: str) -> None:
+def main(graph: str, nodes: str, plugins: str, sizes: str, archs: str) -> None:
     flavour: Flavour = load_flavour("tensorrt-rtx")
     if plugins != "none":
         assert flavour.trt.get_plugin_registry().load_library(plugins)
-    parsed = parse_graph(flavour, Path(graph), with_plugins=plugins != "none")
+    parsed = parse_graph(flavour, Path(graph).read_bytes(), Path(graph), int(nodes))
     plan = build(parsed, Limits(*map(int, sizes.split(","))), [int(arch) for arch in archs.split(",")])
     digest = hashlib.sha256(plan).hexdigest()
     print(json.dumps({"layers": layer_kinds(parsed), "bytes": len(plan), "sha256": digest}))
