@@ -55,6 +55,9 @@ def edit_model(bundle: Path, edit: Edit, weights: bool = False) -> None:
     model = edit(model) or model
     for value in model.graph.value_info:
         value.type.tensor_type.ClearField("shape")  # of what was there before
+    for value in model.graph.output:
+        if value.type.tensor_type.elem_type == onnx.TensorProto.INT32:
+            value.type.tensor_type.shape.dim[-1].Clear()  # what routers chose: of another width where a fault changes it
     if weights:
         (bundle / "model.data").unlink()
         onnx.save_model(model, path, save_as_external_data=True, location="model.data")
