@@ -6,7 +6,7 @@ from collections import deque
 from statistics import median
 
 # A client then waits for about 1 + RATIO decode steps between two tokens while somebody's prompt is read; the promise is 3.
-RATIO = 1.5
+RATIO = 1.2
 LEAST_SECONDS = 0.015  # nobody notices a pause as short as this, and tiny pieces waste a fast model's time
 _FIRST_CHUNK, _NUM_STEPS = 8, 32
 
@@ -34,8 +34,12 @@ class PrefillPacer:
         """A chunk of ``tokens``, read beside rows that generate, took ``seconds``."""
         if not self._steps or seconds <= 0:
             return
-        wanted = tokens * max(RATIO * median(self._steps), LEAST_SECONDS) / seconds
-        # The last piece of a prompt is short and says nothing about what a longer one would cost. Damped: one slow call, for
-        # which somebody else on the machine may be to blame, halves the size at most.
-        if wanted < self._size or tokens >= int(self._size):
-            self._size = min(float(self._most), max(1.0, (self._size + min(wanted, 3 * self._size)) / 2))
+        budget = max(RATIO * median(self._steps), LEAST_SECONDS)
+        wanted = min(tokens * budget / seconds, 3 * self._size)
+        if wanted < self._size:
+            # Damped: one slow call, for which somebody else on the machine may be to blame, halves the size at most.
+            self._size = max(1.0, (self._size + wanted) / 2)
+        elif tokens >= int(self._size):
+            # (The last piece of a prompt is short and says nothing about a longer one.) At least one more: where most of a call's
+            # time is the same for every size, what is wanted by proportion is never reached.
+            self._size = min(float(self._most), max(int(self._size) + 1.0, (self._size + wanted) / 2))
