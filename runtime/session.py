@@ -36,18 +36,34 @@ class Routes:
     experts: Mapping[int, NDArray[np.int32]]
 
 
+class Logits(Protocol):
+    """fp32 [B, vocab]: an array, or what stays on a device until it is read and can be made an array (numpy.asarray)."""
+
+    def __getitem__(self, row: int, /) -> Any:
+        """One row's, ``RowLogits`` as a sampler takes them."""
+
+    def __array__(self) -> NDArray[np.float32]:
+        """All of them."""
+
+
 class Caches(Protocol):
     """The state of one batch of rows, and the means to extend it."""
 
     batch: int
     capacity: int
-    routes: Routes | None  # of the last call, overwritten by the next; None where the bundle's graph does not give them
 
-    def run(self, input_ids: NDArray[np.int64], past_len: NDArray[np.int32], new_len: NDArray[np.int32]) -> NDArray[np.float32]:
+    @property
+    def routes(self) -> Routes | None:
+        """Of the last call, overwritten by the next; None where what runs does not give them.
+
+        On a GPU a field costs a copy when it is first looked at, so whoever watches looks at few of the calls.
+        """
+
+    def run(self, input_ids: NDArray[np.int64], past_len: NDArray[np.int32], new_len: NDArray[np.int32]) -> Logits:
         """One call: write the tokens into the caches and return logits [B, vocab] of each row's last valid token.
 
         input_ids: [B, L], right-padded. past_len, new_len: [B]; past_len + L <= capacity in every row.
-        The returned array is overwritten by the next call.
+        What is returned is overwritten by the next call.
         """
 
     def rows(self, first: int, count: int) -> Caches:

@@ -34,6 +34,7 @@ class FakeDevice:
         self.pending: list[Callable[[], None]] = []
         self.captured: list[Callable[[], None]] | None = None
         self.num_graph_launches = 0
+        self.num_downloads, self.num_downloaded = 0, 0  # copies to the host, and their bytes
 
     def allocate_raw(self, num_bytes: int) -> int:
         if self.used + num_bytes > self.limit:
@@ -56,14 +57,18 @@ class FakeDevice:
     def enqueue(self, work: Callable[[], None]) -> None:
         (self.pending if self.captured is None else self.captured).append(work)
 
-    def upload(self, memory: Memory, array: NDArray[Any]) -> None:
-        assert array.flags.c_contiguous and array.nbytes <= memory.num_bytes
+    def upload(self, address: int, array: NDArray[Any]) -> None:
+        assert array.flags.c_contiguous
         data = array.tobytes()
-        self.enqueue(lambda: ctypes.memmove(memory.address, data, len(data)))  # type: ignore[arg-type,func-returns-value]
+        target = self.array(address, (len(data),), np.uint8)
+        self.enqueue(lambda: np.copyto(target, np.frombuffer(data, np.uint8)))
 
-    def download(self, array: NDArray[Any], memory: Memory) -> None:
-        array.view(np.uint8)[:] = _POISON  # until the stream is synchronised
-        self.enqueue(lambda: ctypes.memmove(array.ctypes.data, memory.address, array.nbytes))  # type: ignore[arg-type,func-returns-value]
+    def download(self, array: NDArray[Any], address: int) -> None:
+        assert array.flags.c_contiguous
+        array.view(np.uint8)[...] = _POISON  # until the stream is synchronised
+        self.num_downloads, self.num_downloaded = self.num_downloads + 1, self.num_downloaded + array.nbytes
+        source = self.array(address, (array.nbytes,), np.uint8)
+        self.enqueue(lambda: np.copyto(array.view(np.uint8).reshape(-1), source))
 
     def copy_strips(self, target: int, source: int, width: int, pitch: int, count: int) -> None:
         def copy() -> None:
