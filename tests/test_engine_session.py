@@ -132,6 +132,29 @@ def test_nothing_is_copied_that_nobody_reads(bundle: Path, device: FakeDevice, t
         pieces[0].fetch()
 
 
+@pytest.mark.parametrize(
+    "params, bytes_per_token",
+    [
+        (SamplingParams(max_tokens=12), 516),
+        (SamplingParams(max_tokens=12, temperature=1.0, top_k=8, seed=5), 516),
+        (SamplingParams(max_tokens=12, temperature=0.3, top_p=0.5, seed=5), None),
+        (SamplingParams(max_tokens=12, temperature=1.0, seed=5), 516 + 4 * 293),
+        (SamplingParams(max_tokens=12, repetition_penalty=1.3), 516 + 4 * 293),
+    ],
+    ids=str,
+)
+def test_an_engine_that_ranks_its_logits(
+    params: SamplingParams, bytes_per_token: int | None, bundle: Path, device: FakeDevice, trt: FakeTensorrt
+) -> None:
+    """The same texts, and fewer bytes where the best logits tell the token: 64 values, 64 ids, a sum."""
+    expected = Generator.open(bundle).generate(["abcabc"], params).finish()
+    session = open_engine(bundle, device, num_best=64)
+    got = Generator(session, BundleTokenizer(session.bundle.tokenizer_path)).generate(["abcabc"], params).finish()
+    assert got[0].token_ids == expected[0].token_ids
+    if bytes_per_token is not None:
+        assert device.num_downloaded == 12 * bytes_per_token
+
+
 def test_rows_share_memory_and_prefixes_are_copied(bundle: Path, device: FakeDevice, trt: FakeTensorrt) -> None:
     """A prompt read in row 1, its first 11 tokens given to row 0, both continued: as if each had read its own."""
     session, reference = open_engine(bundle, device, capacity=128), Generator.open(bundle).session
