@@ -14,8 +14,9 @@ from typing import Any
 
 from bilevel.plugins.errors import EngineError, RequestError
 from bilevel.runtime.bundle import Bundle
-from bilevel.runtime.device_caches import BEST, DeviceCaches
+from bilevel.runtime.device_caches import DeviceCaches
 from bilevel.runtime.device_memory import Device, Memory
+from bilevel.runtime.device_results import BEST
 from bilevel.runtime.engines import BACKENDS, Engine
 from bilevel.runtime.tensors import TensorSpec
 

@@ -7,7 +7,6 @@ and copies to and fro. What must not happen silently, and does by default, is th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from bilevel.plugins.errors import EngineError
@@ -15,13 +14,13 @@ from bilevel.runtime.bundle import Bundle
 from bilevel.runtime.device_caches import DeviceCaches
 from bilevel.runtime.device_memory import Device, Memory
 from bilevel.runtime.machine import find_provider_problem, preload_cuda
-from bilevel.runtime.session import OnnxSession, translated
+from bilevel.runtime.session import OnnxGraph, translated
 from bilevel.runtime.tensors import DTYPES
 
 PROVIDER = "CUDAExecutionProvider"
 
 
-class CudaSession(OnnxSession):
+class CudaSession(OnnxGraph):
     """A bundle opened in ONNX Runtime on the current GPU. Raises EngineError where its CUDA provider does not load.
 
     threads: of the nodes that stay on the CPU.
@@ -33,9 +32,6 @@ class CudaSession(OnnxSession):
         present = {name for _, name in bundle.state}
         self.results = tuple(spec for spec in bundle.outputs if spec.name not in present)
         self.longest = bundle.prefill_chunk
-
-    def _register_library(self, options: Any) -> Path | None:
-        return None
 
     def _open_graph(self, options: Any) -> Any:
         ort, bundle = self._ort, self.bundle

@@ -36,6 +36,8 @@ class FakeDevice:
         self.pending: list[Callable[[], None]] = []
         self.captured: list[Callable[[], None]] | None = None
         self.num_graph_launches = 0
+        self.dlpack_device = (2, 0)  # it calls the host's memory a GPU's
+        self.ordered: list[int] = []  # streams that were made to wait
         self.num_downloads, self.num_downloaded = 0, 0  # copies to the host, and their bytes
 
     def allocate_raw(self, num_bytes: int) -> int:
@@ -72,12 +74,20 @@ class FakeDevice:
         source = self.array(address, (array.nbytes,), np.uint8)
         self.enqueue(lambda: np.copyto(array.view(np.uint8).reshape(-1), source))
 
-    def copy_strips(self, target: int, source: int, width: int, pitch: int, count: int) -> None:
+    def clear(self, address: int, num_bytes: int) -> None:
+        target = self.array(address, (num_bytes,), np.uint8)
+        self.enqueue(lambda: target.fill(0))
+
+    def copy_strips(self, target: int, source: int, width: int, pitch: int, count: int, source_pitch: int = 0) -> None:
         def copy() -> None:
             for n in range(count):
-                ctypes.memmove(target + n * pitch, source + n * pitch, width)
+                ctypes.memmove(target + n * pitch, source + n * (source_pitch or pitch), width)
 
         self.enqueue(copy)
+
+    def order(self, stream: int) -> None:
+        self.ordered.append(stream)
+        self.synchronize()
 
     def synchronize(self) -> None:
         work, self.pending = self.pending, []
