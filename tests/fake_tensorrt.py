@@ -55,8 +55,11 @@ class FakeDevice:
     def allocate(self, num_bytes: int, *, zeroed: bool = False) -> Memory:
         memory = Memory(self, num_bytes)  # type: ignore[arg-type]
         if zeroed:
-            self.enqueue(lambda: ctypes.memset(memory.address, 0, num_bytes))  # type: ignore[arg-type,func-returns-value]
+            self.clear(memory.address, num_bytes)
         return memory
+
+    def free_bytes(self) -> int:
+        return self.limit - self.used
 
     def enqueue(self, work: Callable[[], None]) -> None:
         (self.pending if self.captured is None else self.captured).append(work)
@@ -157,8 +160,8 @@ class _Context:
 
 
 class _Engine:
-    def __init__(self, plan: dict[str, Any], device: FakeDevice, fail: Callable[[str], bool]) -> None:
-        self.plan, self.device, self.fail = plan, device, fail
+    def __init__(self, plan: dict[str, Any], device: FakeDevice, fail: Callable[[str], bool], has_memory: bool) -> None:
+        self.plan, self.device, self.fail, self.has_memory = plan, device, fail, has_memory
         self.session = ort.InferenceSession(plan["graph"], providers=["CPUExecutionProvider"])
         self.inputs = {port.name: _TYPES[port.type] for port in self.session.get_inputs()}
         self.outputs = {port.name: _TYPES[port.type] for port in self.session.get_outputs()}
@@ -172,8 +175,8 @@ class _Engine:
         ports = [*self.session.get_inputs(), *self.session.get_outputs()]
         return [size if isinstance(size, int) else -1 for port in ports if port.name == name for size in port.shape]
 
-    def create_execution_context(self, strategy: Any) -> _Context:
-        return _Context(self)
+    def create_execution_context(self, strategy: Any) -> _Context | None:
+        return _Context(self) if self.has_memory or self.fail("out of memory") else None
 
     def execute(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
         feeds = {n: self.device.array(addresses[n], shapes[n], kind).copy() for n, kind in self.inputs.items()}
@@ -188,6 +191,7 @@ class FakeTensorrt:
         self.__version__ = version
         self.ExecutionContextAllocationStrategy = SimpleNamespace(ON_PROFILE_CHANGE=2)
         self.libraries: list[str] = []
+        self.refuses_libraries, self.has_memory = False, True
         self._device = device
 
         class ILogger:
@@ -198,7 +202,7 @@ class FakeTensorrt:
     def get_plugin_registry(self) -> Any:
         def load(path: str) -> bool:
             self.libraries.append(path)
-            return Path(path).is_file()
+            return Path(path).is_file() and not self.refuses_libraries
 
         return SimpleNamespace(load_library=load)
 
@@ -209,7 +213,7 @@ class FakeTensorrt:
 
         def deserialize(plan: bytes) -> _Engine | None:
             try:
-                return _Engine(json.loads(plan), self._device, fail)
+                return _Engine(json.loads(plan), self._device, fail, self.has_memory)
             except ValueError:
                 fail("the plan's magic tag does not match")
                 return None
