@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from bilevel.plugins.errors import BundleError, EngineError, require
 
 if TYPE_CHECKING:
+    from bilevel.export.cache_writes import check_caches
     from bilevel.export.engine import Plan
     from bilevel.export.engine_memory import Gpu
 
@@ -104,6 +105,7 @@ def make_plan(args: argparse.Namespace) -> tuple[Plan, Gpu | None]:
     least, most = parse_batch(args.batch)
     manifest = read_manifest(args.bundle)
     require("onnx")
+    from bilevel.export.cache_writes import check_caches
     from bilevel.export.engine import Plan
     from bilevel.export.engine_memory import estimate_memory, gpu_at_hand
     from bilevel.export.engine_network import Limits
@@ -124,6 +126,8 @@ def make_plan(args: argparse.Namespace) -> tuple[Plan, Gpu | None]:
     gpu = gpu_at_hand() if args.backend == "tensorrt" else None
     archs = _check_architectures(flavour, archs, gpu)
     plugins = choose_plugins(args.bundle, args.plugins, archs)
+    if plugins.source == NO_PLUGINS:
+        check_caches(flavour, manifest)
     graph = args.bundle / manifest["graph"]["file"]
     estimate = estimate_memory(graph, manifest, limits, plugins.source != NO_PLUGINS)
     return Plan(args.bundle, manifest, flavour, archs, limits, plugins, estimate, args.reproducible), gpu

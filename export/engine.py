@@ -22,12 +22,19 @@ from typing import Any
 import onnx
 
 import bilevel
+from bilevel.export.cache_writes import write_in_place
 from bilevel.export.engine_memory import Estimate
 from bilevel.export.engine_network import Limits
 from bilevel.export.engine_plugins import Plugins
 from bilevel.export.engine_worker import NO_PLUGINS, Job
 from bilevel.export.nodes import routed_nodes
-from bilevel.export.tensorrt_versions import Flavour, builds_ahead_of_time, must_strip_functions
+from bilevel.export.tensorrt_versions import (
+    Flavour,
+    builds_ahead_of_time,
+    crashes_on_short_updates,
+    has_cache_layer,
+    must_strip_functions,
+)
 from bilevel.plugins.errors import EngineError
 
 FORMAT, FORMAT_VERSION = "bilevel-engine", 1
@@ -108,15 +115,24 @@ def build_engine(plan: Plan, on_progress: Progress = lambda phase, done, total: 
 
 
 def _prepare_model(plan: Plan, scratch: Path) -> tuple[Path, int]:
-    """(the ONNX file to parse, its routed nodes); without functions where they would win over plugins."""
+    """(the ONNX file to parse, its nodes that are to be plugins): caches written in place; no functions where they would win over plugins."""
     model = onnx.load(str(plan.graph), load_external_data=False)
-    nodes = len(routed_nodes(model.graph))
-    if plan.plugins.source == NO_PLUGINS or not must_strip_functions(plan.flavour):
-        return plan.graph, nodes
-    del model.functions[:]
+    limits = plan.limits
+    sizes = {name: limits.sizes(limits.batch, 1)[name] for name in ("capacity", "num_blocks")}
+    if limits.batch_least == limits.batch:
+        sizes["batch"] = limits.batch
+    write_in_place(
+        model,
+        plan.manifest["graph"]["state"],
+        sizes,
+        by_plugin=not has_cache_layer(plan.flavour),
+        with_long_updates=crashes_on_short_updates(plan.flavour),
+    )
+    if plan.plugins.source != NO_PLUGINS and must_strip_functions(plan.flavour):
+        del model.functions[:]
     path = scratch / "model.onnx"
     path.write_bytes(model.SerializeToString())
-    return path, nodes
+    return path, len(routed_nodes(model.graph))
 
 
 @contextmanager
