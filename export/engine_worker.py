@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from bilevel.export.engine_network import Limits, Network, add_profiles, failure, parse_graph
+from bilevel.export.engine_sampling import add_best_logits
 from bilevel.export.tensorrt_versions import Flavour, compute_capabilities, load_flavour
 from bilevel.plugins.errors import BilevelError, EngineError
 
@@ -137,6 +138,7 @@ def run(job: Job, tell: Callable[..., None]) -> None:
     load_plugins(flavour, job.plugins)
     tell(phase="reading the graph", step=0, steps=0)
     parsed = parse_graph(flavour, Path(job.model).read_bytes(), Path(job.graph), job.nodes)
+    add_best_logits(parsed)
     plan = build_plan(parsed, job, tell)
     with open(job.out, "wb") as file:
         file.write(memoryview(plan))

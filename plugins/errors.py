@@ -97,7 +97,7 @@ def require(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name != name.split(".")[0]:
+        if not f"{name}.".startswith(f"{error.name}."):
             raise  # installed but broken: show its own failure
         extra = _EXTRAS.get(name.split(".")[0], "dev")
         raise MissingDependency(f"{name} is not installed: pip install 'bilevel[{extra}]'") from None

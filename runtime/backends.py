@@ -1,7 +1,8 @@
 """Which backend runs a bundle on this machine, and why the others do not.
 
 A bundle's graph runs in ONNX Runtime anywhere; its engines run where their TensorRT, their GPU and their kernel library are. ``choose``
-takes the best, and says so.
+takes the best, and says so. ONNX Runtime on the GPU is never taken unasked: the graph's portable bodies run there, whose speed on a GPU
+has been measured nowhere, while the CPU has kernels for the same operators whose speed is known.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from bilevel.plugins.errors import EngineError, KernelError, RequestError
 from bilevel.plugins.kernel_library import read_info
 from bilevel.runtime.bundle import Bundle, load_bundle
 from bilevel.runtime.engines import BACKENDS, FOLDER, Engine, find_engines
-from bilevel.runtime.machine import Machine, look
+from bilevel.runtime.machine import Machine, is_loaded, look
 from bilevel.runtime.session import OnnxSession, Session
 
-AUTO, ONNX = "auto", "onnx"
-CHOICES = (AUTO, ONNX, *BACKENDS)
+AUTO, ONNX, ONNX_CUDA = "auto", "onnx", "onnx-cuda"
+CHOICES = (AUTO, ONNX, ONNX_CUDA, *BACKENDS)
 LIBRARY_VARIABLE, LIBRARY_NAME = "BILEVEL_KERNEL_LIBRARY", "libbilevel_kernels.so"
 _RESERVE = 256 * 2**20  # bytes of a GPU's memory that driver and libraries take for themselves
 
@@ -94,7 +95,7 @@ def engine_problem(engine: Engine, bundle: Bundle, machine: Machine, library: Pa
         built = ", ".join(f"sm_{arch}" for arch in engine.architectures)
         here = ", ".join(f"sm_{gpu.capability} ({gpu.name})" for gpu in machine.gpus)
         return f"it was built for {built}, this machine has {here}; {_rebuild(engine, machine)}"
-    if installed is None or installed.startswith("("):
+    if not is_loaded(installed):
         return f"the Python module {module} is {installed or 'not installed'}; install version {engine.version}"
     if installed != engine.version:
         return f"it was built by {module} {engine.version}, installed is {installed}; {engine.remedy}"
@@ -138,7 +139,7 @@ def _memory_problem(engine: Engine, machine: Machine) -> str:
 
 
 def list_ways(bundle: Bundle, machine: Machine, named: Path | None = None) -> list[Way]:
-    """Every way to run a bundle, the best first: engines of TensorRT, of TensorRT-RTX, then ONNX Runtime."""
+    """Every way to run a bundle, the best first: engines of TensorRT, of TensorRT-RTX, then ONNX Runtime on the CPU, on the GPU."""
     library = find_library(bundle.folder, machine, named)
     engines, problems = find_engines(bundle.folder)
     ways = [
@@ -147,10 +148,26 @@ def list_ways(bundle: Bundle, machine: Machine, named: Path | None = None) -> li
     ]
     ways.sort(key=lambda way: (list(BACKENDS).index(way.backend), -(way.engine.capacity if way.engine else 0)))
     ways += [Way("engine", "unreadable", str(problem)) for problem in problems]
+    for backend, name, problem in (
+        (ONNX, "on the CPU", _onnx_problem(machine, "cpu")),
+        (ONNX_CUDA, "on the GPU (portable bodies, of unknown speed)", _cuda_problem(machine)),
+    ):
+        ways.append(Way(backend, f"{bundle.graph_file} in ONNX Runtime {name}", problem))
+    return ways
+
+
+def _onnx_problem(machine: Machine, extra: str) -> str:
     installed = machine.packages.get("onnxruntime")
-    missing = installed is None or installed.startswith("(")
-    problem = f"onnxruntime is {installed or 'not installed'}; pip install 'bilevel[cpu]'" if missing else ""
-    return [*ways, Way(ONNX, f"{bundle.graph_file} in ONNX Runtime on the CPU", problem)]
+    return "" if is_loaded(installed) else f"onnxruntime is {installed or 'not installed'}; pip install 'bilevel[{extra}]'"
+
+
+def _cuda_problem(machine: Machine) -> str:
+    """Why ONNX Runtime does not run on the GPU here; "" where it does."""
+    if problem := _onnx_problem(machine, "gpu") or machine.driver_problem or machine.cuda_provider_problem:
+        return problem
+    return (
+        "" if is_loaded(machine.packages.get("cuda.bindings")) else "cuda.bindings is not installed; pip install cuda-bindings"
+    )
 
 
 def choose(ways: list[Way], backend: str = AUTO) -> tuple[Way, str]:
@@ -180,8 +197,12 @@ def open_session(
     if backend == ONNX or (backend == AUTO and not any((bundle.folder / FOLDER).glob("*.json"))):
         return OnnxSession(bundle, threads), "ONNX Runtime on the CPU"
     way, why = choose(list_ways(bundle, look(), library), backend)
-    if way.engine is None:
+    if way.backend == ONNX:
         return OnnxSession(bundle, threads), why
+    if way.engine is None:
+        from bilevel.runtime.onnx_cuda import CudaSession
+
+        return CudaSession(bundle, threads), why
     from bilevel.runtime.engine_session import EngineSession
 
     return EngineSession(bundle, way.engine, way.library), why

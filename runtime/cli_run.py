@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bilevel.plugins.errors import RequestError
-from bilevel.runtime.backends import AUTO, CHOICES, ONNX, open_session
+from bilevel.runtime.backends import AUTO, CHOICES, ONNX, ONNX_CUDA, open_session
 from bilevel.runtime.engines import FOLDER
 from bilevel.runtime.generate import Generation, Generator
 from bilevel.runtime.sampling import SamplingParams
@@ -73,7 +73,8 @@ def main(args: argparse.Namespace) -> int:
     session, why = open_session(
         args.bundle, args.backend, verify=not args.no_verify, threads=args.threads, library=args.library
     )
-    if args.backend != ONNX and not args.json and any((args.bundle / FOLDER).glob("*.json")):
+    had_choice = args.backend == ONNX_CUDA or (args.backend != ONNX and any((args.bundle / FOLDER).glob("*.json")))
+    if had_choice and not args.json:
         print(f"[{why}]", file=sys.stderr)
     generator = Generator(session, BundleTokenizer(session.bundle.tokenizer_path))
     # A terminal that cannot show a character gets a question mark; the run goes on.

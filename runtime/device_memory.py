@@ -61,15 +61,15 @@ class Device:
             self._call("to clear memory", self._cuda.cudaMemsetAsync, memory.address, 0, num_bytes, self.stream)
         return memory
 
-    def upload(self, memory: Memory, array: NDArray[Any]) -> None:
-        """Copy an array, which must be contiguous, to the start of ``memory``; it may be changed when the call has returned."""
+    def upload(self, address: int, array: NDArray[Any]) -> None:
+        """Copy an array, which must be contiguous, to an address; it may be changed when the call has returned."""
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
-        self._call("a copy", self._cuda.cudaMemcpyAsync, memory.address, array.ctypes.data, array.nbytes, kind, self.stream)
+        self._call("a copy", self._cuda.cudaMemcpyAsync, address, array.ctypes.data, array.nbytes, kind, self.stream)
 
-    def download(self, array: NDArray[Any], memory: Memory) -> None:
-        """Copy from the start of ``memory`` into an array; it may be read after ``synchronize``."""
+    def download(self, array: NDArray[Any], address: int) -> None:
+        """Fill an array, which must be contiguous, from an address; it may be read after ``synchronize``."""
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self._call("a copy", self._cuda.cudaMemcpyAsync, array.ctypes.data, memory.address, array.nbytes, kind, self.stream)
+        self._call("a copy", self._cuda.cudaMemcpyAsync, array.ctypes.data, address, array.nbytes, kind, self.stream)
 
     def copy_strips(self, target: int, source: int, width: int, pitch: int, count: int) -> None:
         """Copy ``count`` strips of ``width`` bytes, ``pitch`` bytes apart, from one address to another."""

@@ -18,13 +18,12 @@ import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bilevel.plugins.errors import BilevelError, Overloaded, RequestError, ShuttingDown
 from bilevel.runtime.jobs import EngineLimits, FairQueue, Job, Observer, TokenEvent, TokenRoutes, token_routes
 from bilevel.runtime.pacing import PrefillPacer
 from bilevel.runtime.rows import Row
-from bilevel.runtime.sampling import Sampler, log_probabilities
+from bilevel.runtime.sampling import RowLogits, Sampler, log_probabilities
 from bilevel.runtime.session import Caches, Session
 from bilevel.runtime.slots import Slots, common_prefix
 from bilevel.runtime.text import NoTokenizer, TextStream
@@ -248,7 +247,7 @@ class Engine:
             self._observer.decoded(rows, first, view.routes, seconds)
         return events
 
-    def _extend(self, row: Row, logits: NDArray[np.float32], routes: TokenRoutes | None) -> TokenEvent:
+    def _extend(self, row: Row, logits: RowLogits, routes: TokenRoutes | None) -> TokenEvent:
         """Choose the row's next token from logits [vocab]."""
         job = self._jobs[row]
         try:

@@ -1,30 +1,23 @@
 """An engine of TensorRT or TensorRT-RTX as a session: what ``runtime/session.py`` asks of a backend, on a GPU.
 
-Caches live in the GPU's memory, an input and its output at one address, so nothing but tokens and logits crosses the bus. A call of
-one token per row is captured into a CUDA graph the second time and launched as one from then on.
+Caches live in the GPU's memory (``device_caches``), so nothing but tokens and what is read of the logits crosses the bus. A call of one
+token per row is captured into a CUDA graph the second time and launched as one from then on.
 """
 
 from __future__ import annotations
 
 import importlib
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from bilevel.plugins.errors import EngineError, RequestError
 from bilevel.runtime.bundle import Bundle
+from bilevel.runtime.device_caches import BEST, DeviceCaches
 from bilevel.runtime.device_memory import Device, Memory
 from bilevel.runtime.engines import BACKENDS, Engine
-from bilevel.runtime.manifest import CALL_INPUTS
-from bilevel.runtime.session import Routes
-from bilevel.runtime.tensors import DTYPES, TensorSpec
-
-_ALIGNMENT = 256  # bytes; of every address that TensorRT is given
+from bilevel.runtime.tensors import TensorSpec
 
 
 def load_module(backend: str) -> ModuleType:
@@ -88,9 +81,25 @@ class EngineSession:
     def _check_ports(self) -> None:
         """The plan's inputs and outputs are those of the graph; outputs that only tell of routes may be missing."""
         self.tensors = {self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)}
-        expected = {spec.name for spec in self.bundle.inputs} | {present for _, present in self.bundle.state} | {"logits"}
+        present = {name for _, name in self.bundle.state}
+        expected = {spec.name for spec in self.bundle.inputs} | present | {"logits"}
         if missing := expected - self.tensors:
             raise EngineError(f"{self.engine.path.name} has no tensor {min(missing)}; {self.engine.remedy}")
+        told = [spec for spec in self.bundle.outputs if spec.name in self.tensors - present]
+        self.results = (*told, *(self._best_outputs() if self.tensors >= set(BEST) else ()))
+        if unknown := self.tensors - expected - {spec.name for spec in self.results}:
+            raise EngineError(f"{self.engine.path.name} has a tensor {min(unknown)} that the graph lacks; {self.engine.remedy}")
+        self.longest = max(most for _, most in self.engine.new_tokens)
+
+    def _best_outputs(self) -> list[TensorSpec]:
+        """The outputs of an engine that ranks its logits: it says how many it keeps."""
+        values, ids, log_sum = BEST
+        kept = tuple(self._engine.get_tensor_shape(values))[1]
+        return [
+            TensorSpec(values, "float32", ("batch", kept)),
+            TensorSpec(ids, "int32", ("batch", kept)),
+            TensorSpec(log_sum, "float32", ("batch",)),
+        ]
 
     def allocate(self, batch: int, capacity: int) -> EngineCaches:
         """See ``Session.allocate``: caches of the engine's own capacity, which must be at least ``capacity``."""
@@ -122,97 +131,27 @@ class EngineSession:
         return EngineError(f"the engine {what} ({self._reason()}); bilevel doctor tells what this machine can run")
 
 
-class EngineCaches:
-    """See ``Caches``: rows in the GPU's memory.
+class EngineCaches(DeviceCaches):
+    """See ``DeviceCaches``: one execution context for every optimisation profile, and decode as a CUDA graph."""
 
-    state: {name of a cache's input: its memory and the address of its first row}; None: new and zeroed. Routes are not fetched.
-    """
-
-    def __init__(self, session: EngineSession, batch: int, state: dict[str, tuple[Memory, int]] | None = None) -> None:
-        self.batch, self.capacity = batch, session.engine.capacity
-        self.routes: Routes | None = None
-        self._session, self._device = session, session.device
-        bundle, sizes = session.bundle, session.bundle.sizes(batch, self.capacity)
-        if state is None:
-            new = {spec.name: self._new(spec, sizes, zeroed=True) for spec, _ in bundle.state}
-            state = {name: (memory, memory.address) for name, memory in new.items()}
-        self._state = state
-        longest = max(most for _, most in session.engine.new_tokens)
-        sizes["new_tokens"] = longest
-        self._call = {spec.name: self._new(spec, sizes) for spec in bundle.inputs if spec.name in CALL_INPUTS}
-        self._logits = np.zeros((batch, bundle.vocab_size), np.float32)
-        # TensorRT wants an address for every output, those that nobody reads included.
-        present = {name for _, name in bundle.state}
-        self._results = {
-            spec.name: self._new(spec, sizes)
-            for spec in bundle.outputs
-            if spec.name in session.tensors and spec.name not in present
-        }
-        # An input and its output share the memory: the engine writes new tokens where the old ones lie.
-        self._addresses = {name: memory.address for name, memory in {**self._call, **self._results}.items()}
-        for spec, output in bundle.state:
-            self._addresses[spec.name] = self._addresses[output] = state[spec.name][1]
+    def __init__(self, session: EngineSession, batch: int, state: Mapping[str, tuple[Memory, int]] | None = None) -> None:
+        super().__init__(session, batch, session.engine.capacity, state)
+        self._engine_session = session
         self._contexts: dict[int, Any] = {}
         self._lengths: dict[int, int] = {}
         self._graphs: dict[int, Callable[[], None]] = {}
         self._calls: dict[int, int] = {}
 
-    def _new(self, spec: TensorSpec, sizes: Mapping[str, int], *, zeroed: bool = False) -> Memory:
-        return self._device.allocate(math.prod(spec.resolve(sizes)) * DTYPES[spec.dtype].numpy.itemsize, zeroed=zeroed)
-
-    def _row_bytes(self, spec: TensorSpec) -> int:
-        shape = spec.resolve(self._session.bundle.sizes(1, self.capacity))
-        return math.prod(shape) * DTYPES[spec.dtype].numpy.itemsize
-
     def rows(self, first: int, count: int) -> EngineCaches:
         """See ``Caches.rows``. Raises RequestError where a row of a cache does not begin where TensorRT reads."""
-        state = {}
-        for spec, _ in self._session.bundle.state:
-            memory, address = self._state[spec.name]
-            size = self._row_bytes(spec)
-            if size % _ALIGNMENT and first:
-                raise RequestError(
-                    f"a row of the cache {spec.name} takes {size} bytes, TensorRT reads from multiples of {_ALIGNMENT}; build the "
-                    "engine with another --capacity"
-                )
-            state[spec.name] = (memory, address + first * size)
-        return EngineCaches(self._session, count, state)
+        return EngineCaches(self._engine_session, count, self._shared_rows(first))
 
-    def copy_prefix(self, source: int, target: int, tokens: int) -> None:
-        """See ``Caches.copy_prefix``."""
-        # A block that is not whole yet has no key that anybody reads: it is pooled anew by the call that ends it.
-        bundle, sizes = self._session.bundle, self._session.bundle.sizes(1, self.capacity)
-        kept = {"capacity": tokens, "num_blocks": tokens // bundle.block_size}
-        for spec, _ in bundle.state:
-            axis = next((n for n, size in enumerate(spec.shape) if size in kept), 0)
-            shape, address, row = spec.resolve(sizes), self._state[spec.name][1], self._row_bytes(spec)
-            step = math.prod(shape[axis + 1 :]) * DTYPES[spec.dtype].numpy.itemsize
-            width = kept.get(str(spec.shape[axis]), 1) * step
-            if width:
-                places = (address + target * row, address + source * row)
-                self._device.copy_strips(*places, width, shape[axis] * step, math.prod(shape[:axis]))
-
-    def run(self, input_ids: NDArray[np.int64], past_len: NDArray[np.int32], new_len: NDArray[np.int32]) -> NDArray[np.float32]:
-        """See ``Caches.run``. Raises RequestError when a call does not fit, EngineError when the engine fails."""
-        batch, length = input_ids.shape
-        if batch != self.batch or length < 1:
-            raise RequestError(f"input_ids has shape {list(input_ids.shape)}, the caches hold {self.batch} rows")
-        if int(past_len.max()) + length > self.capacity:
-            raise RequestError(
-                f"{length} new tokens do not fit behind {int(past_len.max())} in caches of {self.capacity}; give shorter prompts"
-            )
-        profile = self._profile(length)
-        context = self._context(profile, length)
-        for name, array in (("input_ids", input_ids), ("past_len", past_len), ("new_len", new_len)):
-            self._device.upload(self._call[name], np.ascontiguousarray(array, DTYPES[CALL_INPUTS[name]].numpy))
-        self._enqueue(profile, length, context)
-        self._device.download(self._logits, self._results["logits"])
-        self._device.synchronize()
-        return self._logits
+    def _prepare(self, length: int) -> None:
+        self._context(self._profile(length), length)
 
     def _profile(self, length: int) -> int:
         """The optimisation profile for calls of ``length`` tokens a row: the narrowest that allows it."""
-        ranges = self._session.engine.new_tokens
+        ranges = self._engine_session.engine.new_tokens
         fitting = [index for index, (fewest, most) in enumerate(ranges) if fewest <= length <= most]
         if not fitting:
             raise RequestError(
@@ -224,27 +163,30 @@ class EngineCaches:
     def _context(self, profile: int, length: int) -> Any:
         """The profile's context with this call's shapes, every tensor at its address."""
         if profile not in self._contexts:
-            self._contexts[profile] = self._session.context(profile)
+            self._contexts[profile] = self._engine_session.context(profile)
         context = self._contexts[profile]
         if self._lengths.get(profile) == length:
             return context
-        sizes = {**self._session.bundle.sizes(self.batch, self.capacity), "new_tokens": length}
-        for spec in self._session.bundle.inputs:
+        sizes = {**self._engine_session.bundle.sizes(self.batch, self.capacity), "new_tokens": length}
+        for spec in self._engine_session.bundle.inputs:
             if not context.set_input_shape(spec.name, spec.resolve(sizes)):
-                raise self._session.failure(f"refuses the shape {spec.resolve(sizes)} for {spec.name}")
-        for name in sorted(self._session.tensors):
-            if not context.set_tensor_address(name, self._addresses[name]):
-                raise self._session.failure(f"has no tensor {name}")
+                raise self._engine_session.failure(f"refuses the shape {spec.resolve(sizes)} for {spec.name}")
+        addresses = self.addresses(length)
+        for name in sorted(self._engine_session.tensors):
+            if not context.set_tensor_address(name, addresses[name]):
+                raise self._engine_session.failure(f"has no tensor {name}")
         self._lengths[profile], self._calls[profile] = length, 0
         self._graphs.pop(profile, None)
         return context
 
-    def _enqueue(self, profile: int, length: int, context: Any) -> None:
+    def _execute(self, length: int) -> None:
         """Run the engine. TensorRT must have run once with these shapes before it may be captured."""
+        profile = self._profile(length)
+        context = self._contexts[profile]
 
         def execute() -> None:
             if not context.execute_async_v3(self._device.stream):
-                raise self._session.failure("was not run")
+                raise self._engine_session.failure("was not run")
 
         self._calls[profile] += 1
         if length == 1 and self._calls[profile] == 2:

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bilevel.plugins.errors import RequestError
 from bilevel.runtime.rows import Completion, Event, Row
 from bilevel.runtime.sampling import Sampler, SamplingParams
-from bilevel.runtime.session import Caches, OnnxSession, Session
+from bilevel.runtime.session import Caches, Logits, OnnxSession, Session
 from bilevel.runtime.text import BundleTokenizer, NoTokenizer, TextStream, Tokenizer, decode_utf8
 
 Prompt = str | bytes | Sequence[int]
@@ -234,7 +233,7 @@ class Generation(Iterator[Event]):
         if is_prefill and self._on_progress is not None:
             self._on_progress(sum(row.num_prompt_read for row in self._rows), stats.num_prompt_tokens)
 
-    def _run(self, active: list[Row]) -> NDArray[np.float32]:
+    def _run(self, active: list[Row]) -> Logits:
         """Feed every active row its next tokens; logits [B, vocab]. Finished rows are idle, at past_len 0."""
         # The graph writes all L columns of every row. They fit: the row with most to read has been given L tokens in every
         # call so far, so no row has more cached than it has.

@@ -5,10 +5,12 @@ from __future__ import annotations
 import ctypes
 import importlib
 import importlib.metadata
+import io
 import os
 import platform
 import re
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,7 @@ class Machine:
     """driver_cuda: the newest CUDA of the driver, as in "12.6"; None where there is none, and driver_problem says why.
 
     packages: module -> version, None where it is not installed, or a sentence in brackets where it does not load.
-    jetpack: its version or the board's Linux release, None elsewhere.
+    cuda_provider_problem: why ONNX Runtime's CUDA provider does not load, "" where it does or nobody looked. jetpack: its version or the board's Linux release, None elsewhere.
     """
 
     system: str
@@ -54,6 +56,7 @@ class Machine:
     driver_problem: str
     jetpack: str | None
     packages: Mapping[str, str | None]
+    cuda_provider_problem: str = ""
 
     @property
     def architectures(self) -> set[int]:
@@ -64,6 +67,7 @@ class Machine:
 def look() -> Machine:
     """This machine."""
     driver_cuda, gpus, problem = _ask_driver()
+    packages = {name: find_package(name) for name in PACKAGES}
     return Machine(
         system=platform.system(),
         machine=platform.machine(),
@@ -73,8 +77,14 @@ def look() -> Machine:
         driver_cuda=driver_cuda,
         driver_problem=problem,
         jetpack=find_jetpack(),
-        packages={name: find_package(name) for name in PACKAGES},
+        packages=packages,
+        cuda_provider_problem=find_provider_problem() if is_loaded(packages["onnxruntime"]) and not problem else "",
     )
+
+
+def is_loaded(version: str | None) -> bool:
+    """Whether a module of ``Machine.packages`` is there and loads."""
+    return version is not None and not version.startswith("(")
 
 
 def _memory_bytes() -> int:
@@ -97,6 +107,49 @@ def find_package(module: str) -> str | None:
         except importlib.metadata.PackageNotFoundError:
             continue
     return str(getattr(loaded, "__version__", "unknown version"))
+
+
+def find_provider_problem() -> str:
+    """Why ONNX Runtime's CUDA provider does not load, with the remedy; "" where it does."""
+    ort = importlib.import_module("onnxruntime")
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        return (
+            f"onnxruntime {ort.__version__} is built without its CUDA provider; "
+            "pip uninstall onnxruntime, then pip install onnxruntime-gpu (on a Jetson: NVIDIA's wheel for its JetPack)"
+        )
+    # ONNX Runtime keeps the reason to its log. It loads the provider with the first memory that is asked of it.
+    ort.set_default_logger_severity(4)
+    preload_cuda(ort)
+    try:
+        ort.OrtValue.ortvalue_from_shape_and_type([1], 1, "cuda", 0)
+        return ""
+    except Exception as error:  # noqa: BLE001 (ONNX Runtime's errors have no base class of their own)
+        return (
+            f"ONNX Runtime's CUDA provider does not load ({_reason(ort, error)}); "
+            "install what it needs: pip install 'onnxruntime-gpu[cuda,cudnn]'"
+        )
+    finally:
+        ort.set_default_logger_severity(3)
+
+
+def preload_cuda(ort: Any) -> None:
+    """Load the CUDA libraries that pip installed, where ONNX Runtime would not look; which are missing is said later, if they are."""
+    if hasattr(ort, "preload_dlls"):
+        with redirect_stdout(io.StringIO()):
+            ort.preload_dlls()
+
+
+def _reason(ort: Any, error: Exception) -> str:
+    """What stands in the provider's way: the library that its own lacks, else ONNX Runtime's words.
+
+    Its own is opened here only after ONNX Runtime has tried: it must be the first to load it.
+    """
+    library = Path(ort.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
+    try:
+        ctypes.CDLL(str(library))
+    except OSError as missing:
+        return str(missing)
+    return str(error).strip().splitlines()[0]
 
 
 def find_jetpack(tegra: Path = _TEGRA, dpkg: Path = _DPKG) -> str | None:

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-import numpy as np
-from numpy.typing import NDArray
-
-from bilevel.runtime.sampling import Sampler
+from bilevel.runtime.sampling import RowLogits, Sampler
 from bilevel.runtime.text import TextStream
 
 
@@ -87,7 +84,7 @@ class Row:
         self.num_cached += len(tokens)
         return tokens
 
-    def extend(self, logits: NDArray[np.float32]) -> Event:
+    def extend(self, logits: RowLogits) -> Event:
         """Choose the next token from logits [vocab]."""
         token = self._sampler.sample(logits)
         self._tokens.append(token)

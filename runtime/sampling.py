@@ -5,12 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bilevel.plugins.errors import BundleError, RequestError
+from bilevel.runtime.ranking import Best, largest, nucleus
+
+
+class RemoteLogits(Protocol):
+    """One row's logits that lie on a device, where they stay unless they are needed."""
+
+    best: Best | None  # None: the device ranks nothing
+
+    def fetch(self) -> NDArray[np.float32]:
+        """All of them, [vocab]: a copy from the device, the first time that a call's are asked for."""
+
+
+RowLogits = NDArray[np.float32] | RemoteLogits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +84,40 @@ class Sampler:
         self._used = np.zeros(vocab_size, bool)
         self._used[list(prompt)] = True
 
-    def sample(self, logits: NDArray[np.float32]) -> int:
-        """The next token for logits [vocab], which are left unchanged. Equal best tokens: the lowest id."""
-        if self.params.repetition_penalty != 1:
+    def sample(self, logits: RowLogits) -> int:
+        """The next token for logits [vocab], which are left unchanged. Equal best tokens: the lowest id.
+
+        Of logits on a device the few best are looked at where they decide the matter; the token is the same.
+        """
+        if isinstance(logits, np.ndarray):
+            token = self._sample_all(logits)
+        elif (found := self._sample_best(logits.best)) is not None:
+            token = found
+        else:
+            token = self._sample_all(logits.fetch())
+        self._used[token] = True
+        return token
+
+    def _sample_best(self, best: Best | None) -> int | None:
+        """The token, None where the best logits alone do not tell it."""
+        params = self.params
+        if best is None or params.repetition_penalty != 1 or not best.is_usable:
+            return None
+        if params.temperature == 0:
+            return int(best.ids[np.argmax(best.values)])
+        if params.top_k == 0 and params.top_p < 1:
+            kept = best.nucleus(params.temperature, params.top_p)
+            top_p = 1.0
+        else:
+            kept = best.largest(params.top_k)
+            top_p = params.top_p
+        if kept is None:
+            return None
+        return self._draw(best.ids[kept], np.exp(best.shifted[kept] / params.temperature), top_p)
+
+    def _sample_all(self, logits: NDArray[np.float32]) -> int:
+        params = self.params
+        if params.repetition_penalty != 1:
             logits = self._penalised(logits)
         token = int(np.argmax(logits))
         # argmax returns the first NaN if there is one, so this looks at all of them.
@@ -81,10 +125,11 @@ class Sampler:
             raise BundleError(
                 "the model returned logits that are not finite; find where: bilevel check BUNDLE --against CHECKPOINT"
             )
-        if self.params.temperature > 0:
-            token = self._draw(logits.astype(np.float64) - float(logits[token]))
-        self._used[token] = True
-        return token
+        if params.temperature == 0:
+            return token
+        shifted = logits.astype(np.float64) - float(logits[token])
+        ids = largest(shifted, params.top_k or logits.size)
+        return self._draw(ids, np.exp(shifted[ids] / params.temperature), params.top_p)
 
     def _penalised(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """Keskar et al. 2019 (CTRL), section 4.1, in the form for signed logits that Hugging Face uses."""
@@ -92,33 +137,13 @@ class Sampler:
         weaker = np.where(logits > 0, logits / penalty, logits * penalty)
         return np.where(self._used, weaker, logits)
 
-    def _draw(self, logits: NDArray[np.float64]) -> int:
-        """Draw from what top-k and top-p keep of logits [vocab], the best of which is 0."""
-        ids = largest(logits, self.params.top_k or logits.size)
-        weights = np.exp(logits[ids] / self.params.temperature)
-        if self.params.top_p < 1:
-            kept = nucleus(weights, self.params.top_p)
+    def _draw(self, ids: NDArray[np.integer[Any]], weights: NDArray[np.float64], top_p: float) -> int:
+        """One of ``ids`` by their weights, of which top-p keeps the largest."""
+        if top_p < 1:
+            kept = nucleus(weights, top_p)
             ids, weights = ids[kept], weights[kept]
         cumulative = np.cumsum(weights)
         return int(ids[np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")])
-
-
-def largest(values: NDArray[Any], count: int) -> NDArray[np.intp]:
-    """Ascending indices of the ``count`` largest of values [n], and of those equal to the last of them; linear time."""
-    if count >= values.size:
-        return np.arange(values.size)
-    cut = values.size - count
-    return np.flatnonzero(values >= np.partition(values, cut)[cut])
-
-
-def nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
-    """Indices, best first, of the fewest largest weights [n] that reach ``top_p`` of their sum (Holtzman et al. 2020)."""
-    target, count = top_p * weights.sum(), 64
-    # Sorting only the best few is exact as soon as they reach the target.
-    while weights[ids := largest(weights, count)].sum() < target and count < weights.size:
-        count *= 8
-    ids = ids[np.argsort(-weights[ids], kind="stable")]
-    return ids[: np.searchsorted(np.cumsum(weights[ids]), target) + 1]
 
 
 @dataclass(frozen=True)
@@ -132,10 +157,28 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]
 
 
-def log_probabilities(logits: NDArray[np.float32], token: int, count: int) -> TokenLogprobs:
-    """Those of ``token`` and of the ``count`` best tokens for logits [vocab]. Equal ones: the lowest id first."""
+def log_probabilities(logits: RowLogits, token: int, count: int) -> TokenLogprobs:
+    """Those of ``token`` and of the ``count`` best tokens for logits [vocab]. Equal ones: the lowest id first.
+
+    Those of logits on a device are rounded as its fp32 sum is, to about 1e-5.
+    """
+    if not isinstance(logits, np.ndarray):
+        best, places = logits.best, np.zeros(0, np.intp)
+        if best is not None and best.is_usable and token in best.ids:
+            found = best.largest(count) if count else places
+            if found is not None:
+                return _ranked(best.ids, best.values.astype(np.float64) - best.log_sum, found, token, count)
+        logits = logits.fetch()
     shifted = logits.astype(np.float64) - float(logits.max())
     logs = shifted - np.log(np.exp(shifted).sum())
-    ids = largest(logs, count) if count else np.zeros(0, np.intp)
-    best = ids[np.argsort(-logs[ids], kind="stable")][:count]
-    return TokenLogprobs(float(logs[token]), tuple((int(i), float(logs[i])) for i in best))
+    ids = np.arange(logs.size)
+    return _ranked(ids, logs, largest(logs, count) if count else ids[:0], token, count)
+
+
+def _ranked(
+    ids: NDArray[np.integer[Any]], logs: NDArray[np.float64], places: NDArray[np.intp], token: int, count: int
+) -> TokenLogprobs:
+    """ids: ascending, with their ``logs``. places: where the best are, and those equal to the last of them."""
+    best = places[np.argsort(-logs[places], kind="stable")][:count]
+    chosen = float(logs[np.searchsorted(ids, token)])
+    return TokenLogprobs(chosen, tuple((int(ids[place]), float(logs[place])) for place in best))

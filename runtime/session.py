@@ -36,18 +36,34 @@ class Routes:
     experts: Mapping[int, NDArray[np.int32]]
 
 
+class Logits(Protocol):
+    """fp32 [B, vocab]: an array, or what stays on a device until it is read and can be made an array (numpy.asarray)."""
+
+    def __getitem__(self, row: int, /) -> Any:
+        """One row's, ``RowLogits`` as a sampler takes them."""
+
+    def __array__(self) -> NDArray[np.float32]:
+        """All of them."""
+
+
 class Caches(Protocol):
     """The state of one batch of rows, and the means to extend it."""
 
     batch: int
     capacity: int
-    routes: Routes | None  # of the last call, overwritten by the next; None where the bundle's graph does not give them
 
-    def run(self, input_ids: NDArray[np.int64], past_len: NDArray[np.int32], new_len: NDArray[np.int32]) -> NDArray[np.float32]:
+    @property
+    def routes(self) -> Routes | None:
+        """Of the last call, overwritten by the next; None where what runs does not give them.
+
+        On a GPU a field costs a copy when it is first looked at, so whoever watches looks at few of the calls.
+        """
+
+    def run(self, input_ids: NDArray[np.int64], past_len: NDArray[np.int32], new_len: NDArray[np.int32]) -> Logits:
         """One call: write the tokens into the caches and return logits [B, vocab] of each row's last valid token.
 
         input_ids: [B, L], right-padded. past_len, new_len: [B]; past_len + L <= capacity in every row.
-        The returned array is overwritten by the next call.
+        What is returned is overwritten by the next call.
         """
 
     def rows(self, first: int, count: int) -> Caches:
@@ -86,11 +102,7 @@ class OnnxSession:
         options.intra_op_num_threads = threads
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
-        # The library's kernels are fp32; a graph without routed operators has no use for it.
-        self.cpu_library = find_cpu_library() if bundle.operators and bundle.precision == "float32" else None
-        if self.cpu_library is not None:
-            with _translated(f"{self.cpu_library} cannot be loaded", f"reinstall bilevel, or set {VARIABLE}=none"):
-                options.register_custom_ops_library(str(self.cpu_library))
+        self.cpu_library = self._register_library(options)
         self._session = self._open_graph(options)
         self._check_ports("input", self._session.get_inputs(), bundle.inputs)
         self._check_ports("output", self._session.get_outputs(), bundle.outputs)
@@ -100,11 +112,20 @@ class OnnxSession:
         """Load the bundle at ``path`` and open it."""
         return cls(load_bundle(path, verify), threads)
 
+    def _register_library(self, options: Any) -> Path | None:
+        """Give the options the routed operators' fast CPU library; its file, None where there is none."""
+        # The library's kernels are fp32; a graph without routed operators has no use for it.
+        library = find_cpu_library() if self.bundle.operators and self.bundle.precision == "float32" else None
+        if library is not None:
+            with translated(f"{library} cannot be loaded", f"reinstall bilevel, or set {VARIABLE}=none"):
+                options.register_custom_ops_library(str(library))
+        return library
+
     def _open_graph(self, options: Any) -> Any:
         """ONNX Runtime's session over the graph."""
         bundle = self.bundle
         try:
-            with _translated(f"{bundle.graph_path} cannot be opened by ONNX Runtime", bundle.remedy):
+            with translated(f"{bundle.graph_path} cannot be opened by ONNX Runtime", bundle.remedy):
                 return self._ort.InferenceSession(bundle.graph_path, options, providers=["CPUExecutionProvider"])
         except BundleError as error:
             if bundle.precision != "bfloat16" or type(error.__cause__).__name__ != "NotImplemented":
@@ -127,8 +148,7 @@ class OnnxSession:
                     f"{spec.dtype}; {self.bundle.remedy}"
                 )
 
-    def allocate(self, batch: int, capacity: int) -> OnnxCaches:
-        """See ``Session.allocate``. Raises RequestError where the sizes are wrong or the memory is not there."""
+    def _check_sizes(self, batch: int, capacity: int) -> None:
         if batch < 1:
             raise RequestError(f"batch={batch} must be at least 1")
         if capacity < 1 or capacity % self.bundle.block_size:
@@ -136,6 +156,10 @@ class OnnxSession:
                 f"capacity={capacity} must be a multiple of the model's block_size={self.bundle.block_size}; "
                 f"use {self.bundle.round_up(capacity)}"
             )
+
+    def allocate(self, batch: int, capacity: int) -> Caches:
+        """See ``Session.allocate``. Raises RequestError where the sizes are wrong or the memory is not there."""
+        self._check_sizes(batch, capacity)
         needed = self.bundle.state_bytes(batch, capacity)
         # The system would grant the memory now and kill the process when it is used.
         if needed > (present := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
@@ -220,7 +244,7 @@ class OnnxCaches:
         if self._input_ids.shape[1] != length:
             self._bind_call(length)
         self._input_ids[:], self._past_len[:], self._new_len[:] = input_ids, past_len, new_len
-        with _translated("ONNX Runtime could not run the graph", "use fewer or shorter prompts, or a smaller chunk"):
+        with translated("ONNX Runtime could not run the graph", "use fewer or shorter prompts, or a smaller chunk"):
             self._session.run_with_iobinding(self._binding)
         return self._logits
 
@@ -246,7 +270,7 @@ def _require_onnxruntime(bundle: Bundle) -> ModuleType:
 
 
 @contextmanager
-def _translated(what: str, remedy: str) -> Iterator[None]:
+def translated(what: str, remedy: str) -> Iterator[None]:
     """Turn whatever ONNX Runtime raises (it has no base class of its own) into one sentence."""
     try:
         yield

@@ -14,8 +14,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
 
 from bilevel.plugins.errors import EngineError
 from bilevel.runtime.device_memory import Memory
@@ -34,6 +36,7 @@ class FakeDevice:
         self.pending: list[Callable[[], None]] = []
         self.captured: list[Callable[[], None]] | None = None
         self.num_graph_launches = 0
+        self.num_downloads, self.num_downloaded = 0, 0  # copies to the host, and their bytes
 
     def allocate_raw(self, num_bytes: int) -> int:
         if self.used + num_bytes > self.limit:
@@ -56,14 +59,18 @@ class FakeDevice:
     def enqueue(self, work: Callable[[], None]) -> None:
         (self.pending if self.captured is None else self.captured).append(work)
 
-    def upload(self, memory: Memory, array: NDArray[Any]) -> None:
-        assert array.flags.c_contiguous and array.nbytes <= memory.num_bytes
+    def upload(self, address: int, array: NDArray[Any]) -> None:
+        assert array.flags.c_contiguous
         data = array.tobytes()
-        self.enqueue(lambda: ctypes.memmove(memory.address, data, len(data)))  # type: ignore[arg-type,func-returns-value]
+        target = self.array(address, (len(data),), np.uint8)
+        self.enqueue(lambda: np.copyto(target, np.frombuffer(data, np.uint8)))
 
-    def download(self, array: NDArray[Any], memory: Memory) -> None:
-        array.view(np.uint8)[:] = _POISON  # until the stream is synchronised
-        self.enqueue(lambda: ctypes.memmove(array.ctypes.data, memory.address, array.nbytes))  # type: ignore[arg-type,func-returns-value]
+    def download(self, array: NDArray[Any], address: int) -> None:
+        assert array.flags.c_contiguous
+        array.view(np.uint8)[...] = _POISON  # until the stream is synchronised
+        self.num_downloads, self.num_downloaded = self.num_downloads + 1, self.num_downloaded + array.nbytes
+        source = self.array(address, (array.nbytes,), np.uint8)
+        self.enqueue(lambda: np.copyto(array.view(np.uint8).reshape(-1), source))
 
     def copy_strips(self, target: int, source: int, width: int, pitch: int, count: int) -> None:
         def copy() -> None:
@@ -151,6 +158,10 @@ class _Engine:
     def get_tensor_name(self, index: int) -> str:
         return self.names[index]
 
+    def get_tensor_shape(self, name: str) -> list[int]:
+        ports = [*self.session.get_inputs(), *self.session.get_outputs()]
+        return [size if isinstance(size, int) else -1 for port in ports if port.name == name for size in port.shape]
+
     def create_execution_context(self, strategy: Any) -> _Context:
         return _Context(self)
 
@@ -196,13 +207,38 @@ class FakeTensorrt:
         return SimpleNamespace(deserialize_cuda_engine=deserialize)
 
 
-def write_engine(bundle: Path, name: str = "fake", **changes: Any) -> Path:
-    """An engine that the double runs: the bundle's own graph. Returns its manifest."""
+def _rank_logits(graph: Path, count: int) -> Path:
+    """A copy of a graph with the outputs of ``export/engine_sampling.py``, beside it: its weights lie there."""
+    model = onnx.load(str(graph), load_external_data=False)
+    model.graph.initializer.append(numpy_helper.from_array(np.array([count]), "best.count"))
+    model.graph.initializer.append(numpy_helper.from_array(np.array([1]), "best.axis"))
+    model.graph.node.extend(
+        [
+            helper.make_node("TopK", ["logits", "best.count"], ["top_logits", "best.ids"], axis=1),
+            helper.make_node("Cast", ["best.ids"], ["top_ids"], to=TensorProto.INT32),
+            helper.make_node("ReduceLogSumExp", ["logits", "best.axis"], ["log_sum"], keepdims=0),
+        ]
+    )
+    for name, kind, shape in (
+        ("top_logits", TensorProto.FLOAT, ("batch", count)),
+        ("top_ids", TensorProto.INT32, ("batch", count)),
+        ("log_sum", TensorProto.FLOAT, ("batch",)),
+    ):
+        model.graph.output.append(helper.make_tensor_value_info(name, kind, shape))
+    path = graph.with_suffix(".ranked.onnx")
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def write_engine(bundle: Path, name: str = "fake", num_best: int = 0, **changes: Any) -> Path:
+    """An engine that the double runs: the bundle's own graph. num_best: it ranks that many logits. Returns its manifest."""
     from hashlib import sha256
 
     manifest = json.loads((bundle / "bundle.json").read_text())
     new_tokens = changes.get("new_tokens", [[1, manifest["limits"]["prefill_chunk"]], [1, 1]])
-    plan = json.dumps({"graph": str(bundle / manifest["graph"]["file"]), "new_tokens": new_tokens}).encode()
+    graph = bundle / manifest["graph"]["file"]
+    graph = _rank_logits(graph, num_best) if num_best else graph
+    plan = json.dumps({"graph": str(graph), "new_tokens": new_tokens}).encode()
     folder = bundle / "engines"
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.plan").write_bytes(plan)

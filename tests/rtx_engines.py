@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bilevel.export.engine_network import Limits, Network, add_profiles, parse_graph
+from bilevel.export.engine_sampling import add_best_logits
 from bilevel.export.tensorrt_versions import Flavour, compute_capabilities, load_flavour
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,6 +56,7 @@ def main(graph: str, nodes: str, plugins: str, sizes: str, archs: str) -> None:
     if plugins != "none":
         assert flavour.trt.get_plugin_registry().load_library(plugins)
     parsed = parse_graph(flavour, Path(graph).read_bytes(), Path(graph), int(nodes))
+    add_best_logits(parsed, 0)
     plan = build(parsed, Limits(*map(int, sizes.split(","))), [int(arch) for arch in archs.split(",")])
     digest = hashlib.sha256(plan).hexdigest()
     print(json.dumps({"layers": layer_kinds(parsed), "bytes": len(plan), "sha256": digest}))

@@ -74,8 +74,8 @@ def test_memory_is_freed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_copies_name_addresses_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     device, cuda = make(monkeypatch)
     memory, array = device.allocate(64), np.zeros(4, np.float32)
-    device.upload(memory, array)
-    device.download(array, memory)
+    device.upload(memory.address, array)
+    device.download(array, memory.address)
     assert ("cudaMemcpyAsync", 4096, array.ctypes.data, 16, "up", 77) in cuda.calls
     assert ("cudaMemcpyAsync", array.ctypes.data, 4096, 16, "down", 77) in cuda.calls
     assert device.free_bytes() == 1000

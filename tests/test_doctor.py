@@ -88,7 +88,7 @@ def test_what_stands_in_the_way_is_told(bundle: Path) -> None:
     way, why = choose(list_ways(read_manifest(bundle), ORIN))
     assert way.backend == "onnx" and "not old: it was built by tensorrt 10.3.0, installed is 11.4.0; build it anew" in why
     assert "broken.json is no engine's manifest" in why
-    with pytest.raises(RequestError, match="there is no backend 'tpu'; take auto, onnx, tensorrt, tensorrt-rtx"):
+    with pytest.raises(RequestError, match="there is no backend 'tpu'; take auto, onnx, onnx-cuda, tensorrt, tensorrt-rtx"):
         open_session(bundle, "tpu")
     with pytest.raises(
         EngineError, match="the bundle has no engine of tensorrt-rtx; build one: bilevel build BUNDLE --backend"
@@ -242,7 +242,7 @@ def test_the_command(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_engine(bundle, "engine", architectures=[1])
     assert main(["doctor", str(bundle), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert [way["runs"] for way in facts["ways"]] == [False, True] and facts["machine"]["system"] == "Linux"
+    assert [way["runs"] for way in facts["ways"]] == [False, True, False] and facts["machine"]["system"] == "Linux"
     assert main(["doctor", str(bundle)]) == 0
     text = capsys.readouterr().out
     assert "does not  engine (tensorrt): " in text and "runs      model.onnx in ONNX Runtime on the CPU (onnx)" in text

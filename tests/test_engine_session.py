@@ -83,8 +83,76 @@ def test_caches_share_one_buffer_and_go_back(bundle: Path, device: FakeDevice, t
     caches = session.allocate(2, 16)
     state = session.bundle.state_bytes(2, caches.capacity)
     assert state <= device.used <= state + 40_000  # one buffer for an input and its output
+    caches.run(np.zeros((2, 3), np.int64), np.zeros(2, np.int32), np.full(2, 3, np.int32))
+    assert caches.routes is not None and caches.routes.blocks.any()
     del caches
     assert device.used == 0
+
+
+def test_routes_are_copied_when_they_are_read(bundle: Path, device: FakeDevice, trt: FakeTensorrt) -> None:
+    """Equal to ONNX Runtime's, whole and by single tokens; one copy for all of them; gone with the next call."""
+    session, reference = open_engine(bundle, device), Generator.open(bundle).session
+    caches, expected = session.allocate(2, 16), reference.allocate(2, 16)
+    assert caches.routes is None
+    past = 0
+    for length in (5, 1, 1):
+        call = (
+            np.full((2, length), 5, np.int64),
+            np.full(2, past, np.int32),
+            np.array([length, length - length // 2], np.int32),
+        )
+        expected.run(*call)
+        caches.run(*call)
+        routes, right, before = caches.routes, expected.routes, device.num_downloads
+        assert routes is not None and right is not None and right.experts
+        np.testing.assert_array_equal(routes.blocks, right.blocks)
+        np.testing.assert_array_equal(routes.candidates, right.candidates)
+        for layer, ids in right.experts.items():
+            np.testing.assert_array_equal(routes.experts[layer], ids)
+        assert device.num_downloads == before + 1 and caches.routes is not routes
+        past += length
+    caches.run(*call)
+    with pytest.raises(
+        RequestError, match="the routes of an earlier call are gone from the GPU; read them before the next call"
+    ):
+        routes.blocks.any()
+
+
+def test_nothing_is_copied_that_nobody_reads(bundle: Path, device: FakeDevice, trt: FakeTensorrt) -> None:
+    """A piece of a prompt: no bytes. A token: its logits. Each is copied once, and is gone with the next call."""
+    session = open_engine(bundle, device)
+    caches = session.allocate(2, 16)
+    row = 4 * session.bundle.vocab_size
+    pieces = caches.run(np.zeros((2, 4), np.int64), np.zeros(2, np.int32), np.full(2, 4, np.int32))
+    assert device.num_downloaded == 0
+    token = caches.run(np.zeros((2, 1), np.int64), np.full(2, 4, np.int32), np.ones(2, np.int32))
+    np.testing.assert_array_equal(np.asarray(token)[1], token[1].fetch())
+    assert device.num_downloaded == 2 * row and device.num_downloads == 1
+    with pytest.raises(RequestError, match="the logits of an earlier call are gone from the GPU"):
+        pieces[0].fetch()
+
+
+@pytest.mark.parametrize(
+    "params, bytes_per_token",
+    [
+        (SamplingParams(max_tokens=12), 516),
+        (SamplingParams(max_tokens=12, temperature=1.0, top_k=8, seed=5), 516),
+        (SamplingParams(max_tokens=12, temperature=0.3, top_p=0.5, seed=5), None),
+        (SamplingParams(max_tokens=12, temperature=1.0, seed=5), 516 + 4 * 293),
+        (SamplingParams(max_tokens=12, repetition_penalty=1.3), 516 + 4 * 293),
+    ],
+    ids=str,
+)
+def test_an_engine_that_ranks_its_logits(
+    params: SamplingParams, bytes_per_token: int | None, bundle: Path, device: FakeDevice, trt: FakeTensorrt
+) -> None:
+    """The same texts, and fewer bytes where the best logits tell the token: 64 values, 64 ids, a sum."""
+    expected = Generator.open(bundle).generate(["abcabc"], params).finish()
+    session = open_engine(bundle, device, num_best=64)
+    got = Generator(session, BundleTokenizer(session.bundle.tokenizer_path)).generate(["abcabc"], params).finish()
+    assert got[0].token_ids == expected[0].token_ids
+    if bytes_per_token is not None:
+        assert device.num_downloaded == 12 * bytes_per_token
 
 
 def test_rows_share_memory_and_prefixes_are_copied(bundle: Path, device: FakeDevice, trt: FakeTensorrt) -> None:
@@ -103,7 +171,7 @@ def test_rows_that_tensorrt_cannot_read(bundle: Path, device: FakeDevice, trt: F
     caches = open_engine(bundle, device, capacity=12).allocate(2, 12)
     assert caches.rows(0, 1).batch == 1
     with pytest.raises(
-        RequestError, match="a row of the cache .* bytes, TensorRT reads from multiples of 256; build the engine"
+        RequestError, match="a row of the cache .* bytes, a GPU reads from multiples of 256; take another --capacity"
     ):
         caches.rows(1, 1)
 

@@ -18,6 +18,7 @@ if importlib.util.find_spec("tensorrt_rtx") is None:
 from bilevel.checkpoint import load_model
 from bilevel.export.decoder import save_decoder
 from bilevel.export.engine_network import Limits, Network, parse_graph
+from bilevel.export.engine_sampling import add_best_logits
 from bilevel.export.nodes import routed_nodes
 from bilevel.export.operator_geometry import read_requests
 from bilevel.export.tensorrt_versions import Flavour, load_flavour
@@ -100,8 +101,18 @@ def test_every_precision_is_parsed_with_plugins(
     assert {tensor.dtype.name for tensor in routes} == {kind, "INT32"}
 
 
+def test_logits_are_ranked_where_the_vocabulary_is_large(rtx: Flavour, exported: Exported) -> None:
+    parsed = parse(rtx, exported("two_level")[1] / "model.onnx")
+    before = parsed.network.num_outputs
+    assert not add_best_logits(parsed) and parsed.network.num_outputs == before
+    assert add_best_logits(parsed, least=100)
+    added = [parsed.network.get_output(index) for index in range(before, parsed.network.num_outputs)]
+    found = [(tensor.name, tuple(tensor.shape), tensor.dtype.name) for tensor in added]
+    assert found == [("top_logits", (-1, 64), "FLOAT"), ("top_ids", (-1, 64), "INT32"), ("log_sum", (-1,), "FLOAT")]
+
+
 def test_the_same_file_builds_and_runs_without_plugins(exported: Exported) -> None:
-    """Nobody registered them: the nodes run their portable bodies, in TensorRT-RTX and in ONNX Runtime."""
+    """Nobody registered them: the nodes run their portable bodies, in TensorRT-RTX and in ONNX Runtime. The logits are ranked."""
     graph = exported("two_level")[1] / "model.onnx"
     built = in_process(graph, 0, "none", TINY, (89,))
     assert "PLUGIN_V3" not in built["layers"] and built["layers"]["TOPK"] > 0 and built["bytes"] > 10_000

@@ -1,0 +1,273 @@
+"""Rows in a GPU's memory: what engines (``engine_session``) and ONNX Runtime's CUDA provider (``onnx_cuda``) have in common.
+
+An input of the caches and its output lie at one address. Tokens go up to the GPU; logits and routes stay there until somebody reads
+them, and are then copied in one piece. A call of one token per row is an exception: its logits, or the best of them where the engine
+ranks them, come along at once, as somebody reads them always.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bilevel.plugins.errors import RequestError
+from bilevel.runtime.bundle import Bundle
+from bilevel.runtime.device_memory import Device, Memory
+from bilevel.runtime.manifest import CALL_INPUTS
+from bilevel.runtime.ranking import Best
+from bilevel.runtime.session import Routes
+from bilevel.runtime.tensors import DTYPES, TensorSpec
+
+ALIGNMENT = 256  # bytes; of every address that a backend is given
+BEST = ("top_logits", "top_ids", "log_sum")  # outputs of an engine that ranks its logits: fp32 and int32 [B, K], fp32 [B]
+Sizes = Mapping[str, int]
+_Self = TypeVar("_Self", bound="DeviceCaches")
+
+
+class DeviceSession(Protocol):
+    """What the rows ask of their session. results: outputs that are no caches. longest: most new tokens of a call."""
+
+    bundle: Bundle
+    device: Device
+    results: tuple[TensorSpec, ...]
+    longest: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a result of a call lies in the results' memory. offset: in bytes."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def end(self) -> int:
+        """One byte past its last."""
+        return self.offset + math.prod(self.shape) * self.dtype.itemsize
+
+
+class DeviceCaches(ABC):
+    """See ``Caches``. A backend says how a call is prepared and executed.
+
+    state: {name of a cache's input: its memory and the address of its first row}; None: new and zeroed.
+    """
+
+    def __init__(
+        self, session: DeviceSession, batch: int, capacity: int, state: Mapping[str, tuple[Memory, int]] | None = None
+    ) -> None:
+        self.batch, self.capacity = batch, capacity
+        self.num_calls, self._length = 0, 1
+        self._routes: Routes | None = None
+        self._session, self._device, self._bundle = session, session.device, session.bundle
+        sizes = self._bundle.sizes(batch, capacity)
+        if state is None:
+            new = {spec.name: self._new(spec, sizes, zeroed=True) for spec, _ in self._bundle.state}
+            state = {name: (memory, memory.address) for name, memory in new.items()}
+        self._state = dict(state)
+        longest = {**sizes, "new_tokens": session.longest}
+        self._call = {spec.name: self._new(spec, longest) for spec in self._bundle.inputs if spec.name in CALL_INPUTS}
+        self._places: dict[int, dict[str, Place]] = {}
+        # A backend wants an address for every output, those that nobody reads included.
+        self._results = self._device.allocate(max(place.end for place in self.places(session.longest).values()))
+        self._hosts: dict[tuple[str, ...], NDArray[np.uint8]] = {}
+        self._names = self._route_names()
+
+    @abstractmethod
+    def _prepare(self, length: int) -> None:
+        """Get ready for a call of ``length`` tokens a row. Raises RequestError where the backend does not take it."""
+
+    @abstractmethod
+    def _execute(self, length: int) -> None:
+        """Enqueue the call that was prepared; its inputs have been uploaded."""
+
+    @abstractmethod
+    def rows(self: _Self, first: int, count: int) -> _Self:
+        """See ``Caches.rows``."""
+
+    def _new(self, spec: TensorSpec, sizes: Sizes, *, zeroed: bool = False) -> Memory:
+        return self._device.allocate(math.prod(spec.resolve(sizes)) * DTYPES[spec.dtype].numpy.itemsize, zeroed=zeroed)
+
+    def _route_names(self) -> tuple[str, ...]:
+        """Outputs that tell of routes, in the order of the results; none where one is missing."""
+        routes, results = self._bundle.routes, [spec.name for spec in self._session.results]
+        if routes is None:
+            return ()
+        names = {*routes.blocks, *routes.experts.values(), *([routes.candidates] if routes.candidates else [])}
+        return tuple(name for name in results if name in names) if names <= set(results) else ()
+
+    def places(self, length: int) -> dict[str, Place]:
+        """Where the results of a call of ``length`` tokens a row lie: one behind the other, so that a copy takes several."""
+        if length not in self._places:
+            sizes = {**self._bundle.sizes(self.batch, self.capacity), "new_tokens": length}
+            found, offset = self._places.setdefault(length, {}), 0
+            for spec in self._session.results:
+                place = Place(offset, spec.resolve(sizes), DTYPES[spec.dtype].numpy)
+                found[spec.name] = place
+                offset = -(-place.end // ALIGNMENT) * ALIGNMENT
+        return self._places[length]
+
+    def addresses(self, length: int) -> dict[str, int]:
+        """The address of every input and output in a call of ``length`` tokens a row."""
+        found = {name: memory.address for name, memory in self._call.items()}
+        found |= {name: self._results.address + place.offset for name, place in self.places(length).items()}
+        # An input and its output share the memory: new tokens are written where the old ones lie.
+        for spec, output in self._bundle.state:
+            found[spec.name] = found[output] = self._state[spec.name][1]
+        return found
+
+    def _row_bytes(self, spec: TensorSpec) -> int:
+        return math.prod(spec.resolve(self._bundle.sizes(1, self.capacity))) * DTYPES[spec.dtype].numpy.itemsize
+
+    def _shared_rows(self, first: int) -> dict[str, tuple[Memory, int]]:
+        """The state from row ``first`` on. Raises RequestError where a row does not begin where a backend reads."""
+        state = {}
+        for spec, _ in self._bundle.state:
+            memory, address = self._state[spec.name]
+            size = self._row_bytes(spec)
+            if size % ALIGNMENT and first:
+                raise RequestError(
+                    f"a row of the cache {spec.name} takes {size} bytes, a GPU reads from multiples of {ALIGNMENT}; take another "
+                    "--capacity (of an engine: when it is built)"
+                )
+            state[spec.name] = (memory, address + first * size)
+        return state
+
+    def copy_prefix(self, source: int, target: int, tokens: int) -> None:
+        """See ``Caches.copy_prefix``."""
+        # A block that is not whole yet has no key that anybody reads: it is pooled anew by the call that ends it.
+        bundle, sizes = self._bundle, self._bundle.sizes(1, self.capacity)
+        kept = {"capacity": tokens, "num_blocks": tokens // bundle.block_size}
+        for spec, _ in bundle.state:
+            axis = next((n for n, size in enumerate(spec.shape) if size in kept), 0)
+            shape, address, row = spec.resolve(sizes), self._state[spec.name][1], self._row_bytes(spec)
+            step = math.prod(shape[axis + 1 :]) * DTYPES[spec.dtype].numpy.itemsize
+            width = kept.get(str(spec.shape[axis]), 1) * step
+            if width:
+                places = (address + target * row, address + source * row)
+                self._device.copy_strips(*places, width, shape[axis] * step, math.prod(shape[:axis]))
+
+    def run(self, input_ids: NDArray[np.int64], past_len: NDArray[np.int32], new_len: NDArray[np.int32]) -> DeviceLogits:
+        """See ``Caches.run``. Raises RequestError when a call does not fit, EngineError or BundleError when the backend fails."""
+        batch, length = input_ids.shape
+        if batch != self.batch or length < 1:
+            raise RequestError(f"input_ids has shape {list(input_ids.shape)}, the caches hold {self.batch} rows")
+        if int(past_len.max()) + length > self.capacity:
+            raise RequestError(
+                f"{length} new tokens do not fit behind {int(past_len.max())} in caches of {self.capacity}; give shorter prompts"
+            )
+        self._prepare(length)
+        self.num_calls, self._length, self._routes = self.num_calls + 1, length, None
+        for name, array in (("input_ids", input_ids), ("past_len", past_len), ("new_len", new_len)):
+            self._device.upload(self._call[name].address, np.ascontiguousarray(array, DTYPES[CALL_INPUTS[name]].numpy))
+        self._execute(length)
+        logits = DeviceLogits(self)
+        if length == 1:
+            logits.start()
+        self._device.synchronize()
+        return logits
+
+    @property
+    def routes(self) -> Routes | None:
+        """See ``Caches.routes``. They are copied, all at once, when a field is first looked at; a call without readers copies nothing."""
+        return _DeviceRoutes(self) if self._names and self.num_calls else None
+
+    def read_routes(self) -> Routes:
+        """Those of the last call, copied from the GPU the first time."""
+        routes = self._bundle.routes
+        assert routes is not None
+        if self._routes is None:
+            found = self.fetch(self._names)
+            self._device.synchronize()
+            blocks = np.stack([found[name] for name in routes.blocks])
+            experts = {layer: found[name] for layer, name in routes.experts.items()}
+            self._routes = Routes(found[routes.candidates] if routes.candidates else None, blocks, experts)
+        return self._routes
+
+    def fetch(self, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """Enqueue a copy of neighbouring results of the last call; arrays that may be read once the stream is synchronised."""
+        places = self.places(self._length)
+        first, end = places[names[0]].offset, places[names[-1]].end
+        host = self._hosts.get(tuple(names))
+        if host is None or host.size != end - first:
+            host = self._hosts[tuple(names)] = np.empty(end - first, np.uint8)
+        self._device.download(host, self._results.address + first)
+        parts = {name: host[places[name].offset - first : places[name].end - first] for name in names}
+        return {name: part.view(places[name].dtype).reshape(places[name].shape) for name, part in parts.items()}
+
+    def check_call(self, call: int, what: str) -> None:
+        """Raises RequestError where the results of a call have been overwritten by a later one."""
+        if call != self.num_calls:
+            raise RequestError(f"the {what} of an earlier call are gone from the GPU; read them before the next call")
+
+
+class DeviceLogits:
+    """Logits [B, vocab] of the last call, on the GPU. ``logits[row]`` is what a sampler takes; as an array they are copied."""
+
+    def __init__(self, caches: DeviceCaches) -> None:
+        self._caches, self._call = caches, caches.num_calls
+        self._group = BEST if caches.places(1).keys() >= set(BEST) else ("logits",)
+        self._fetched: dict[str, NDArray[Any]] = {}
+
+    def start(self) -> None:
+        """Enqueue the copy of what a sampler looks at first; the caller synchronises."""
+        self._fetched |= self._caches.fetch(self._group)
+
+    def _get(self, group: tuple[str, ...]) -> list[NDArray[Any]]:
+        self._caches.check_call(self._call, "logits")
+        if group[0] not in self._fetched:
+            self._fetched |= self._caches.fetch(group)
+            self._caches._device.synchronize()
+        return [self._fetched[name] for name in group]
+
+    def best(self, row: int) -> Best | None:
+        """The best of a row, where the engine ranks them."""
+        if self._group != BEST:
+            return None
+        values, ids, log_sum = self._get(BEST)
+        order = np.argsort(ids[row])
+        return Best(ids[row][order], values[row][order], float(log_sum[row]), self._caches._bundle.vocab_size)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[np.float32]:
+        (logits,) = self._get(("logits",))
+        return np.array(logits, dtype) if copy else np.asarray(logits, dtype)
+
+    def __getitem__(self, row: int) -> DeviceRow:
+        return DeviceRow(self, row)
+
+
+class DeviceRow:
+    """One row of them; see ``RemoteLogits``."""
+
+    def __init__(self, logits: DeviceLogits, row: int) -> None:
+        self._logits, self._row = logits, row
+
+    @property
+    def best(self) -> Best | None:
+        """See ``RemoteLogits``."""
+        return self._logits.best(self._row)
+
+    def fetch(self) -> NDArray[np.float32]:
+        """See ``RemoteLogits``."""
+        return self._logits.__array__()[self._row]
+
+
+class _DeviceRoutes(Routes):
+    """Routes that are copied when the first of their fields is looked at."""
+
+    def __init__(self, caches: DeviceCaches) -> None:
+        self.__dict__.update(_caches=caches, _call=caches.num_calls)
+
+    def __getattr__(self, name: str) -> Any:
+        # Python comes here for the fields, which this object does not have itself.
+        if name not in ("candidates", "blocks", "experts"):
+            raise AttributeError(name)
+        caches: DeviceCaches = self.__dict__["_caches"]
+        caches.check_call(self.__dict__["_call"], "routes")
+        return getattr(caches.read_routes(), name)
