@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from bilevel.plugins.errors import BundleError, EngineError, require
 
 if TYPE_CHECKING:
-    from bilevel.export.cache_writes import check_caches
     from bilevel.export.engine import Plan
     from bilevel.export.engine_memory import Gpu
 
@@ -192,7 +191,7 @@ def _report(path: Path, seconds: float, as_json: bool) -> None:
     plan = path.with_name(manifest["plan"]["file"])
     archs = ", ".join(f"sm_{arch}" for arch in manifest["architectures"])
     plugins = manifest["plugins"]
-    served = f"{plugins['nodes']} routed nodes as plugins" if plugins else "routed nodes as portable bodies"
+    served = f"{plugins['nodes']} plugin layers" if plugins else "routed nodes as portable bodies"
     print(f"wrote {plan} ({manifest['plan']['bytes'] / 1e6:.1f} MB) in {seconds:.1f} s")
     print(f"for {archs}; capacity {manifest['capacity']}, {served}")
     print(f"next: bilevel inspect {path.parent.parent}")

@@ -37,7 +37,7 @@ PYTHON_PLUGINS, NO_PLUGINS = "python", "none"
 class Job:
     """What to build.
 
-    model: the ONNX file to parse; graph: the bundle's, beside which the weights lie. nodes: routed nodes that must become plugins.
+    model: the ONNX file to parse; graph: the bundle's, beside which the weights lie. nodes: that must become plugins.
     archs: as in 89; empty: the GPU at hand. plugins: a kernel library's file, "python" or "none". out: the plan's file.
     """
 

@@ -17,6 +17,7 @@ from bilevel.runtime.bundle import Bundle
 from bilevel.runtime.device_caches import BEST, DeviceCaches
 from bilevel.runtime.device_memory import Device, Memory
 from bilevel.runtime.engines import BACKENDS, Engine
+from bilevel.runtime.manifest import CALL_INPUTS
 from bilevel.runtime.tensors import TensorSpec
 
 
@@ -79,15 +80,18 @@ class EngineSession:
         return self._errors[-1].strip().splitlines()[0] if self._errors else "TensorRT gave no reason"
 
     def _check_ports(self) -> None:
-        """The plan's inputs and outputs are those of the graph; outputs that only tell of routes may be missing."""
+        """The plan's inputs and outputs are those of the graph. Outputs that only tell of routes may be missing, and caches of
+        token ids, which it then only reads (``export/cache_writes.py``)."""
         self.tensors = {self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)}
         present = {name for _, name in self.bundle.state}
-        expected = {spec.name for spec in self.bundle.inputs} | present | {"logits"}
+        tokens = {name: spec for spec, name in self.bundle.state if spec.dtype == CALL_INPUTS["input_ids"]}
+        self.only_read = tuple(spec for name, spec in tokens.items() if name not in self.tensors)
+        expected = {spec.name for spec in self.bundle.inputs} | present - tokens.keys() | {"logits"}
         if missing := expected - self.tensors:
             raise EngineError(f"{self.engine.path.name} has no tensor {min(missing)}; {self.engine.remedy}")
         told = [spec for spec in self.bundle.outputs if spec.name in self.tensors - present]
         self.results = (*told, *(self._best_outputs() if self.tensors >= set(BEST) else ()))
-        if unknown := self.tensors - expected - {spec.name for spec in self.results}:
+        if unknown := self.tensors - expected - tokens.keys() - {spec.name for spec in self.results}:
             raise EngineError(f"{self.engine.path.name} has a tensor {min(unknown)} that the graph lacks; {self.engine.remedy}")
         self.longest = max(most for _, most in self.engine.new_tokens)
 

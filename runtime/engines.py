@@ -11,7 +11,7 @@ The manifest, format version 1, is one JSON object:
     capacity                  tokens that a row's caches hold
     batch                     [fewest, most] rows
     new_tokens                [[fewest, most] per optimisation profile], the profile for single tokens last
-    plugins                   null, or {"nodes": number of routed nodes, "library": SHA-256 of the kernel library that the plan was
+    plugins                   null, or {"nodes": number of plugin layers, "library": SHA-256 of the kernel library that the plan was
                               built with, or null where the Python plugins served}
     graph_sha256              of the bundle's graph that the plan was built from
     memory_bytes              {"weights", "activations", "caches"}: what running it takes, with the largest batch

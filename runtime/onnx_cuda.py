@@ -16,7 +16,7 @@ from bilevel.runtime.device_caches import DeviceCaches
 from bilevel.runtime.device_memory import Device, Memory
 from bilevel.runtime.machine import find_provider_problem, preload_cuda
 from bilevel.runtime.session import OnnxSession, translated
-from bilevel.runtime.tensors import DTYPES
+from bilevel.runtime.tensors import DTYPES, TensorSpec
 
 PROVIDER = "CUDAExecutionProvider"
 
@@ -32,6 +32,7 @@ class CudaSession(OnnxSession):
         super().__init__(bundle, threads)
         present = {name for _, name in bundle.state}
         self.results = tuple(spec for spec in bundle.outputs if spec.name not in present)
+        self.only_read: tuple[TensorSpec, ...] = ()
         self.longest = bundle.prefill_chunk
 
     def _register_library(self, options: Any) -> Path | None:

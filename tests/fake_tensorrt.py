@@ -19,6 +19,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from bilevel.export.cache_writes import write_in_place
 from bilevel.plugins.errors import EngineError
 from bilevel.runtime.device_memory import Memory
 
@@ -136,7 +137,8 @@ class _Context:
         if missing := set(engine.names) - set(self.addresses):
             return engine.fail(f"the tensor {min(missing)} has no address")
         for name in engine.inputs:
-            if name.startswith("past.") and self.addresses[name] != self.addresses[name.replace("past.", "present.")]:
+            written = name.replace("past.", "present.")
+            if written != name and written in engine.names and self.addresses[name] != self.addresses[written]:
                 return engine.fail(f"the cache {name} has two addresses")
         if engine.device.captured is not None and self.runs == 0:
             return engine.fail("a capture before the first run with these shapes")
@@ -230,13 +232,28 @@ def _rank_logits(graph: Path, count: int) -> Path:
     return path
 
 
-def write_engine(bundle: Path, name: str = "fake", num_best: int = 0, **changes: Any) -> Path:
-    """An engine that the double runs: the bundle's own graph. num_best: it ranks that many logits. Returns its manifest."""
+def _write_in_place(graph: Path, manifest: dict[str, Any], capacity: int) -> Path:
+    """The graph as TensorRT would be given it, beside it."""
+    model = onnx.load(str(graph), load_external_data=False)
+    sizes = {"capacity": capacity, "num_blocks": capacity // manifest["block_size"]}
+    write_in_place(model, manifest["graph"]["state"], sizes, by_plugin=False)
+    path = graph.with_suffix(f".{capacity}.onnx")
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def write_engine(bundle: Path, name: str = "fake", num_best: int = 0, as_built: bool = False, **changes: Any) -> Path:
+    """An engine that the double runs: the bundle's own graph. Returns its manifest.
+
+    as_built: caches are written as engines write them. num_best: it ranks that many logits.
+    """
     from hashlib import sha256
 
     manifest = json.loads((bundle / "bundle.json").read_text())
     new_tokens = changes.get("new_tokens", [[1, manifest["limits"]["prefill_chunk"]], [1, 1]])
     graph = bundle / manifest["graph"]["file"]
+    capacity = changes.get("capacity", 16 * manifest["block_size"])
+    graph = _write_in_place(graph, manifest, capacity) if as_built else graph
     graph = _rank_logits(graph, num_best) if num_best else graph
     plan = json.dumps({"graph": str(graph), "new_tokens": new_tokens}).encode()
     folder = bundle / "engines"
@@ -251,7 +268,7 @@ def write_engine(bundle: Path, name: str = "fake", num_best: int = 0, **changes:
         "platform": None,
         "architectures": [87],
         "precision": manifest["precision"],
-        "capacity": 4 * manifest["block_size"] * 4,
+        "capacity": capacity,
         "batch": [1, 4],
         "new_tokens": new_tokens,
         "plugins": None,

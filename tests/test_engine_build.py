@@ -24,7 +24,15 @@ from bilevel.export.engine import Plan, build_engine
 from bilevel.export.engine_memory import Estimate, Gpu, memory_problem
 from bilevel.export.engine_plugins import Plugins, choose_plugins, serves
 from bilevel.export.nodes import routed_nodes
-from bilevel.export.tensorrt_versions import Flavour, compute_capabilities, is_weakly_typed, load_flavour, must_strip_functions
+from bilevel.export.tensorrt_versions import (
+    Flavour,
+    compute_capabilities,
+    crashes_on_short_updates,
+    has_cache_layer,
+    is_weakly_typed,
+    load_flavour,
+    must_strip_functions,
+)
 from bilevel.plugins.errors import BilevelError, EngineError, KernelError
 from bilevel.runtime import cli
 from bilevel.runtime.engines import find_engines, read_engine
@@ -270,7 +278,7 @@ def test_a_build_that_does_not_fit_is_refused(
 
     monkeypatch.setattr(engine, "build_engine", pretend)
     assert cli.main([*command, "--yes"]) == 0 and len(built) == 1
-    assert "7 routed nodes as plugins" in capsys.readouterr().out
+    assert "7 plugin layers" in capsys.readouterr().out
     assert find_engines(bundle)[0][0].backend == "tensorrt-rtx"
 
 
@@ -284,6 +292,11 @@ def test_versions_differ() -> None:
         (10, 6, 9),
     ]
     assert not must_strip_functions(flavour("tensorrt-rtx", 1, 7))
+    assert [v for v in ((10, 14), (10, 15), (11, 0)) if has_cache_layer(flavour("tensorrt", *v))] == [(10, 15), (11, 0)]
+    assert has_cache_layer(flavour("tensorrt-rtx", 1, 7))
+    assert [f.backend for f in (flavour("tensorrt", 11, 1), flavour("tensorrt-rtx", 1, 7)) if crashes_on_short_updates(f)] == [
+        "tensorrt-rtx"
+    ]
     assert [v for v in ((10, 3), (10, 16), (11, 0)) if is_weakly_typed(flavour("tensorrt", *v))] == [(10, 3), (10, 16)]
     assert compute_capabilities(flavour("tensorrt", 10, 3)) == {}
     assert {80, 86, 89, 120} <= set(compute_capabilities(load_flavour("tensorrt-rtx")))
@@ -304,11 +317,12 @@ def test_functions_are_stripped_where_they_would_win(bundle: Path, tmp_path: Pat
     plan = replace(plan_of(bundle), flavour=flavour("tensorrt", 10, 3))
     path, nodes = engine._prepare_model(plan, tmp_path)
     stripped = onnx.load(str(path), load_external_data=False)
-    assert len(stripped.functions) == 0 and len(routed_nodes(stripped.graph)) == nodes == 7
-    newer = replace(plan, flavour=flavour("tensorrt", 10, 7))
-    assert engine._prepare_model(newer, tmp_path) == (bundle / "model.onnx", 7)
-    bodies = replace(plan, plugins=Plugins("none"))
-    assert engine._prepare_model(bodies, tmp_path) == (bundle / "model.onnx", 7)
+    written = 7  # caches: two layers of three, and level 1's keys
+    assert len(stripped.functions) == 0 and len(routed_nodes(stripped.graph)) == nodes == 7 + written
+    for version, count in ((10, 7), 7 + written), ((10, 15), 7):
+        newer = replace(plan, flavour=flavour("tensorrt", *version))
+        path, nodes = engine._prepare_model(newer, tmp_path)
+        assert nodes == count and len(onnx.load(str(path), load_external_data=False).functions) == 5
 
 
 def test_a_device_without_a_gpu_is_told(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,7 @@ def bundle(copied: Copied) -> Path:
 
 
 def open_engine(bundle: Path, device: FakeDevice, library: Path | None = None, **changes: Any) -> EngineSession:
-    engine = read_engine(write_engine(bundle, **changes))
+    engine = read_engine(write_engine(bundle, as_built=True, **changes))
     return EngineSession(load_bundle(bundle), engine, library, device)  # type: ignore[arg-type]
 
 
