@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", default="1", metavar="N", help="rows: the most, or a range such as 1-8 (default 1)")
     parser.add_argument("--prefill-chunk", type=int, metavar="N", help="most tokens of one call (default: the bundle's)")
     parser.add_argument("--plugins", metavar="FILE", help="a kernel library, python or none (default: the bundle's library)")
+    parser.add_argument(
+        "--timing-cache",
+        type=Path,
+        metavar="FILE",
+        help="tensorrt: measurements of kernels, kept from build to build (default: BUNDLE/engines/timings)",
+    )
+    parser.add_argument(
+        "--weight-streaming",
+        action="store_true",
+        help="weights that do not fit into the GPU's memory stay in the host's and are copied for every call: for models too large for it",
+    )
     parser.add_argument(
         "--reproducible",
         action="store_true",
@@ -105,12 +117,12 @@ def make_plan(args: argparse.Namespace) -> tuple[Plan, Gpu | None]:
     manifest = read_manifest(args.bundle)
     require("onnx")
     from bilevel.export.cache_writes import check_caches
-    from bilevel.export.engine import Plan
+    from bilevel.export.engine import FOLDER, Plan
     from bilevel.export.engine_memory import estimate_memory, gpu_at_hand
     from bilevel.export.engine_network import Limits
     from bilevel.export.engine_plugins import choose_plugins
     from bilevel.export.engine_worker import NO_PLUGINS
-    from bilevel.export.tensorrt_versions import load_flavour
+    from bilevel.export.tensorrt_versions import load_flavour, measures_kernels
 
     block, positions = manifest["block_size"], manifest["limits"]["max_positions"]
     capacity = positions if args.capacity is None else args.capacity
@@ -129,7 +141,24 @@ def make_plan(args: argparse.Namespace) -> tuple[Plan, Gpu | None]:
         check_caches(flavour, manifest)
     graph = args.bundle / manifest["graph"]["file"]
     estimate = estimate_memory(graph, manifest, limits, plugins.source != NO_PLUGINS)
-    return Plan(args.bundle, manifest, flavour, archs, limits, plugins, estimate, args.reproducible), gpu
+    if args.weight_streaming and gpu is not None and gpu.is_shared:
+        raise EngineError("--weight-streaming is of no use here: this GPU's memory is the host's; leave it out")
+    if args.timing_cache is not None and not measures_kernels(flavour):
+        raise EngineError(f"--timing-cache goes with --backend tensorrt; {args.backend} measures nothing while it builds")
+    timings = (args.timing_cache or args.bundle / FOLDER / "timings") if measures_kernels(flavour) else None
+    chosen = Plan(
+        args.bundle,
+        manifest,
+        flavour,
+        archs,
+        limits,
+        plugins,
+        estimate,
+        timings,
+        weight_streaming=args.weight_streaming,
+        reproducible=args.reproducible,
+    )
+    return chosen, gpu
 
 
 def _check_architectures(flavour: Any, archs: tuple[int, ...], gpu: Gpu | None) -> tuple[int, ...]:
@@ -167,7 +196,9 @@ def main(args: argparse.Namespace) -> int:
     )
     if plan.plugins.why:
         console.print(f"building with the Python plugins: {plan.plugins.why}", highlight=False, soft_wrap=True)
-    problem = memory_problem(plan.estimate, available, gpu)
+    # The host takes the weights that find no room.
+    needed = replace(plan.estimate, weights=0) if plan.weight_streaming else plan.estimate
+    problem = memory_problem(needed, available, gpu)
     if problem and not args.yes:
         raise EngineError(problem)
     rich = require("rich.progress")

@@ -84,6 +84,11 @@ def is_weakly_typed(flavour: Flavour) -> bool:
     return flavour.backend == "tensorrt" and flavour.version < (11,)
 
 
+def measures_kernels(flavour: Flavour) -> bool:
+    """A build times kernels on the GPU, which a timing cache spares the next one. TensorRT-RTX chooses them on the device, when it runs."""
+    return flavour.backend == "tensorrt"
+
+
 def builds_ahead_of_time(flavour: Flavour) -> bool:
     """Engines can be built for GPUs that are not there: TensorRT-RTX alone takes a list of compute capabilities."""
     return flavour.backend == "tensorrt-rtx"

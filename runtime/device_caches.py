@@ -183,7 +183,10 @@ class DeviceCaches(ABC):
         for spec in self._session.only_read:
             size, first = DTYPES[spec.dtype].numpy.itemsize, self._state[spec.name][1]
             for row, past in enumerate(past_len.tolist()):
-                target, source = first + (row * self.capacity + past) * size, self._call["input_ids"].address + row * length * size
+                target, source = (
+                    first + (row * self.capacity + past) * size,
+                    self._call["input_ids"].address + row * length * size,
+                )
                 self._device.copy_strips(target, source, length * size, length * size, 1)
 
     @property

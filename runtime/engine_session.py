@@ -20,6 +20,8 @@ from bilevel.runtime.engines import BACKENDS, Engine
 from bilevel.runtime.manifest import CALL_INPUTS
 from bilevel.runtime.tensors import TensorSpec
 
+_RESERVE = 256 * 2**20  # bytes of the GPU's memory that stay free for what TensorRT takes as it runs
+
 
 def load_module(backend: str) -> ModuleType:
     """TensorRT's Python module of a backend. Raises EngineError where it is not installed or does not load."""
@@ -74,6 +76,14 @@ class EngineSession:
         if self._engine is None:
             raise EngineError(f"{engine.path.name} does not load ({self._reason()}); {engine.remedy}")
         self._check_ports()
+        if engine.weight_streaming:
+            self._place_weights()
+
+    def _place_weights(self) -> None:
+        """As many of the weights as find room beside caches and activations lie on the GPU; the host keeps the others for every call."""
+        room = max(0, self.device.free_bytes() - self.engine.device_bytes - _RESERVE)
+        # Before the first context: it fixes the budget.
+        self._engine.weight_streaming_budget_v2 = min(self._engine.streamable_weights_size, room)
 
     def _reason(self) -> str:
         """What went wrong last, in TensorRT's words."""

@@ -57,6 +57,9 @@ class FakeDevice:
             self.enqueue(lambda: ctypes.memset(memory.address, 0, num_bytes))  # type: ignore[arg-type,func-returns-value]
         return memory
 
+    def free_bytes(self) -> int:
+        return self.limit - self.used
+
     def enqueue(self, work: Callable[[], None]) -> None:
         (self.pending if self.captured is None else self.captured).append(work)
 
@@ -154,6 +157,7 @@ class _Engine:
         self.session = ort.InferenceSession(plan["graph"], providers=["CPUExecutionProvider"])
         self.inputs = {port.name: _TYPES[port.type] for port in self.session.get_inputs()}
         self.outputs = {port.name: _TYPES[port.type] for port in self.session.get_outputs()}
+        self.has_context, self.budget, self.streamable_weights_size = False, 0, 1 << 20
         self.names = [*self.inputs, *self.outputs]
         self.num_io_tensors, self.num_optimization_profiles = len(self.names), len(plan["new_tokens"])
 
@@ -165,7 +169,18 @@ class _Engine:
         return [size if isinstance(size, int) else -1 for port in ports if port.name == name for size in port.shape]
 
     def create_execution_context(self, strategy: Any) -> _Context:
+        self.has_context = True
         return _Context(self)
+
+    @property
+    def weight_streaming_budget_v2(self) -> int:
+        return self.budget
+
+    @weight_streaming_budget_v2.setter
+    def weight_streaming_budget_v2(self, budget: int) -> None:
+        assert not self.has_context, "a context has fixed the budget"
+        assert 0 <= budget <= self.streamable_weights_size
+        self.budget = budget
 
     def execute(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
         feeds = {n: self.device.array(addresses[n], shapes[n], kind).copy() for n, kind in self.inputs.items()}
@@ -272,6 +287,7 @@ def write_engine(bundle: Path, name: str = "fake", num_best: int = 0, as_built: 
         "batch": [1, 4],
         "new_tokens": new_tokens,
         "plugins": None,
+        "weight_streaming": False,
         "graph_sha256": manifest["files"][manifest["graph"]["file"]]["sha256"],
         "memory_bytes": {"weights": 1000, "activations": 1000, "caches": 1000},
         "plan": {"file": f"{name}.plan", "sha256": sha256(plan).hexdigest(), "bytes": len(plan)},

@@ -69,7 +69,9 @@ def run_calls(model: onnx.ModelProto, capacity: int, block_size: int, tokens_are
     return found
 
 
-@pytest.mark.parametrize("options", [{"by_plugin": False}, {"by_plugin": False, "with_long_updates": True}, {"by_plugin": True}])
+@pytest.mark.parametrize(
+    "options", [{"by_plugin": False}, {"by_plugin": False, "with_long_updates": True}, {"by_plugin": True}]
+)
 def test_the_same_logits(options: dict[str, Any], exported: Exported) -> None:
     bundle = exported("two_level")[1]
     original, manifest = read(bundle)
@@ -125,7 +127,9 @@ def test_a_graph_that_is_not_ours_is_refused(exported: Exported) -> None:
 
 def test_an_old_tensorrt_needs_the_plugin(exported: Exported) -> None:
     _, manifest = read(exported("moba")[1])
-    with pytest.raises(EngineError, match=r"tensorrt 10\.3 has no layer that writes caches in place .*WriteCache.*kernels build"):
+    with pytest.raises(
+        EngineError, match=r"tensorrt 10\.3 has no layer that writes caches in place .*WriteCache.*kernels build"
+    ):
         check_caches(Flavour("tensorrt", None, (10, 3)), manifest)
     check_caches(Flavour("tensorrt", None, (10, 15)), manifest)
     check_caches(Flavour("tensorrt-rtx", None, (1, 7)), manifest)
