@@ -9,7 +9,7 @@ from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
-from bilevel.runtime.engine import Engine
+from bilevel.runtime.scheduler import Scheduler
 from bilevel.runtime.jobs import Job
 from bilevel.runtime.route_stats import RouteStats
 from bilevel.runtime.rows import Row
@@ -20,7 +20,7 @@ _WINDOW = 10.0  # seconds over which tokens per second are counted
 
 
 class Metrics:
-    """An ``Observer`` of the engine, and the page that Prometheus fetches. routes: None where the graph gives no routes."""
+    """An ``Observer`` of the scheduler, and the page that Prometheus fetches. routes: None where the graph gives no routes."""
 
     def __init__(self, routes: RouteStats | None) -> None:
         disable_created_metrics()  # the library's own addition: a second line of every counter
@@ -38,13 +38,13 @@ class Metrics:
         self._prefill = Histogram("bilevel_prefill_seconds", "Seconds of a prefill chunk", buckets=_SECONDS, registry=registry)
         self._recent: deque[float] = deque()
 
-    def watch(self, engine: Engine) -> None:
-        """Add what the engine itself knows."""
-        self._gauge("bilevel_rows", "Texts being generated", lambda: engine.num_active)
-        self._gauge("bilevel_rows_limit", "Texts that can be generated at once", lambda: engine.limits.max_rows)
-        self._gauge("bilevel_queue", "Texts that wait", lambda: engine.num_waiting)
-        self._gauge("bilevel_queue_limit", "Texts that may wait", lambda: engine.limits.max_queue)
-        self._gauge("bilevel_cache_use_ratio", "Share of the caches' tokens that are held", lambda: engine.cache_use)
+    def watch(self, scheduler: Scheduler) -> None:
+        """Add what the scheduler itself knows."""
+        self._gauge("bilevel_rows", "Texts being generated", lambda: scheduler.num_active)
+        self._gauge("bilevel_rows_limit", "Texts that can be generated at once", lambda: scheduler.limits.max_rows)
+        self._gauge("bilevel_queue", "Texts that wait", lambda: scheduler.num_waiting)
+        self._gauge("bilevel_queue_limit", "Texts that may wait", lambda: scheduler.limits.max_queue)
+        self._gauge("bilevel_cache_use_ratio", "Share of the caches' tokens that are held", lambda: scheduler.cache_use)
         self._gauge("bilevel_tokens_per_second", "Tokens generated per second, over 10 s", self._tokens_per_second)
         if self._routes is not None:
             self._watch_routes(self._routes)

@@ -1,4 +1,4 @@
-"""The server process: engine and web server together, from start to a shutdown that lets running answers finish."""
+"""The server process: scheduler and web server together, from start to a shutdown that lets running answers finish."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import uvicorn
 
 from bilevel.plugins.errors import RequestError
 from bilevel.runtime.bundle import Bundle
-from bilevel.runtime.engine import Engine
-from bilevel.runtime.jobs import EngineLimits
+from bilevel.runtime.scheduler import Scheduler
+from bilevel.runtime.jobs import SchedulerLimits
 from bilevel.runtime.route_stats import RouteStats
 from bilevel.runtime.serve_answers import publish_on
 from bilevel.runtime.serve_app import create_app
@@ -34,9 +34,9 @@ PUBLISH_SECONDS = 0.01  # a screen shows about 60 changes a second
 class Server(uvicorn.Server):
     """uvicorn's server, which on the first signal refuses new work and waits for the answers under way."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, grace: float) -> None:
+    def __init__(self, config: uvicorn.Config, scheduler: Scheduler, grace: float) -> None:
         super().__init__(config)
-        self._engine, self._grace, self._draining = engine, grace, False
+        self._scheduler, self._grace, self._draining = scheduler, grace, False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """First signal: drain, then exit. Second: exit."""
@@ -50,7 +50,7 @@ class Server(uvicorn.Server):
     async def drain(self) -> None:
         """Finish what runs, for at most the grace time, then let go of the connections."""
         self._draining = True
-        await asyncio.to_thread(self._engine.close, self._grace)
+        await asyncio.to_thread(self._scheduler.close, self._grace)
         await asyncio.sleep(0.1)  # the last events are on their way to the clients
         self.should_exit = True
 
@@ -75,17 +75,17 @@ def default_capacity(bundle: Bundle, rows: int) -> int:
 
 
 def build(
-    session: Session, name: str, limits: EngineLimits, http: HttpLimits, keys: Keys | None, loop: asyncio.AbstractEventLoop
+    session: Session, name: str, limits: SchedulerLimits, http: HttpLimits, keys: Keys | None, loop: asyncio.AbstractEventLoop
 ) -> tuple[Service, Metrics]:
-    """The service on ``session``, its engine started, delivering to ``loop``."""
+    """The service on ``session``, its scheduler started, delivering to ``loop``."""
     bundle = session.bundle
     capacity = min(limits.row_tokens or bundle.max_positions, bundle.max_positions)
     metrics = Metrics(None if bundle.routes is None else RouteStats(bundle, capacity))
-    engine = Engine(session, limits, publish_on(loop), metrics, PUBLISH_SECONDS)
-    metrics.watch(engine)
+    scheduler = Scheduler(session, limits, publish_on(loop), metrics, PUBLISH_SECONDS)
+    metrics.watch(scheduler)
     tokenizer = BundleTokenizer(bundle.tokenizer_path)
-    service = Service(name, engine, tokenizer, find_template(bundle.folder), keys, http)
-    engine.start()
+    service = Service(name, scheduler, tokenizer, find_template(bundle.folder), keys, http)
+    scheduler.start()
     return service, metrics
 
 
@@ -97,7 +97,7 @@ def serve(args: argparse.Namespace) -> int:
     capacity = args.capacity or default_capacity(session.bundle, args.max_rows)
     if capacity > session.bundle.max_positions:
         raise RequestError(f"--capacity {capacity} must be at most this model's {session.bundle.max_positions} positions")
-    limits = EngineLimits(max_rows=args.max_rows, max_queue=args.max_queue, row_tokens=capacity)
+    limits = SchedulerLimits(max_rows=args.max_rows, max_queue=args.max_queue, row_tokens=capacity)
     name = args.model_name or args.bundle.resolve().name
     listener = listen(args.host, args.port)
     asyncio.run(run_server(session, name, limits, HttpLimits(max_body=args.max_body), keys, listener, args.grace))
@@ -123,7 +123,7 @@ def listen(host: str, port: int) -> socket.socket:
 async def run_server(
     session: Session,
     name: str,
-    limits: EngineLimits,
+    limits: SchedulerLimits,
     http: HttpLimits,
     keys: Keys | None,
     listener: socket.socket,
@@ -143,16 +143,16 @@ async def run_server(
         limit_concurrency=MOST_CONNECTIONS,
         timeout_graceful_shutdown=5,
     )
-    server = Server(config, service.engine, grace)
+    server = Server(config, service.scheduler, grace)
     on_start(server)
     host, port = listener.getsockname()[:2]
-    engine = service.engine
+    scheduler = service.scheduler
     print(
-        f"serving {name} at http://{f'[{host}]' if ':' in host else host}:{port} · {limits.max_rows} rows of {engine.row_tokens} tokens",
+        f"serving {name} at http://{f'[{host}]' if ':' in host else host}:{port} · {limits.max_rows} rows of {scheduler.row_tokens} tokens",
         file=sys.stderr,
         flush=True,
     )
     try:
         await server.serve(sockets=[listener])
     finally:
-        await asyncio.to_thread(engine.close, 0.0)
+        await asyncio.to_thread(scheduler.close, 0.0)

@@ -41,7 +41,7 @@ def still_healthy(request: pytest.FixtureRequest) -> Iterator[None]:
         server: RunningServer = request.getfixturevalue("server")
         answer = server.complete([5, 6], max_tokens=1)
         assert answer["usage"]["completion_tokens"] == len(predict([5, 6], 1))
-        assert server.engine.num_active == server.engine.num_waiting == 0
+        assert server.scheduler.num_active == server.scheduler.num_waiting == 0
 
 
 def refused(server: RunningServer, body: Any, path: str = "/v1/completions", **headers: str) -> tuple[int, dict[str, Any]]:
@@ -193,7 +193,7 @@ def test_a_client_that_leaves_while_it_waits(server: RunningServer) -> None:
         )
         connection.sendall(head.encode() + body)
     end = time.monotonic() + 10
-    while server.engine.num_active + server.engine.num_waiting:
+    while server.scheduler.num_active + server.scheduler.num_waiting:
         assert time.monotonic() < end
         time.sleep(0.005)
 
@@ -202,8 +202,8 @@ def test_a_full_queue_answers_429(bundle: Path) -> None:
     with running(bundle, max_rows=1, max_queue=1) as server:
         status, headers, answer = server.request("POST", "/v1/completions", {"model": NAME, "prompt": [[5], [6], [7]]})
         assert status == 400  # more than the server could ever hold
-        server.engine._mean_seconds = 40.0
-        server.engine.step = lambda: time.sleep(0.01)  # type: ignore[method-assign]
+        server.scheduler._mean_seconds = 40.0
+        server.scheduler.step = lambda: time.sleep(0.01)  # type: ignore[method-assign]
         jobs = {"model": NAME, "prompt": [[5], [6]], "stream": True}
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
             body = json.dumps(jobs).encode()
@@ -211,7 +211,7 @@ def test_a_full_queue_answers_429(bundle: Path) -> None:
             connection.sendall(head.encode() + body)
             assert connection.recv(1000).startswith(b"HTTP/1.1 200")
             status, headers, answer = server.request("POST", "/v1/completions", {"model": NAME, "prompt": [5]})
-        del server.engine.step
+        del server.scheduler.step
         assert (status, answer["error"]["type"]) == (429, "rate_limit_error")
         assert int(headers["retry-after"]) == 120
         assert answer["error"]["message"] == "2 requests are waiting already; try again in 120 s"
@@ -236,18 +236,18 @@ def test_keys(bundle: Path, tmp_path: Path) -> None:
 
 def test_shutting_down_finishes_what_runs_and_refuses_the_rest(bundle: Path) -> None:
     with running(bundle, max_rows=1) as server:
-        step = server.engine.step
-        server.engine.step = lambda: (time.sleep(0.02), step())  # type: ignore[method-assign, assignment]
+        step = server.scheduler.step
+        server.scheduler.step = lambda: (time.sleep(0.02), step())  # type: ignore[method-assign, assignment]
         body = json.dumps({"model": NAME, "prompt": [5, 6], "max_tokens": 30, "temperature": 0}).encode()
         head = (
             f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         )
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
             connection.sendall(head.encode() + body)
-            while not server.engine.num_active:
+            while not server.scheduler.num_active:
                 time.sleep(0.005)
             server.drain()
-            while not server.engine.is_closing:
+            while not server.scheduler.is_closing:
                 time.sleep(0.005)
             status, headers, answer = server.request("POST", "/v1/completions", {"model": NAME, "prompt": [5]})
             assert (status, answer["error"]["code"]) == (503, "shutting_down") and "retry-after" in headers
@@ -262,15 +262,15 @@ def test_shutting_down_finishes_what_runs_and_refuses_the_rest(bundle: Path) -> 
 
 def test_shutting_down_has_a_limit(bundle: Path) -> None:
     with running(bundle, max_rows=1, grace=0.1) as server:
-        step = server.engine.step
-        server.engine.step = lambda: (time.sleep(0.2), step())  # type: ignore[method-assign, assignment]
+        step = server.scheduler.step
+        server.scheduler.step = lambda: (time.sleep(0.2), step())  # type: ignore[method-assign, assignment]
         body = json.dumps({"model": NAME, "prompt": [5, 6], "max_tokens": 90, "temperature": 0}).encode()
         head = (
             f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         )
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
             connection.sendall(head.encode() + body)
-            while not server.engine.num_active:
+            while not server.scheduler.num_active:
                 time.sleep(0.005)
             server.drain()
             assert connection.recv(65536).startswith(b"HTTP/1.1 503")

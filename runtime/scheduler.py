@@ -1,8 +1,8 @@
 """The serving loop: many jobs on one device, in a batch that rows join and leave between any two tokens. Token ids only.
 
-    engine = Engine(session, EngineLimits(max_rows=8), publish=print)
-    engine.start()
-    engine.submit(Job([1, 2, 3], SamplingParams(max_tokens=16)))
+    scheduler = Scheduler(session, SchedulerLimits(max_rows=8), publish=print)
+    scheduler.start()
+    scheduler.submit(Job([1, 2, 3], SamplingParams(max_tokens=16)))
 
 One turn of the loop reads a piece of one prompt (the prompts take turns) and then generates one token in every row whose
 prompt has been read. A prompt's last word is read by that second call, so a row joins it as if it had always been there.
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bilevel.plugins.errors import BilevelError, Overloaded, RequestError, ShuttingDown
-from bilevel.runtime.jobs import EngineLimits, FairQueue, Job, Observer, TokenEvent, TokenRoutes, token_routes
+from bilevel.runtime.jobs import SchedulerLimits, FairQueue, Job, Observer, TokenEvent, TokenRoutes, token_routes
 from bilevel.runtime.pacing import PrefillPacer
 from bilevel.runtime.rows import Row
 from bilevel.runtime.sampling import Sampler, log_probabilities
@@ -29,14 +29,14 @@ from bilevel.runtime.session import Caches, Session
 from bilevel.runtime.slots import Slots, common_prefix
 from bilevel.runtime.text import NoTokenizer, TextStream
 
-_LOG = logging.getLogger("bilevel.engine")
+_LOG = logging.getLogger("bilevel.scheduler")
 Publish = Callable[[Sequence[TokenEvent]], None]
 
 
-class Engine:
+class Scheduler:
     """Runs jobs on one session. Everything but the loop itself may be called from any thread.
 
-    publish: told the events, from the engine's thread; it must return quickly. publish_seconds: least time between two calls, unless
+    publish: told the events, from the scheduler's thread; it must return quickly. publish_seconds: least time between two calls, unless
     a text begins or ends. On a small machine whoever passes tokens on takes the cores from the model: a wake-up for each token
     of a model that makes 400 a second costs it a tenth, and nobody reads that fast.
     """
@@ -44,7 +44,7 @@ class Engine:
     def __init__(
         self,
         session: Session,
-        limits: EngineLimits,
+        limits: SchedulerLimits,
         publish: Publish,
         observer: Observer | None = None,
         publish_seconds: float = 0.0,
@@ -62,7 +62,7 @@ class Engine:
         self._turn = 0
         self._mean_seconds = 1.0  # that a job keeps a row
         self._wake, self._is_closing = threading.Condition(), False
-        self._thread = threading.Thread(target=self._loop, name="bilevel-engine", daemon=True)
+        self._thread = threading.Thread(target=self._loop, name="bilevel-scheduler", daemon=True)
 
     def start(self) -> None:
         """Begin to work."""
