@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bilevel.plugins.errors import BilevelError, Overloaded, RequestError, ShuttingDown
-from bilevel.runtime.jobs import SchedulerLimits, FairQueue, Job, Observer, TokenEvent, TokenRoutes, token_routes
+from bilevel.runtime.jobs import FairQueue, Job, Observer, SchedulerLimits, TokenEvent, TokenRoutes, token_routes
 from bilevel.runtime.pacing import PrefillPacer
 from bilevel.runtime.rows import Row
 from bilevel.runtime.sampling import Sampler, log_probabilities

@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bilevel.runtime.scheduler import Scheduler
 from bilevel.runtime.jobs import Job, TokenEvent, TokenRoutes
 from bilevel.runtime.sampling import TokenLogprobs
+from bilevel.runtime.scheduler import Scheduler
 from bilevel.runtime.serve_errors import ApiError
 from bilevel.runtime.text import TextStream, Tokenizer
 

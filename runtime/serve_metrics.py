@@ -9,10 +9,10 @@ from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
-from bilevel.runtime.scheduler import Scheduler
 from bilevel.runtime.jobs import Job
 from bilevel.runtime.route_stats import RouteStats
 from bilevel.runtime.rows import Row
+from bilevel.runtime.scheduler import Scheduler
 from bilevel.runtime.session import Routes
 
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)

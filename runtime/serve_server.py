@@ -15,9 +15,9 @@ import uvicorn
 
 from bilevel.plugins.errors import RequestError
 from bilevel.runtime.bundle import Bundle
-from bilevel.runtime.scheduler import Scheduler
 from bilevel.runtime.jobs import SchedulerLimits
 from bilevel.runtime.route_stats import RouteStats
+from bilevel.runtime.scheduler import Scheduler
 from bilevel.runtime.serve_answers import publish_on
 from bilevel.runtime.serve_app import create_app
 from bilevel.runtime.serve_chat import find_template

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from bilevel.plugins.errors import BundleError, Overloaded, RequestError, ShuttingDown
-from bilevel.runtime.scheduler import Scheduler
 from bilevel.runtime.generate import Generator
-from bilevel.runtime.jobs import SchedulerLimits, FairQueue, Job, TokenEvent
+from bilevel.runtime.jobs import FairQueue, Job, SchedulerLimits, TokenEvent
 from bilevel.runtime.pacing import RATIO, PrefillPacer
 from bilevel.runtime.sampling import SamplingParams, log_probabilities
+from bilevel.runtime.scheduler import Scheduler
 from bilevel.runtime.session import OnnxSession
 from bilevel.runtime.slots import common_prefix
 from tests.fake_bundle import MAX_POSITIONS, PREFILL_CHUNK, VOCAB_SIZE, predict, write_bundle
