@@ -79,6 +79,7 @@ class EngineSession:
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise EngineError(f"{engine.path.name} does not load ({self._reason()}); {engine.remedy}")
+        self._working: Memory | None = None
         self._check_ports()
 
     def _reason(self) -> str:
@@ -107,13 +108,16 @@ class EngineSession:
         return EngineCaches(self, batch)
 
     def context(self, profile: int) -> Any:
-        """A new execution context on an optimisation profile, whose memory is that profile's."""
-        strategy = self._trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
-        context = self._engine.create_execution_context(strategy)
+        """A new execution context on an optimisation profile. All contexts run one after another, in the same working memory."""
+        if self._working is None:
+            sizes = map(self._engine.get_device_memory_size_for_profile_v2, range(self._engine.num_optimization_profiles))
+            self._working = self.device.allocate(max(sizes))
+        context = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None or not context.set_optimization_profile_async(profile, self.device.stream):
             raise EngineError(
                 f"the engine gets no memory to run ({self._reason()}); use a smaller batch, or {self.engine.remedy}"
             )
+        context.set_device_memory(self._working.address, self._working.num_bytes)
         self.device.synchronize()
         return context
 
@@ -125,10 +129,17 @@ class EngineSession:
 class EngineCaches:
     """See ``Caches``: rows in the GPU's memory.
 
-    state: {name of a cache's input: its memory and the address of its first row}; None: new and zeroed. Routes are not fetched.
+    state: {name of a cache's input: its memory and the address of its first row}; None: new and zeroed. buffers: what a call reads
+    and what it gives, shared by caches that are cut out of others; None: new. Routes are not fetched.
     """
 
-    def __init__(self, session: EngineSession, batch: int, state: dict[str, tuple[Memory, int]] | None = None) -> None:
+    def __init__(
+        self,
+        session: EngineSession,
+        batch: int,
+        state: dict[str, tuple[Memory, int]] | None = None,
+        buffers: tuple[dict[str, Memory], dict[str, Memory]] | None = None,
+    ) -> None:
         self.batch, self.capacity = batch, session.engine.capacity
         self.routes: Routes | None = None
         self._session, self._device = session, session.device
@@ -139,15 +150,13 @@ class EngineCaches:
         self._state = state
         longest = max(most for _, most in session.engine.new_tokens)
         sizes["new_tokens"] = longest
-        self._call = {spec.name: self._new(spec, sizes) for spec in bundle.inputs if spec.name in CALL_INPUTS}
         self._logits = np.zeros((batch, bundle.vocab_size), np.float32)
-        # TensorRT wants an address for every output, those that nobody reads included.
-        present = {name for _, name in bundle.state}
-        self._results = {
-            spec.name: self._new(spec, sizes)
-            for spec in bundle.outputs
-            if spec.name in session.tensors and spec.name not in present
-        }
+        if buffers is None:
+            # TensorRT wants an address for every output, those that nobody reads included.
+            wanted = session.tensors - {name for _, name in bundle.state}
+            call = {spec.name: self._new(spec, sizes) for spec in bundle.inputs if spec.name in CALL_INPUTS}
+            buffers = call, {spec.name: self._new(spec, sizes) for spec in bundle.outputs if spec.name in wanted}
+        self._call, self._results = buffers
         # An input and its output share the memory: the engine writes new tokens where the old ones lie.
         self._addresses = {name: memory.address for name, memory in {**self._call, **self._results}.items()}
         for spec, output in bundle.state:
@@ -176,7 +185,7 @@ class EngineCaches:
                     "engine with another --capacity"
                 )
             state[spec.name] = (memory, address + first * size)
-        return EngineCaches(self._session, count, state)
+        return EngineCaches(self._session, count, state, (self._call, self._results))
 
     def copy_prefix(self, source: int, target: int, tokens: int) -> None:
         """See ``Caches.copy_prefix``."""
@@ -191,6 +200,9 @@ class EngineCaches:
             if width:
                 places = (address + target * row, address + source * row)
                 self._device.copy_strips(*places, width, shape[axis] * step, math.prod(shape[:axis]))
+
+    def reserve(self) -> None:
+        """See ``Caches.reserve``: a GPU's memory is taken when it is allocated."""
 
     def run(self, input_ids: NDArray[np.int64], past_len: NDArray[np.int32], new_len: NDArray[np.int32]) -> NDArray[np.float32]:
         """See ``Caches.run``. Raises RequestError when a call does not fit, EngineError when the engine fails."""

@@ -110,11 +110,15 @@ class FairQueue:
 
 @dataclass(frozen=True)
 class SchedulerLimits:
-    """max_rows: texts generated at once. max_queue: jobs that may wait. row_tokens: prompt and text of one job (None: the model's)."""
+    """max_rows: texts generated at once. max_queue: jobs that may wait. row_tokens: prompt and text of one job (None: the model's).
+
+    prefill_chunk: most tokens of a prompt that one call reads (None: the bundle's).
+    """
 
     max_rows: int = 8
     max_queue: int = 64
     row_tokens: int | None = None
+    prefill_chunk: int | None = None
 
 
 class Observer(Protocol):

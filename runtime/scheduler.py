@@ -54,8 +54,11 @@ class Scheduler:
         self.row_tokens = min(limits.row_tokens or bundle.max_positions, bundle.max_positions)
         # One token more than a row may hold: an idle row's column is written behind what it has cached.
         self._caches = session.allocate(limits.max_rows, bundle.round_up(self.row_tokens + 1))
+        self._caches.reserve()
         self._views: dict[tuple[int, int], Caches] = {}
-        self._slots, self._queue, self._pacer = Slots(limits.max_rows), FairQueue(), PrefillPacer(bundle.prefill_chunk)
+        self._view(limits.max_rows - 1, 1)  # a backend that cannot cut rows out refuses now
+        self._slots, self._queue = Slots(limits.max_rows), FairQueue()
+        self._pacer = PrefillPacer(limits.prefill_chunk or bundle.prefill_chunk)
         self._jobs: dict[Row, Job] = {}
         self._outbox: list[TokenEvent] = []
         self._published, self._publish_seconds = 0.0, publish_seconds
@@ -115,6 +118,11 @@ class Scheduler:
         return self._thread.is_alive()
 
     @property
+    def gives_routes(self) -> bool:
+        """Whether jobs may want routes: the graph has them, and the backend hands them over."""
+        return self._caches.routes is not None
+
+    @property
     def num_active(self) -> int:
         """Jobs that have a row."""
         return len(self._slots.active)
@@ -123,6 +131,11 @@ class Scheduler:
     def num_waiting(self) -> int:
         """Jobs in the queue."""
         return len(self._queue)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of the caches of all rows."""
+        return self.bundle.state_bytes(self._caches.batch, self._caches.capacity)
 
     @property
     def cache_use(self) -> float:

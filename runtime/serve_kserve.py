@@ -60,7 +60,7 @@ async def describe_model(request: Request) -> Response:
     inputs = [("text", "BYTES", [-1]), ("input_ids", "INT64", [-1, -1])]
     outputs = [(name, kind, [-1, -1] if name == "output_ids" else [-1]) for name, kind in OUTPUTS.items()]
     ports = [[{"name": name, "datatype": kind, "shape": shape} for name, kind, shape in each] for each in (inputs, outputs)]
-    content = {"name": service.name, "versions": [VERSION], "platform": "bilevel_onnxruntime"}
+    content = {"name": service.name, "versions": [VERSION], "platform": f"bilevel_{service.backend}"}
     return JSONResponse({**content, "inputs": ports[0], "outputs": ports[1]})
 
 

@@ -80,8 +80,11 @@ def _submit(
     most = service.scheduler.limits.max_rows + service.scheduler.limits.max_queue
     if len(prompts) * count > most:
         raise RequestError(f"{len(prompts)} prompts with n={count} are {len(prompts) * count} texts, this server takes {most}")
-    if asked.routes and service.scheduler.bundle.routes is None:
-        raise ApiError(400, "routes=true: this model's graph does not give its routes; export it again", param="routes")
+    if asked.routes and not service.scheduler.gives_routes:
+        why = "the engine" if service.scheduler.bundle.routes is not None else "the graph"
+        raise ApiError(
+            400, f"routes=true: {why} that runs this model does not give its routes; leave routes out", param="routes"
+        )
     client = service.client(request)
     jobs = [
         Job(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
-import os
 import socket
 import sys
 from collections.abc import Callable
@@ -14,17 +13,18 @@ from types import FrameType
 import uvicorn
 
 from bilevel.plugins.errors import RequestError
-from bilevel.runtime.bundle import Bundle
+from bilevel.runtime.backends import open_session
+from bilevel.runtime.engine_session import EngineSession
 from bilevel.runtime.jobs import SchedulerLimits
-from bilevel.runtime.route_stats import RouteStats
 from bilevel.runtime.scheduler import Scheduler
 from bilevel.runtime.serve_answers import publish_on
 from bilevel.runtime.serve_app import create_app
 from bilevel.runtime.serve_chat import find_template
 from bilevel.runtime.serve_http import Keys, PatientProtocol
+from bilevel.runtime.serve_limits import choose_limits
 from bilevel.runtime.serve_metrics import Metrics
 from bilevel.runtime.serve_service import HttpLimits, Service
-from bilevel.runtime.session import OnnxSession, Session
+from bilevel.runtime.session import Session
 from bilevel.runtime.text import BundleTokenizer
 
 MOST_CONNECTIONS = 1000
@@ -67,24 +67,17 @@ def _in_loop() -> bool:
     return True
 
 
-def default_capacity(bundle: Bundle, rows: int) -> int:
-    """Tokens per row: the model's, or as many as let the caches of all rows lie in half of this machine's memory."""
-    half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    fitting = half // max(1, bundle.state_bytes(rows, bundle.block_size)) * bundle.block_size
-    return max(1, min(bundle.max_positions, fitting - bundle.block_size))
-
-
 def build(
     session: Session, name: str, limits: SchedulerLimits, http: HttpLimits, keys: Keys | None, loop: asyncio.AbstractEventLoop
 ) -> tuple[Service, Metrics]:
     """The service on ``session``, its scheduler started, delivering to ``loop``."""
     bundle = session.bundle
-    capacity = min(limits.row_tokens or bundle.max_positions, bundle.max_positions)
-    metrics = Metrics(None if bundle.routes is None else RouteStats(bundle, capacity))
+    metrics = Metrics()
     scheduler = Scheduler(session, limits, publish_on(loop), metrics, PUBLISH_SECONDS)
     metrics.watch(scheduler)
     tokenizer = BundleTokenizer(bundle.tokenizer_path)
-    service = Service(name, scheduler, tokenizer, find_template(bundle.folder), keys, http)
+    backend = session.engine.backend if isinstance(session, EngineSession) else "onnxruntime"
+    service = Service(name, scheduler, tokenizer, find_template(bundle.folder), keys, http, backend=backend)
     scheduler.start()
     return service, metrics
 
@@ -93,14 +86,14 @@ def serve(args: argparse.Namespace) -> int:
     """Open the bundle and serve it; the exit status."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     keys = None if args.api_key_file is None else Keys(args.api_key_file)
-    session = OnnxSession.open(args.bundle, verify=not args.no_verify, threads=args.threads)
-    capacity = args.capacity or default_capacity(session.bundle, args.max_rows)
-    if capacity > session.bundle.max_positions:
-        raise RequestError(f"--capacity {capacity} must be at most this model's {session.bundle.max_positions} positions")
-    limits = SchedulerLimits(max_rows=args.max_rows, max_queue=args.max_queue, row_tokens=capacity)
+    session, why = open_session(
+        args.bundle, args.backend, verify=not args.no_verify, threads=args.threads, library=args.library
+    )
+    limits = choose_limits(session, args.max_rows, args.capacity, args.max_queue)
     name = args.model_name or args.bundle.resolve().name
     listener = listen(args.host, args.port)
-    asyncio.run(run_server(session, name, limits, HttpLimits(max_body=args.max_body), keys, listener, args.grace))
+    http = HttpLimits(max_body=args.max_body)
+    asyncio.run(run_server(session, name, limits, http, keys, listener, args.grace, why=why))
     return 0
 
 
@@ -120,6 +113,16 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def _greeting(name: str, listener: socket.socket, scheduler: Scheduler, why: str) -> str:
+    """What the terminal shows when the server is ready."""
+    host, port = listener.getsockname()[:2]
+    where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    size = (
+        f"{scheduler.limits.max_rows} rows of {scheduler.row_tokens} tokens, {scheduler.cache_bytes / 2**20:.0f} MiB of caches"
+    )
+    return " · ".join(filter(None, (f"serving {name} at {where}", size, why)))
+
+
 async def run_server(
     session: Session,
     name: str,
@@ -129,8 +132,12 @@ async def run_server(
     listener: socket.socket,
     grace: float,
     on_start: Callable[[Server], None] = lambda server: None,
+    why: str = "",
 ) -> None:
-    """Serve on ``listener`` until the server is told to exit; on_start is given the server before it begins."""
+    """Serve on ``listener`` until the server is told to exit; on_start is given the server before it begins.
+
+    why: a line on what runs the model, for whoever started it.
+    """
     service, metrics = build(session, name, limits, http, keys, asyncio.get_running_loop())
     config = uvicorn.Config(
         create_app(service, metrics),
@@ -145,13 +152,8 @@ async def run_server(
     )
     server = Server(config, service.scheduler, grace)
     on_start(server)
-    host, port = listener.getsockname()[:2]
     scheduler = service.scheduler
-    print(
-        f"serving {name} at http://{f'[{host}]' if ':' in host else host}:{port} · {limits.max_rows} rows of {scheduler.row_tokens} tokens",
-        file=sys.stderr,
-        flush=True,
-    )
+    print(_greeting(name, listener, scheduler, why), file=sys.stderr, flush=True)
     try:
         await server.serve(sockets=[listener])
     finally:

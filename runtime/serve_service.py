@@ -29,7 +29,7 @@ class HttpLimits:
 
 @dataclass(frozen=True)
 class Service:
-    """One served model. keys: None where the server is open to whoever reaches it."""
+    """One served model. backend: what runs it. keys: None where the server is open to whoever reaches it."""
 
     name: str
     scheduler: Scheduler
@@ -37,6 +37,7 @@ class Service:
     template: ChatTemplate | None = None
     keys: Keys | None = None
     limits: HttpLimits = HttpLimits()
+    backend: str = "onnxruntime"
     created: int = field(default_factory=lambda: int(time.time()))
 
     def client(self, request: Request) -> str:
@@ -79,5 +80,5 @@ class Service:
             "owned_by": "bilevel",
             "max_model_len": self.scheduler.row_tokens,
             "has_chat_template": self.template is not None,
-            "gives_routes": self.scheduler.bundle.routes is not None,
+            "gives_routes": self.scheduler.gives_routes,
         }

@@ -41,7 +41,7 @@ class Caches(Protocol):
 
     batch: int
     capacity: int
-    routes: Routes | None  # of the last call, overwritten by the next; None where the bundle's graph does not give them
+    routes: Routes | None  # of the last call, overwritten by the next; None where the graph or the backend does not give them
 
     def run(self, input_ids: NDArray[np.int64], past_len: NDArray[np.int32], new_len: NDArray[np.int32]) -> NDArray[np.float32]:
         """One call: write the tokens into the caches and return logits [B, vocab] of each row's last valid token.
@@ -55,6 +55,9 @@ class Caches(Protocol):
 
     def copy_prefix(self, source: int, target: int, tokens: int) -> None:
         """Give row ``target`` the first ``tokens`` tokens of row ``source``; what it held there is lost."""
+
+    def reserve(self) -> None:
+        """Take the memory of new caches now, where it would otherwise be taken as it is written."""
 
 
 class Session(Protocol):
@@ -183,6 +186,13 @@ class OnnxCaches:
         for spec, _ in self._bundle.state:
             cut = tuple(slice(sizes.get(str(size))) for size in spec.shape[1:])
             self.state[spec.name][target][cut] = self.state[spec.name][source][cut]
+
+    def reserve(self) -> None:
+        """See ``Caches.reserve``."""
+        # The system zeroes a page when it is first written: with huge pages 2 MiB for every head of every layer, half a second
+        # at a text's first word and again each time that it grows past such a page. A byte of every page, and it is done.
+        for array in self.state.values():
+            array.reshape(-1).view(np.uint8)[:: os.sysconf("SC_PAGE_SIZE")] = 0
 
     def _bind_call(self, length: int) -> None:
         """Buffers for calls of ``length`` columns: their tokens, and what their routers choose."""

@@ -15,7 +15,7 @@ from bilevel.runtime.jobs import SchedulerLimits
 from bilevel.runtime.serve_http import Keys
 from bilevel.runtime.serve_server import Server, listen, run_server
 from bilevel.runtime.serve_service import HttpLimits
-from bilevel.runtime.session import OnnxSession
+from bilevel.runtime.session import OnnxSession, Session
 
 NAME = "fake"
 
@@ -62,10 +62,10 @@ class RunningServer:
 
 @contextmanager
 def running(
-    bundle: Path, *, keys: Path | None = None, http: HttpLimits | None = None, grace: float = 30.0, **limits: Any
+    bundle: Path | Session, *, keys: Path | None = None, http: HttpLimits | None = None, grace: float = 30.0, **limits: Any
 ) -> Iterator[RunningServer]:
-    """Serve ``bundle`` for a while."""
-    session = OnnxSession.open(bundle, threads=1)
+    """Serve a bundle, or an opened one, for a while."""
+    session = OnnxSession.open(bundle, threads=1) if isinstance(bundle, Path) else bundle
     listener = listen("127.0.0.1", 0)
     port, begun, found = listener.getsockname()[1], threading.Event(), []
 

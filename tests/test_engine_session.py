@@ -210,7 +210,7 @@ def test_every_name_exists_in_the_real_modules(module: str) -> None:
         if isinstance(node, ast.Attribute) and re.search(r"\b_?(trt|engine|context|runtime)\b", ast.unparse(node.value))
     }
     used -= {name for name in ours} | set(Engine.__dataclass_fields__) | {"remedy", "read_plan", "runtime", "plugins"}
-    assert used >= {"execute_async_v3", "set_tensor_address", "deserialize_cuda_engine", "ON_PROFILE_CHANGE", "load_library"}
+    assert used >= {"execute_async_v3", "set_tensor_address", "deserialize_cuda_engine", "USER_MANAGED", "load_library"}
     assert [name for name in sorted(used) if not any(hasattr(owner, name) for owner in owners)] == []
 
 

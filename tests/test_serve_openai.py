@@ -199,7 +199,9 @@ def test_a_client_that_goes_away_frees_its_row(client: openai.OpenAI, server: Ru
 
 
 def test_routes_without_a_graph_that_gives_them_are_refused(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="this model's graph does not give its routes; export it again"):
+    with pytest.raises(
+        openai.BadRequestError, match="the graph that runs this model does not give its routes; leave routes out"
+    ):
         client.completions.create(model=NAME, prompt="x", extra_body={"routes": True})
 
 
