@@ -231,11 +231,12 @@ class Scheduler:
         """Read a piece of one row's prompt, all but its last token."""
         row, start = rows[0], time.perf_counter()
         past = np.array([row.num_cached], np.int32)
-        tokens = np.array([row.take(min(self._pacer.chunk(num_decoding), row.num_pending - 1))], np.int64)
+        is_begun = row.num_cached > self._jobs[row].num_reused
+        chunk = self._pacer.chunk(num_decoding, row.num_pending - 1, is_begun=is_begun)
+        tokens = np.array([row.take(chunk)], np.int64)
         self._view(row.index, 1).run(tokens, past, np.array([tokens.size], np.int32))
         seconds = time.perf_counter() - start
-        if num_decoding:
-            self._pacer.record_chunk(tokens.size, seconds)
+        self._pacer.record_chunk(tokens.size, seconds, num_decoding=num_decoding)
         if self._observer is not None:
             self._observer.prefilled(tokens.size, seconds)
         return []

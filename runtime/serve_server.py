@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import logging
 import socket
 import sys
@@ -29,6 +30,9 @@ from bilevel.runtime.text import BundleTokenizer
 
 MOST_CONNECTIONS = 1000
 PUBLISH_SECONDS = 0.01  # a screen shows about 60 changes a second
+SWITCH_SECONDS = (
+    0.0005  # that the model waits for Python's lock while an answer is written; Python's own 0.005 is a small model's step
+)
 
 
 class Server(uvicorn.Server):
@@ -85,6 +89,7 @@ def build(
 def serve(args: argparse.Namespace) -> int:
     """Open the bundle and serve it; the exit status."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    sys.setswitchinterval(SWITCH_SECONDS)
     keys = None if args.api_key_file is None else Keys(args.api_key_file)
     session, why = open_session(
         args.bundle, args.backend, verify=not args.no_verify, threads=args.threads, library=args.library
@@ -153,6 +158,8 @@ async def run_server(
     server = Server(config, service.scheduler, grace)
     on_start(server)
     scheduler = service.scheduler
+    gc.collect()
+    gc.freeze()  # what lives as long as the server is not looked through again, which would stop all texts for a while
     print(_greeting(name, listener, scheduler, why), file=sys.stderr, flush=True)
     try:
         await server.serve(sockets=[listener])

@@ -12,7 +12,7 @@ import pytest
 from bilevel.plugins.errors import BundleError, Overloaded, RequestError, ShuttingDown
 from bilevel.runtime.generate import Generator
 from bilevel.runtime.jobs import FairQueue, Job, SchedulerLimits, TokenEvent
-from bilevel.runtime.pacing import RATIO, PrefillPacer
+from bilevel.runtime.pacing import RATIO, WHOLE_SECONDS, PrefillPacer
 from bilevel.runtime.sampling import SamplingParams, log_probabilities
 from bilevel.runtime.scheduler import Scheduler
 from bilevel.runtime.session import OnnxSession
@@ -282,19 +282,36 @@ def test_common_prefix() -> None:
 def test_the_pacer_finds_the_chunk_that_fits() -> None:
     """With 10 ms and 2 ms a token for a chunk, and decode steps of 20 ms, it settles at what RATIO allows."""
     pacer = PrefillPacer(512)
+
+    def chunk() -> int:
+        return pacer.chunk(3, 10_000, is_begun=True)
+
     for _ in range(40):
         pacer.record_decode(0.020)
-        chunk = pacer.chunk(3)
-        pacer.record_chunk(chunk, 0.010 + 0.002 * chunk)
-    assert 0.010 + 0.002 * pacer.chunk(3) <= RATIO * 0.020 + 1e-9
-    assert 0.010 + 0.002 * (pacer.chunk(3) + 2) > RATIO * 0.020
-    assert pacer.chunk(0) == 512
-    before = pacer.chunk(3)
-    pacer.record_chunk(before, 10.0)
-    assert before // 2 <= pacer.chunk(3) <= (before + 1) // 2  # one slow call is not believed at once
+        pacer.record_chunk(chunk(), 0.010 + 0.002 * chunk(), num_decoding=3)
+    assert 0.010 + 0.002 * chunk() <= RATIO * 0.020 + 1e-9
+    assert 0.010 + 0.002 * (chunk() + 2) > RATIO * 0.020
+    assert pacer.chunk(0, 10_000, is_begun=False) == 512  # nobody waits
+    before = chunk()
+    pacer.record_chunk(before, 10.0, num_decoding=3)
+    assert before // 2 <= chunk() <= (before + 1) // 2  # one slow call is not believed at once
     for _ in range(9):
-        pacer.record_chunk(pacer.chunk(3), 10.0)
-    assert pacer.chunk(3) == 1
+        pacer.record_chunk(chunk(), 10.0, num_decoding=3)
+    assert chunk() == 1
+    assert pacer.chunk(3, 1, is_begun=True) == 1
+
+
+def test_a_short_prompt_is_read_at_once() -> None:
+    """One that takes no longer than WHOLE_SECONDS; the end of a long one is none, nor is any while nobody knows what it takes."""
+    pacer = PrefillPacer(512)
+    pacer.record_decode(0.020)
+    assert pacer.chunk(3, 30, is_begun=False) < 30
+    pacer.record_chunk(400, 400 * WHOLE_SECONDS / 40, num_decoding=0)
+    assert pacer.chunk(3, 40, is_begun=False) == 40
+    assert pacer.chunk(3, 41, is_begun=False) == pacer.chunk(3, 40, is_begun=True) < 40
+    before = pacer.chunk(3, 41, is_begun=False)
+    pacer.record_chunk(40, WHOLE_SECONDS, num_decoding=3)
+    assert pacer.chunk(3, 41, is_begun=False) == before  # it says nothing about the pieces of a long one
 
 
 @pytest.mark.parametrize("preset", ["two_level", "moba", "dense"])
