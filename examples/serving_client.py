@@ -66,7 +66,7 @@ async def ask(port: int, body: Any, stop_after: int | None = None, answer: Answe
 class Stream:
     """One streamed answer as it comes: bytes, and (time.perf_counter, tokens) of each piece."""
 
-    def __init__(self, connection: socket.socket, data: bytes, prompt: str) -> None:
+    def __init__(self, connection: socket.socket, data: bytes, prompt: list[int]) -> None:
         self.prompt, self.connection, self.raw, self.pieces = prompt, connection, bytearray(), list[tuple[float, int]]()
         self.num_tokens, self.is_open = 0, True
         self.asked = time.perf_counter()
@@ -88,11 +88,14 @@ class Stream:
         """When each token came."""
         return [moment for moment, count in self.pieces for _ in range(count)]
 
-    @property
-    def text(self) -> str:
-        """The answer. Exits where the server refused."""
+    def check(self) -> None:
+        """Exits where the server refused."""
         if not self.raw.startswith(b"HTTP/1.1 200"):
             raise SystemExit(f"the server answered {self.raw[:2000].decode()}")
+
+    @property
+    def text(self) -> str:
+        """The answer."""
         lines = (line[6:] for line in self.raw.splitlines() if line.startswith(b"data: {"))
         return "".join(json.loads(line)["choices"][0]["text"] for line in lines)
 
@@ -103,7 +106,7 @@ class Clients:
     def __init__(self, port: int, model: str) -> None:
         self._port, self._model, self._selector = port, model, selectors.DefaultSelector()
 
-    def ask(self, prompt: str, max_tokens: int) -> Stream:
+    def ask(self, prompt: list[int], max_tokens: int) -> Stream:
         """Send a request, greedy; ``wait`` reads the answer."""
         fields = {"model": self._model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True}
         body = json.dumps(fields).encode()
@@ -122,6 +125,7 @@ class Clients:
             for key, _ in self._selector.select():
                 key.data.read()
                 if not key.data.is_open:
+                    key.data.check()
                     self._selector.unregister(key.fileobj)
                     key.data.connection.close()
 
