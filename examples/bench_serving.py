@@ -134,6 +134,7 @@ class Bench:
         times = np.array(during) / usual
         text = (
             f"{times.max():.1f} times ({1e3 * max(during):.0f} of {1e3 * usual:.1f} ms; {100 * float((times >= 3).mean()):.2f} % over 3, "
+            f"{sum(gap >= 3 * usual for gap in gaps(others, first.asked, first.asked + 1))} of them in the first second; "
             f"median {median(times):.2f}, 99 % within {np.quantile(times, 0.99):.2f}; longest without the prompt {max(before) / usual:.1f})"
         )
         numbers = {"usual_s": usual, "longest_s": max(during), "longest_before_s": max(before), "gaps": len(during)}

@@ -44,7 +44,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--capacity",
         type=int,
         metavar="TOKENS",
-        help="prompt and text of one row (default: the engine's, or the model's if half the free memory holds it)",
+        help="prompt and text of one row (default: the engine's, or the model's if a quarter of the free memory holds it)",
     )
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="ask for one of these keys (default: open to all)")
     parser.add_argument("--max-body", type=int, default=4 << 20, metavar="BYTES", help="longest request (default: %(default)s)")

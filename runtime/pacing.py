@@ -7,8 +7,8 @@ from statistics import median
 
 # A client then waits for about 1 + RATIO decode steps between two tokens while somebody's long prompt is read. The promise is 3: what
 # is left of it is for the machine's own hiccups, which make one step in a hundred half as long again.
-RATIO = 1.2
-LEAST_SECONDS = 0.015  # nobody notices a pause as short as this, and tiny pieces waste a fast model's time
+RATIO = 1.0
+LEAST_SECONDS = 0.02  # nobody notices a pause as short as this, and tiny pieces waste a fast model's time
 # A short prompt is read at once, in one pause of this length at most. A call has costs that are the same for every size, so in
 # pieces it would hold the others up for several times as long in all.
 WHOLE_SECONDS = 0.1

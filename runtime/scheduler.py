@@ -163,20 +163,24 @@ class Scheduler:
 
     def step(self) -> None:
         """One turn: drop who left, admit who waits, read a piece of a prompt, generate a token in every row that has one."""
-        events = self._drop_cancelled()
+        self._outbox += self._drop_cancelled()
         self._admit()
         active = self._slots.active
         decoding = [row for row in active if row.num_pending == 1]
         if len(decoding) < len(active):
-            events += self._guarded(self._prefill, [self._next_reader()], len(decoding))
+            self._deliver()  # what is there does not wait until a piece of a prompt is read
+            self._outbox += self._guarded(self._prefill, [self._next_reader()], len(decoding))
             decoding = [row for row in self._slots.active if row.num_pending == 1]
         if decoding:
-            events += self._guarded(self._decode, decoding)
-        self._outbox += events
-        now = time.perf_counter()
-        is_urgent = any(event.finish_reason is not None or event.is_first for event in events)
-        if self._outbox and (is_urgent or now - self._published >= self._publish_seconds):
-            events, self._outbox, self._published = self._outbox, [], now
+            self._outbox += self._guarded(self._decode, decoding)
+        is_urgent = any(event.finish_reason is not None or event.is_first for event in self._outbox)
+        if is_urgent or time.perf_counter() - self._published >= self._publish_seconds:
+            self._deliver()
+
+    def _deliver(self) -> None:
+        """Pass on what has happened since the last time."""
+        if self._outbox:
+            events, self._outbox, self._published = self._outbox, [], time.perf_counter()
             self._publish(events)
 
     def _drop_cancelled(self) -> list[TokenEvent]:

@@ -69,8 +69,8 @@ def longest_call(engine: Engine) -> int:
 
 
 def default_capacity(bundle: Bundle, rows: int) -> int:
-    """Tokens per row: the model's, or as many as let the caches of all rows lie in half of the memory that can be had."""
-    fitting = available_memory() // 2 // max(1, bundle.state_bytes(rows, bundle.block_size)) * bundle.block_size
+    """Tokens per row: the model's, or as many as let the caches of all rows lie in a quarter of the memory that can be had."""
+    fitting = available_memory() // 4 // max(1, bundle.state_bytes(rows, bundle.block_size)) * bundle.block_size
     return max(1, min(bundle.max_positions, fitting - bundle.block_size))
 
 

@@ -85,7 +85,7 @@ def test_the_default_capacity_fits_the_memory(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(serve_limits, "available_memory", lambda: whole)
     found = default_capacity(bundle, 8)
     assert 1 <= found < MAX_POSITIONS
-    assert whole / 4 < bundle.state_bytes(8, bundle.round_up(found + 1)) <= whole / 2
+    assert whole / 8 < bundle.state_bytes(8, bundle.round_up(found + 1)) <= whole / 4
 
 
 @pytest.mark.parametrize(
