@@ -128,24 +128,31 @@ class Bench:
             clients.wait(others, 10 + self.steps)
             first = clients.ask(self.prompt(self.long), 1)
             clients.wait([first])
+            still_running = all(each.is_open for each in others)
             clients.leave(others)
-        before = gaps(others, start, first.asked)
-        during, usual = gaps(others, first.asked, first.moments[0]), median(before)
-        times = np.array(during) / usual
-        text = (
-            f"{times.max():.1f} times ({1e3 * max(during):.0f} of {1e3 * usual:.1f} ms; {100 * float((times >= 3).mean()):.2f} % over 3, "
-            f"{sum(gap >= 3 * usual for gap in gaps(others, first.asked, first.asked + 1))} of them in the first second; "
-            f"median {median(times):.2f}, 99 % within {np.quantile(times, 0.99):.2f}; longest without the prompt {max(before) / usual:.1f})"
-        )
-        numbers = {"usual_s": usual, "longest_s": max(during), "longest_before_s": max(before), "gaps": len(during)}
-        numbers |= {"share_over_3": float((times >= 3).mean()), "p99": float(np.quantile(times, 0.99))}
-        numbers["first_token_s"] = first.moments[0] - first.asked
-        late = [(moment, gap) for moment, gap in gaps_at(others, first.asked, first.moments[0]) if gap >= 3 * usual]
-        numbers["late"] = [[round(moment - first.asked, 2), round(gap / usual, 2)] for moment, gap in late]
-        return [
-            Result(f"beside {self.long} tokens", "longest under 3 times", text, max(during) < 3 * usual, numbers),
-            Result("  their first token", "none", f"after {numbers['first_token_s']:.0f} s", None),
-        ]
+        if not still_running:
+            raise SystemExit("the other clients' texts ended before the long prompt was read; give a larger --long")
+        return judge_pauses(self.long, [each.moments for each in others], start, first.asked, first.moments[0])
+
+
+def judge_pauses(long: int, others: list[list[float]], start: float, asked: float, came: float) -> list[Result]:
+    """others: when each one's tokens came. From ``start`` they were alone, from ``asked`` to ``came`` the long prompt was read."""
+    before, during = gaps(others, start, asked), gaps(others, asked, came)
+    usual = median(gap for _, gap in before)
+    times = np.array([gap for _, gap in during]) / usual
+    late = [[round(moment - asked, 2), round(gap / usual, 2)] for moment, gap in during if gap >= 3 * usual]
+    longest, longest_before, share = float(times.max()), max(gap for _, gap in before) / usual, len(late) / len(times)
+    text = (
+        f"{longest:.1f} times ({1e3 * longest * usual:.0f} of {1e3 * usual:.1f} ms); {100 * share:.2f} % are over 3 times, of which "
+        f"{sum(moment <= 1 for moment, _ in late)} of {len(late)} in the first second; median {median(times):.2f}, 99 % within "
+        f"{np.quantile(times, 0.99):.2f}; longest without the prompt {longest_before:.1f}"
+    )
+    numbers = {"usual_s": usual, "longest": longest, "longest_before": longest_before, "share_over_3": share, "late": late}
+    numbers |= {"gaps": len(times), "median": float(median(times)), "p99": float(np.quantile(times, 0.99))}
+    return [
+        Result(f"beside {long} tokens", "longest under 3 times", text, longest < 3, numbers),
+        Result("  their first token", "none", f"after {came - asked:.0f} s", None, {"first_token_s": came - asked}),
+    ]
 
 
 def per_token(moments: list[float]) -> float:
@@ -153,14 +160,9 @@ def per_token(moments: list[float]) -> float:
     return (moments[-1] - moments[0]) / (len(moments) - 1)
 
 
-def gaps_at(streams: list[Stream], start: float, end: float) -> list[tuple[float, float]]:
-    """(when, seconds) between tokens of all streams, for tokens that came between two moments."""
-    return [(b, b - a) for each in streams for a, b in pairwise(each.moments) if start <= a and b <= end]
-
-
-def gaps(streams: list[Stream], start: float, end: float) -> list[float]:
-    """The seconds of ``gaps_at``."""
-    return [gap for _, gap in gaps_at(streams, start, end)]
+def gaps(clients: list[list[float]], start: float, end: float) -> list[tuple[float, float]]:
+    """(when, seconds) between the tokens of each client that came between two moments."""
+    return [(b, b - a) for moments in clients for a, b in pairwise(moments) if start <= a and b <= end]
 
 
 def main() -> int:
