@@ -75,6 +75,7 @@ class EngineSession:
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise EngineError(f"{engine.path.name} does not load ({self._reason()}); {engine.remedy}")
+        self._working: Memory | None = None
         self._check_ports()
         if engine.weight_streaming:
             self._place_weights()
@@ -130,13 +131,16 @@ class EngineSession:
         return EngineCaches(self, batch)
 
     def context(self, profile: int) -> Any:
-        """A new execution context on an optimisation profile, whose memory is that profile's."""
-        strategy = self._trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
-        context = self._engine.create_execution_context(strategy)
+        """A new execution context on an optimisation profile. All contexts run one after another, in the same working memory."""
+        if self._working is None:
+            sizes = map(self._engine.get_device_memory_size_for_profile_v2, range(self._engine.num_optimization_profiles))
+            self._working = self.device.allocate(max(sizes))
+        context = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None or not context.set_optimization_profile_async(profile, self.device.stream):
             raise EngineError(
                 f"the engine gets no memory to run ({self._reason()}); use a smaller batch, or {self.engine.remedy}"
             )
+        context.set_device_memory(self._working.address, self._working.num_bytes)
         self.device.synchronize()
         return context
 

@@ -113,6 +113,7 @@ class FakeDevice:
 class _Context:
     def __init__(self, engine: _Engine) -> None:
         self.engine, self.profile, self.runs = engine, -1, 0
+        self.memory = (0, 0)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
 
@@ -120,6 +121,10 @@ class _Context:
         assert stream == self.engine.device.stream
         self.profile = profile
         return profile < len(self.engine.plan["new_tokens"])
+
+    def set_device_memory(self, address: int, num_bytes: int) -> None:
+        assert self.profile >= 0, "how much memory it takes depends on the profile"
+        self.memory = address, num_bytes
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         assert self.profile >= 0, "an optimisation profile comes first"
@@ -137,6 +142,10 @@ class _Context:
     def execute_async_v3(self, stream: int) -> bool:
         engine = self.engine
         assert stream == engine.device.stream and set(self.shapes) == set(engine.inputs)
+        address, size = self.memory
+        if size < (needed := engine.get_device_memory_size_for_profile_v2(self.profile)):
+            return engine.fail(f"the context has {size} bytes of working memory and needs {needed}")
+        engine.device.enqueue(lambda: engine.device.array(address, (needed,), np.uint8).fill(_POISON))
         if missing := set(engine.names) - set(self.addresses):
             return engine.fail(f"the tensor {min(missing)} has no address")
         for name in engine.inputs:
@@ -168,7 +177,11 @@ class _Engine:
         ports = [*self.session.get_inputs(), *self.session.get_outputs()]
         return [size if isinstance(size, int) else -1 for port in ports if port.name == name for size in port.shape]
 
+    def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
+        return 100 * self.plan["new_tokens"][profile][1]
+
     def create_execution_context(self, strategy: Any) -> _Context:
+        assert strategy == 2, "each context would take working memory of its own"
         self.has_context = True
         return _Context(self)
 
@@ -193,7 +206,7 @@ class FakeTensorrt:
 
     def __init__(self, device: FakeDevice, version: str = VERSION) -> None:
         self.__version__ = version
-        self.ExecutionContextAllocationStrategy = SimpleNamespace(ON_PROFILE_CHANGE=2)
+        self.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED=2)
         self.libraries: list[str] = []
         self._device = device
 
