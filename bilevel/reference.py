@@ -1,4 +1,4 @@
-"""The five operators as loops: the definition that everything fast is tested against.
+"""The operators as loops: the definition that everything fast is tested against.
 
 Read beside ``plugins/contract.py`` (names, shapes, attributes). Slow on purpose, and without shortcuts: one position, one
 head, one block at a time.
@@ -196,3 +196,17 @@ def routed_experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, dow
                 activated = torch.nn.functional.silu(hidden[:width]) * hidden[width:]
                 out[t] += weight * wide(down[expert] @ activated)
     return out.to(x.dtype)
+
+
+def write_cache(cache: Tensor, update: Tensor, start: Tensor) -> Tensor:
+    """The cache with the update at each row's start (contract: WriteCache).
+
+    cache: [B, H, M, W]. update: [B, H, L, W]. start: int32 [B]. What would lie outside the cache is left out.
+    """
+    out = cache.clone()
+    for b in range(update.shape[0]):
+        for i in range(update.shape[2]):
+            place = int(start[b]) + i
+            if 0 <= place < cache.shape[2]:
+                out[b, :, place] = update[b, :, i]
+    return out

@@ -1,4 +1,4 @@
-"""Several replicas of a bundle behind Ray Serve: each a whole ``bilevel serve`` of its own, with its own engine and caches.
+"""Several replicas of a bundle behind Ray Serve: each a whole ``bilevel serve`` of its own, with its own scheduler and caches.
 
     pip install 'bilevel[cpu,serve]' 'ray[serve]'
     python examples/ray_serve_replicas.py build/example-bundle --replicas 2
@@ -21,7 +21,7 @@ from ray import serve
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from bilevel.runtime.jobs import EngineLimits
+from bilevel.runtime.jobs import SchedulerLimits
 from bilevel.runtime.serve_app import create_app
 from bilevel.runtime.serve_server import build
 from bilevel.runtime.serve_service import HttpLimits
@@ -29,11 +29,11 @@ from bilevel.runtime.session import OnnxSession
 
 
 class Replica:
-    """One engine and its web application. threads: for ONNX Runtime; replicas on one machine share its cores."""
+    """One scheduler and its web application. threads: for ONNX Runtime; replicas on one machine share its cores."""
 
     def __init__(self, bundle: str, capacity: int, threads: int) -> None:
         session = OnnxSession.open(bundle, threads=threads)
-        limits, name = EngineLimits(row_tokens=capacity), Path(bundle).resolve().name
+        limits, name = SchedulerLimits(row_tokens=capacity), Path(bundle).resolve().name
         self._service, metrics = build(session, name, limits, HttpLimits(), None, asyncio.get_event_loop())
         self._app = create_app(self._service, metrics)
 
@@ -63,9 +63,9 @@ class Replica:
         return StreamingResponse(pieces(), start["status"], headers)
 
     def check_health(self) -> None:
-        """Ray Serve replaces a replica whose engine has died."""
-        if not self._service.engine.is_alive:
-            raise RuntimeError("the engine has stopped")
+        """Ray Serve replaces a replica whose scheduler has died."""
+        if not self._service.scheduler.is_alive:
+            raise RuntimeError("the scheduler has stopped")
 
 
 def deploy(bundle: Path, replicas: int, *, capacity: int, threads: int, port: int) -> None:

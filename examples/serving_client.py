@@ -1,13 +1,19 @@
-"""A small HTTP client for measurements, and a server process to measure: as little of its own as possible."""
+"""Small HTTP clients for measurements, and a server process to measure: as little of their own as possible.
+
+``ask`` is one request, for many at once in asyncio. ``Clients`` is for times: it reads bytes and notes when they came, because on
+a small machine a client that parses what it reads takes the cores from the model that it measures.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import selectors
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,6 +61,81 @@ async def ask(port: int, body: Any, stop_after: int | None = None, answer: Answe
     finally:
         writer.close()
     return answer
+
+
+class Stream:
+    """One streamed answer as it comes: bytes, and (time.perf_counter, tokens) of each piece."""
+
+    def __init__(self, connection: socket.socket, data: bytes, prompt: list[int]) -> None:
+        self.prompt, self.connection, self.raw, self.pieces = prompt, connection, bytearray(), list[tuple[float, int]]()
+        self.num_tokens, self.is_open = 0, True
+        self.asked = time.perf_counter()
+        connection.sendall(data)
+
+    def read(self) -> None:
+        """Take what has come."""
+        data = self.connection.recv(1 << 16)
+        moment, count = time.perf_counter(), data.count(b"data: {")
+        self.raw += data
+        self.num_tokens += count
+        if count:
+            self.pieces.append((moment, count))
+        if not data or data.endswith(b"0\r\n\r\n"):
+            self.is_open = False
+
+    @property
+    def moments(self) -> list[float]:
+        """When each token came."""
+        return [moment for moment, count in self.pieces for _ in range(count)]
+
+    def check(self) -> None:
+        """Exits where the server refused."""
+        if not self.raw.startswith(b"HTTP/1.1 200"):
+            raise SystemExit(f"the server answered {self.raw[:2000].decode()}")
+
+    @property
+    def text(self) -> str:
+        """The answer."""
+        lines = (line[6:] for line in self.raw.splitlines() if line.startswith(b"data: {"))
+        return "".join(json.loads(line)["choices"][0]["text"] for line in lines)
+
+
+class Clients:
+    """Streaming clients of one server, in one thread that sleeps while nothing comes."""
+
+    def __init__(self, port: int, model: str) -> None:
+        self._port, self._model, self._selector = port, model, selectors.DefaultSelector()
+
+    def ask(self, prompt: list[int], max_tokens: int) -> Stream:
+        """Send a request, greedy; ``wait`` reads the answer."""
+        fields = {"model": self._model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True}
+        body = json.dumps(fields).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{self._port}\r\nContent-Type: application/json\r\n"
+        stream = Stream(
+            socket.create_connection(("127.0.0.1", self._port)),
+            f"{head}Connection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body,
+            prompt,
+        )
+        self._selector.register(stream.connection, selectors.EVENT_READ, stream)
+        return stream
+
+    def wait(self, streams: Sequence[Stream], tokens: int | None = None) -> None:
+        """Read until each of ``streams`` has so many tokens (None: has ended); the others are read too."""
+        while any(stream.is_open and (tokens is None or stream.num_tokens < tokens) for stream in streams):
+            for key, _ in self._selector.select():
+                key.data.read()
+                if not key.data.is_open:
+                    key.data.check()
+                    self._selector.unregister(key.fileobj)
+                    key.data.connection.close()
+
+    def leave(self, streams: Sequence[Stream]) -> None:
+        """Hang up on those that still run."""
+        for stream in streams:
+            if stream.is_open:
+                self._selector.unregister(stream.connection)
+                stream.connection.close()
+                stream.is_open = False
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from serving_client import ask, metric, server
 
+from bilevel.runtime.bundle import load_bundle
 from bilevel.runtime.generate import Generator
 from bilevel.runtime.sampling import SamplingParams
 
@@ -106,12 +107,14 @@ def make_texts(bundle: Path) -> list[tuple[str, str]]:
     generator, random = Generator.open(bundle, verify=False), np.random.default_rng(1)
     tokenizer, vocab_size = generator.tokenizer, generator.session.bundle.vocab_size
     beginnings = [random.integers(2, vocab_size, 60).tolist() for _ in range(4)]
+    most = generator.session.bundle.max_positions - MOST_TOKENS
     ids = [
         beginnings[i % 4][: random.integers(0, 60)] + random.integers(2, vocab_size, 1 + i).tolist() for i in range(NUM_TEXTS)
     ]
     prompts = [tokenizer.decode(each) for each in ids]
+    fitting = [prompt for prompt in prompts if prompt and len(tokenizer.encode(prompt)) <= most]
     params = SamplingParams(max_tokens=MOST_TOKENS)
-    return [(prompt, generator.texts([prompt], params)[0]) for prompt in prompts if prompt]
+    return [(prompt, generator.texts([prompt], params)[0]) for prompt in fitting]
 
 
 def main() -> int:
@@ -123,7 +126,8 @@ def main() -> int:
     bundle = args.bundle.resolve()
     texts = make_texts(bundle)
     start = time.perf_counter()
-    with server(str(bundle), "--capacity", "1024", "--max-queue", "64") as (port, process):
+    capacity = min(1024, load_bundle(bundle, verify=False).max_positions)
+    with server(str(bundle), "--capacity", str(capacity), "--max-queue", "64") as (port, process):
         soak = Soak(port, bundle.name, texts, args.requests)
         samples = asyncio.run(run(soak, process, args.requests))
         time.sleep(1)

@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", default="1", metavar="N", help="rows: the most, or a range such as 1-8 (default 1)")
     parser.add_argument("--prefill-chunk", type=int, metavar="N", help="most tokens of one call (default: the bundle's)")
     parser.add_argument("--plugins", metavar="FILE", help="a kernel library, python or none (default: the bundle's library)")
+    parser.add_argument(
+        "--timing-cache",
+        type=Path,
+        metavar="FILE",
+        help="tensorrt: measurements of kernels, kept from build to build (default: BUNDLE/engines/timings)",
+    )
+    parser.add_argument(
+        "--weight-streaming",
+        action="store_true",
+        help="weights that do not fit into the GPU's memory stay in the host's and are copied for every call: for models too large for it",
+    )
     parser.add_argument(
         "--reproducible",
         action="store_true",
@@ -104,12 +116,13 @@ def make_plan(args: argparse.Namespace) -> tuple[Plan, Gpu | None]:
     least, most = parse_batch(args.batch)
     manifest = read_manifest(args.bundle)
     require("onnx")
-    from bilevel.export.engine import Plan
+    from bilevel.export.cache_writes import check_caches
+    from bilevel.export.engine import FOLDER, Plan
     from bilevel.export.engine_memory import estimate_memory, gpu_at_hand
     from bilevel.export.engine_network import Limits
     from bilevel.export.engine_plugins import choose_plugins
     from bilevel.export.engine_worker import NO_PLUGINS
-    from bilevel.export.tensorrt_versions import load_flavour
+    from bilevel.export.tensorrt_versions import load_flavour, measures_kernels
 
     block, positions = manifest["block_size"], manifest["limits"]["max_positions"]
     capacity = positions if args.capacity is None else args.capacity
@@ -124,9 +137,28 @@ def make_plan(args: argparse.Namespace) -> tuple[Plan, Gpu | None]:
     gpu = gpu_at_hand() if args.backend == "tensorrt" else None
     archs = _check_architectures(flavour, archs, gpu)
     plugins = choose_plugins(args.bundle, args.plugins, archs)
+    if plugins.source == NO_PLUGINS:
+        check_caches(flavour, manifest)
     graph = args.bundle / manifest["graph"]["file"]
     estimate = estimate_memory(graph, manifest, limits, plugins.source != NO_PLUGINS)
-    return Plan(args.bundle, manifest, flavour, archs, limits, plugins, estimate, args.reproducible), gpu
+    if args.weight_streaming and gpu is not None and gpu.is_shared:
+        raise EngineError("--weight-streaming is of no use here: this GPU's memory is the host's; leave it out")
+    if args.timing_cache is not None and not measures_kernels(flavour):
+        raise EngineError(f"--timing-cache goes with --backend tensorrt; {args.backend} measures nothing while it builds")
+    timings = (args.timing_cache or args.bundle / FOLDER / "timings") if measures_kernels(flavour) else None
+    chosen = Plan(
+        args.bundle,
+        manifest,
+        flavour,
+        archs,
+        limits,
+        plugins,
+        estimate,
+        timings,
+        weight_streaming=args.weight_streaming,
+        reproducible=args.reproducible,
+    )
+    return chosen, gpu
 
 
 def _check_architectures(flavour: Any, archs: tuple[int, ...], gpu: Gpu | None) -> tuple[int, ...]:
@@ -164,7 +196,9 @@ def main(args: argparse.Namespace) -> int:
     )
     if plan.plugins.why:
         console.print(f"building with the Python plugins: {plan.plugins.why}", highlight=False, soft_wrap=True)
-    problem = memory_problem(plan.estimate, available, gpu)
+    # The host takes the weights that find no room.
+    needed = replace(plan.estimate, weights=0) if plan.weight_streaming else plan.estimate
+    problem = memory_problem(needed, available, gpu)
     if problem and not args.yes:
         raise EngineError(problem)
     rich = require("rich.progress")
@@ -188,7 +222,7 @@ def _report(path: Path, seconds: float, as_json: bool) -> None:
     plan = path.with_name(manifest["plan"]["file"])
     archs = ", ".join(f"sm_{arch}" for arch in manifest["architectures"])
     plugins = manifest["plugins"]
-    served = f"{plugins['nodes']} routed nodes as plugins" if plugins else "routed nodes as portable bodies"
+    served = f"{plugins['nodes']} plugin layers" if plugins else "routed nodes as portable bodies"
     print(f"wrote {plan} ({manifest['plan']['bytes'] / 1e6:.1f} MB) in {seconds:.1f} s")
     print(f"for {archs}; capacity {manifest['capacity']}, {served}")
     print(f"next: bilevel inspect {path.parent.parent}")

@@ -119,7 +119,7 @@ def _build(args: argparse.Namespace, archs: list[int]) -> int:
         for request in read_requests(bundle / json.loads((bundle / "bundle.json").read_text())["graph"]["file"])
     ]
     if not requests:
-        raise ContractError(f"{args.geometry[0]} has no routed nodes, so it needs no kernels; run it as it is")
+        raise ContractError(f"{args.geometry[0]} has no routed nodes and no caches, so it needs no kernels; run it as it is")
     rich = require("rich.progress")
     console = require("rich.console").Console(stderr=True)
     columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn(), rich.TimeElapsedColumn())

@@ -5,6 +5,7 @@ The build itself runs in a process of its own (``engine_worker``). Nothing appea
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -22,12 +23,19 @@ from typing import Any
 import onnx
 
 import bilevel
+from bilevel.export.cache_writes import write_in_place
 from bilevel.export.engine_memory import Estimate
 from bilevel.export.engine_network import Limits
 from bilevel.export.engine_plugins import Plugins
 from bilevel.export.engine_worker import NO_PLUGINS, Job
 from bilevel.export.nodes import routed_nodes
-from bilevel.export.tensorrt_versions import Flavour, builds_ahead_of_time, must_strip_functions
+from bilevel.export.tensorrt_versions import (
+    Flavour,
+    builds_ahead_of_time,
+    crashes_on_short_updates,
+    has_cache_layer,
+    must_strip_functions,
+)
 from bilevel.plugins.errors import EngineError
 
 FORMAT, FORMAT_VERSION = "bilevel-engine", 1
@@ -38,7 +46,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What to build. bundle: the folder; manifest: its bundle.json; archs: what for, as in 89."""
+    """What to build. bundle: the folder; manifest: its bundle.json; archs: what for, as in 89. timings: where measurements are kept."""
 
     bundle: Path
     manifest: Mapping[str, Any]
@@ -47,6 +55,8 @@ class Plan:
     limits: Limits
     plugins: Plugins
     estimate: Estimate
+    timings: Path | None = None
+    weight_streaming: bool = False
     reproducible: bool = False
 
     @property
@@ -60,9 +70,9 @@ class Plan:
         rows, least = self.limits.batch, self.limits.batch_least
         archs = "-".join(f"sm{arch}" for arch in self.archs)
         batch = str(rows) if least == rows else f"{least}to{rows}"
-        portable = "-portable" if self.plugins.source == NO_PLUGINS else ""
+        marks = ("-portable" if self.plugins.source == NO_PLUGINS else "") + ("-streaming" if self.weight_streaming else "")
         sizes = f"capacity{self.limits.capacity}-chunk{self.limits.chunk}-batch{batch}"
-        return f"{self.flavour.backend}-{archs}-{self.manifest['precision']}-{sizes}{portable}"
+        return f"{self.flavour.backend}-{archs}-{self.manifest['precision']}-{sizes}{marks}"
 
 
 def build_engine(plan: Plan, on_progress: Progress = lambda phase, done, total: None) -> Path:
@@ -71,11 +81,7 @@ def build_engine(plan: Plan, on_progress: Progress = lambda phase, done, total: 
     on_progress(phase, done, all): called often; all is 0 where a phase has no steps.
     """
     folder = plan.bundle / FOLDER
-    folder.mkdir(exist_ok=True)
-    scratch = folder / f".{plan.name}.building"
-    shutil.rmtree(scratch, ignore_errors=True)  # what a killed build left
-    scratch.mkdir()
-    try:
+    with _scratch_folder(folder, plan.name) as scratch:
         model, nodes = _prepare_model(plan, scratch)
         built = scratch / "plan"
         # Files by their places in the bundle: a plan's bytes depend on the lengths of paths.
@@ -88,6 +94,8 @@ def build_engine(plan: Plan, on_progress: Progress = lambda phase, done, total: 
             limits=plan.limits,
             plugins=plan.plugins.source,
             out=str(built.relative_to(plan.bundle)),
+            timings="" if plan.timings is None else str(plan.timings.absolute()),
+            weight_streaming=plan.weight_streaming,
             reproducible=plan.reproducible,
         )
         result = _run(job, plan.bundle, scratch / "log", on_progress)
@@ -99,24 +107,63 @@ def build_engine(plan: Plan, on_progress: Progress = lambda phase, done, total: 
         os.replace(built, folder / f"{plan.name}.plan")
         os.replace(scratch / "json", target)
         return target
+
+
+@contextmanager
+def _scratch_folder(folder: Path, name: str) -> Iterator[Path]:
+    """A hidden folder beside the engines, gone afterwards; what killed builds have left goes as well. Raises EngineError."""
+    scratch = folder / f".{name}.building"
+    try:
+        folder.mkdir(exist_ok=True)
+        for left in folder.glob(".*.building"):
+            if _is_free(left):
+                shutil.rmtree(left, ignore_errors=True)
+        if scratch.exists():
+            raise EngineError(f"another process is building {name} in {folder} now; wait for it, or stop it")
+        scratch.mkdir()
+        with (scratch / "lock").open("wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until this process lets go or dies
+            try:
+                yield scratch
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
         raise EngineError(
             f"{folder} could not be written ({error.strerror or error}); free some space and try again"
         ) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _is_free(scratch: Path) -> bool:
+    """Whether nobody works in a scratch folder."""
+    try:
+        with (scratch / "lock").open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # killed before there was a lock
+    return True
 
 
 def _prepare_model(plan: Plan, scratch: Path) -> tuple[Path, int]:
-    """(the ONNX file to parse, its routed nodes); without functions where they would win over plugins."""
+    """(the ONNX file to parse, its nodes that are to be plugins): caches written in place; no functions where they would win over plugins."""
     model = onnx.load(str(plan.graph), load_external_data=False)
-    nodes = len(routed_nodes(model.graph))
-    if plan.plugins.source == NO_PLUGINS or not must_strip_functions(plan.flavour):
-        return plan.graph, nodes
-    del model.functions[:]
+    limits = plan.limits
+    sizes = {name: limits.sizes(limits.batch, 1)[name] for name in ("capacity", "num_blocks")}
+    if limits.batch_least == limits.batch:
+        sizes["batch"] = limits.batch
+    write_in_place(
+        model,
+        plan.manifest["graph"]["state"],
+        sizes,
+        by_plugin=not has_cache_layer(plan.flavour),
+        with_long_updates=crashes_on_short_updates(plan.flavour),
+    )
+    if plan.plugins.source != NO_PLUGINS and must_strip_functions(plan.flavour):
+        del model.functions[:]
     path = scratch / "model.onnx"
     path.write_bytes(model.SerializeToString())
-    return path, nodes
+    return path, len(routed_nodes(model.graph))
 
 
 @contextmanager
@@ -195,6 +242,7 @@ def describe_engine(plan: Plan, nodes: int, built: Path, version: str) -> dict[s
         "batch": [limits.batch_least, limits.batch],
         "new_tokens": [[calls[0]["new_tokens"], calls[-1]["new_tokens"]] for calls in profiles],
         "plugins": {"nodes": nodes, "library": plan.plugins.sha256} if has_plugins else None,
+        "weight_streaming": plan.weight_streaming,
         "graph_sha256": _sha256(plan.graph),
         # A plan holds weights in the order in which they are read, some of them more than once.
         "memory_bytes": {

@@ -95,7 +95,7 @@ def parse_graph(flavour: Flavour, model: bytes, graph: Path, nodes: int) -> Netw
     found = count_plugins(trt, network)
     if nodes and found != nodes:
         raise EngineError(
-            f"{graph} has {nodes} routed nodes, but {flavour.backend} {flavour.version_text} made {found} plugin layers of them: the "
+            f"{graph} has {nodes} nodes for plugins, but {flavour.backend} {flavour.version_text} made {found} plugin layers of them: the "
             "rest would run their portable bodies; build with the plugins of this bilevel (--plugins python), or with --plugins none"
         )
     return Network(flavour, builder, network, parser, logger)

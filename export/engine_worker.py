@@ -37,8 +37,10 @@ PYTHON_PLUGINS, NO_PLUGINS = "python", "none"
 class Job:
     """What to build.
 
-    model: the ONNX file to parse; graph: the bundle's, beside which the weights lie. nodes: routed nodes that must become plugins.
+    model: the ONNX file to parse; graph: the bundle's, beside which the weights lie. nodes: that must become plugins.
     archs: as in 89; empty: the GPU at hand. plugins: a kernel library's file, "python" or "none". out: the plan's file.
+    timings: the file that keeps what was measured from build to build, "" for none. weight_streaming: weights may stay in the host's
+    memory.
     """
 
     model: str
@@ -49,6 +51,8 @@ class Job:
     limits: Limits
     plugins: str
     out: str
+    timings: str = ""
+    weight_streaming: bool = False
     reproducible: bool = False
 
     def to_json(self) -> str:
@@ -110,6 +114,23 @@ def _monitor(trt: Any, tell: Callable[..., None]) -> Any:
     return Monitor()
 
 
+def take_timings(config: Any, file: Path) -> None:
+    """Let a build begin with the timings of earlier ones; those of another device or version, or damaged ones, are dropped."""
+    for known in (file.read_bytes() if file.is_file() else b"", b""):
+        cache = config.create_timing_cache(known)
+        if cache is not None and config.set_timing_cache(cache, False):
+            return
+
+
+def keep_timings(config: Any, file: Path) -> None:
+    """Keep the timings for the next build."""
+    cache = config.get_timing_cache()
+    if cache is not None:
+        new = file.with_name(f".{file.name}.{os.getpid()}")
+        new.write_bytes(memoryview(cache.serialize()))
+        os.replace(new, file)
+
+
 def build_plan(parsed: Network, job: Job, tell: Callable[..., None]) -> Any:
     """The serialised engine. Raises EngineError with what TensorRT said."""
     trt, flavour = parsed.flavour.trt, parsed.flavour
@@ -117,6 +138,10 @@ def build_plan(parsed: Network, job: Job, tell: Callable[..., None]) -> Any:
     monitor = _monitor(trt, tell)
     config.progress_monitor = monitor
     add_profiles(parsed, config, job.limits)
+    if job.weight_streaming:
+        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    if job.timings:
+        take_timings(config, Path(job.timings))
     members = compute_capabilities(flavour)
     if job.archs:
         config.num_compute_capabilities = len(job.archs)
@@ -128,6 +153,8 @@ def build_plan(parsed: Network, job: Job, tell: Callable[..., None]) -> Any:
         raise failure(
             parsed.logger, what, "try a smaller --capacity, --batch or --prefill-chunk, or bilevel build --plugins none"
         )
+    if job.timings:
+        keep_timings(config, Path(job.timings))
     return plan
 
 

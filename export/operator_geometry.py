@@ -1,4 +1,4 @@
-"""Which geometries of the routed operators a graph uses: what a kernel library has to be built for."""
+"""Which geometries of the operators a graph uses: what a kernel library has to be built for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import onnx
 from onnx import helper
 
 from bilevel.export.nodes import routed_nodes
-from bilevel.plugins.contract import BY_NAME
+from bilevel.plugins.contract import BY_NAME, WRITE_CACHE, Op
 from bilevel.plugins.errors import ExportError
 from bilevel.plugins.kernel_build import Request
 from bilevel.plugins.plans import RUNTIME_SIZES
@@ -19,6 +19,7 @@ _DTYPES: dict[int, str] = {
     onnx.TensorProto.FLOAT: "float32",
     onnx.TensorProto.INT32: "int32",
 }
+_FLOATS = {kind for kind, name in _DTYPES.items() if name != "int32"}
 Known = dict[str, tuple[int, list[int | str]]]  # value -> (element type, sizes; a name where the size is free)
 
 
@@ -33,11 +34,12 @@ def _known_values(graph: onnx.GraphProto) -> Known:
     return known
 
 
-def _request(node: onnx.NodeProto, known: Known) -> Request:
-    op = BY_NAME[node.op_type]
+def _request(op: Op, node: onnx.NodeProto, known: Known) -> Request:
     geometry: dict[str, int | float | str] = {}
     dtype = "float32"
     for port, name in zip(op.inputs, node.input, strict=True):
+        if not name:
+            continue
         if name not in known or len(known[name][1]) != len(port.shape):
             raise ExportError(
                 f"the graph does not tell the shape of {name}, an input of {node.name}; export the bundle anew with this bilevel"
@@ -62,15 +64,28 @@ def _request(node: onnx.NodeProto, known: Known) -> Request:
     return op, geometry, dtype
 
 
+def _as_write(node: onnx.NodeProto) -> onnx.NodeProto:
+    """WriteCache in a ScatterND's place. Its update and start have no fixed size that the cache has not."""
+    return helper.make_node(WRITE_CACHE.name, [node.input[0], "", ""], node.output, node.name)
+
+
 def read_requests(graph_file: Path) -> list[Request]:
-    """(operator, geometry, data type) of every routed node of an ONNX file, equal ones once, in the order of the nodes.
+    """(operator, geometry, data type) of every routed node and of every cache of an ONNX file, equal ones once, in their order.
+
+    A cache of floats is written by ScatterND, by a plugin in an engine (``export/cache_writes.py``).
 
     Raises ExportError where the file leaves a size open that kernels are compiled for.
     """
     graph = onnx.load(str(graph_file), load_external_data=False).graph
     known = _known_values(graph)
     found: dict[str, Request] = {}
-    for node in routed_nodes(graph):
-        request = _request(node, known)
+    inputs, outputs = {value.name for value in graph.input}, {value.name for value in graph.output}
+    writes = [
+        node for node in graph.node if node.op_type == "ScatterND" and node.input[0] in inputs and node.output[0] in outputs
+    ]
+    pairs = [(BY_NAME[node.op_type], node) for node in routed_nodes(graph)]
+    pairs += [(WRITE_CACHE, _as_write(node)) for node in writes if known[node.input[0]][0] in _FLOATS]
+    for op, node in pairs:
+        request = _request(op, node, known)
         found.setdefault(repr((request[0].name, sorted(request[1].items()), request[2])), request)
     return list(found.values())

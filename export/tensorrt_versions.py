@@ -1,7 +1,6 @@
 """The flavours of TensorRT and how their versions differ: every difference that this code knows of, as a predicate with its reason.
 
-Enum members are used by name everywhere: 11.0 renumbered some. Caches are written by ScatterND, which every version imports, because
-``TensorScatter`` and the layer behind it exist from 10.15 on only.
+Enum members are used by name everywhere: 11.0 renumbered some.
 """
 
 from __future__ import annotations
@@ -64,9 +63,30 @@ def must_strip_functions(flavour: Flavour) -> bool:
     return flavour.backend == "tensorrt" and flavour.version < (10, 7)
 
 
+def has_cache_layer(flavour: Flavour) -> bool:
+    """TensorScatter is imported, as the layer that writes a cache in place: from 10.15 on, and in TensorRT-RTX (tried with 1.7).
+
+    Before, a plugin of ours does the same: ScatterND copies the whole cache, or does not, as TensorRT likes.
+    """
+    return flavour.backend == "tensorrt-rtx" or flavour.version >= (10, 15)
+
+
+def crashes_on_short_updates(flavour: Flavour) -> bool:
+    """TensorRT-RTX 1.7 dies while it builds for one token of one row, where that layer writes level 1's keys besides a layer's own caches.
+
+    It does not where the update has two units or more.
+    """
+    return flavour.backend == "tensorrt-rtx"
+
+
 def is_weakly_typed(flavour: Flavour) -> bool:
     """Networks choose their own types unless told otherwise: TensorRT before 11. Later ones, and TensorRT-RTX, never do."""
     return flavour.backend == "tensorrt" and flavour.version < (11,)
+
+
+def measures_kernels(flavour: Flavour) -> bool:
+    """A build times kernels on the GPU, which a timing cache spares the next one. TensorRT-RTX chooses them on the device, when it runs."""
+    return flavour.backend == "tensorrt"
 
 
 def builds_ahead_of_time(flavour: Flavour) -> bool:

@@ -6,8 +6,7 @@ attribute values are allowed.
 
 Letters: B batch rows, L tokens of this call, Hq query heads, Hkv key/value heads, Hr/Hk route query/key heads, Hs selection
 heads, Hc candidate heads, D head dim, Dr route dim, U pooled key units (one per block, at least ceil(valid tokens / block_size)
-of them), M cache capacity in tokens, K blocks kept, T
-flattened tokens, E experts, Gp expert groups, d model width, f expert width. "T" as a dtype is the model's float type.
+of them), M cache capacity in tokens (or units), H heads of a cache, W its width, K blocks kept, T flattened tokens, E experts, Gp expert groups, d model width, f expert width. "T" as a dtype is the model's float type.
 """
 
 from __future__ import annotations
@@ -68,6 +67,7 @@ class Op:
     outputs: tuple[Port, ...]
     attributes: tuple[Attribute, ...] = ()
     version: int = VERSION
+    in_place: bool = False  # the output is the first input, changed: given one address for both, nothing else is written
 
     @property
     def torch_name(self) -> str:
@@ -196,5 +196,15 @@ ROUTED_EXPERTS = Op(
     (Port("out", "T", ("T", "d")),),
 )
 
+# Of engines only: a bundle's graph says the same by ScatterND (``export/cache_writes.py``).
+WRITE_CACHE = Op(
+    "WriteCache",
+    "The cache with the update at each row's start; nothing is written beyond its end.",
+    (Port("cache", "T", ("B", "H", "M", "W")), Port("update", "T", ("B", "H", "L", "W")), Port("start", "int32", ("B",))),
+    (Port("out", "T", ("B", "H", "M", "W")),),
+    in_place=True,
+)
+
 OPS: tuple[Op, ...] = (COARSE_ROUTE, FINE_ROUTE, ROUTED_ATTENTION, EXPERT_ROUTE, ROUTED_EXPERTS)
-BY_NAME: dict[str, Op] = {op.name: op for op in OPS}
+GPU_OPS: tuple[Op, ...] = (*OPS, WRITE_CACHE)  # what a kernel library and its TensorRT plugins hold
+BY_NAME: dict[str, Op] = {op.name: op for op in GPU_OPS}

@@ -55,6 +55,7 @@ struct Op {
   const char* name;
   const char* version;
   int32_t num_inputs, num_outputs, num_attributes;
+  bool in_place;  // the output is the first input, changed
   Port inputs[{inputs}];
   Port outputs[{outputs}];
   Attribute attributes[{attributes}];
@@ -99,27 +100,27 @@ def _list(items: list[str]) -> str:
 def _op(op: contract.Op) -> str:
     inputs, outputs = [_port(op, port) for port in op.inputs], [_port(op, port) for port in op.outputs]
     attributes = [_attribute(attribute) for attribute in op.attributes]
-    counts = f"{len(inputs)}, {len(outputs)}, {len(attributes)}"
+    counts = f"{len(inputs)}, {len(outputs)}, {len(attributes)}, {str(op.in_place).lower()}"
     lists = f"{_list(inputs)},\n     {_list(outputs)},\n     {_list(attributes)}"
     return f'    {{{_text(op.name)}, "{op.version}", {counts},\n     {lists}}},\n'
 
 
 def make_header() -> str:
     """The header's text."""
-    ports = [port for op in contract.OPS for port in (*op.inputs, *op.outputs)]
+    ports = [port for op in contract.GPU_OPS for port in (*op.inputs, *op.outputs)]
     most = {
         "domain": contract.DOMAIN,
         "rank": max(len(port.shape) for port in ports),
-        "choices": 1 + max(len(attribute.choices) for op in contract.OPS for attribute in op.attributes),
-        "inputs": max(len(op.inputs) for op in contract.OPS),
-        "outputs": max(len(op.outputs) for op in contract.OPS),
-        "attributes": max(len(op.attributes) for op in contract.OPS),
+        "choices": 1 + max(len(attribute.choices) for op in contract.GPU_OPS for attribute in op.attributes),
+        "inputs": max(len(op.inputs) for op in contract.GPU_OPS),
+        "outputs": max(len(op.outputs) for op in contract.GPU_OPS),
+        "attributes": max(len(op.attributes) for op in contract.GPU_OPS),
     }
     top = _TOP
     for name, value in most.items():
         top = top.replace(f"{{{name}}}", str(value))
-    body = "".join(_op(op) for op in contract.OPS)
-    return f"{top}constexpr int32_t kNumOps = {len(contract.OPS)};\n\nconstexpr Op kOps[kNumOps] = {{\n{body}}};\n{_BOTTOM}"
+    body = "".join(_op(op) for op in contract.GPU_OPS)
+    return f"{top}constexpr int32_t kNumOps = {len(contract.GPU_OPS)};\n\nconstexpr Op kOps[kNumOps] = {{\n{body}}};\n{_BOTTOM}"
 
 
 if __name__ == "__main__":

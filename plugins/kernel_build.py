@@ -145,7 +145,7 @@ def _describe(
         "abi": ABI,
         "bilevel": bilevel.__version__,
         "target": target,
-        "operators": {op.name: op.version for op in contract.OPS},
+        "operators": {op.name: op.version for op in contract.GPU_OPS},
         "architectures": {str(arch): "{}.{}".format(*tool.version) for arch, tool in sorted(tools.items())},
         "tensorrt": headers.version if isinstance(headers, Headers) else None,
         "variants": [{"op": v.op.name, "dtype": v.dtype, "geometry": fixed_values(v.op, v.geometry)} for v in variants],

@@ -130,7 +130,7 @@ class _Writer:
             array = self.array("p", "Plan", [self.plan(variant, plan, arch) for plan in plans])
             architectures.append(f"{{{arch}, {str(arch in variant.built).lower()}, {len(plans)}, {array}}}")
         fixed, listed = self.array("g", "Fixed", texts), self.array("v", "ArchitecturePlans", architectures)
-        codes = f"{contract.OPS.index(variant.op)}, {DTYPE_CODES[variant.dtype]}"
+        codes = f"{contract.GPU_OPS.index(variant.op)}, {DTYPE_CODES[variant.dtype]}"
         return f"    {{{codes}, {len(texts)}, {fixed}, {len(architectures)}, {listed}}},\n"
 
 

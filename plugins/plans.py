@@ -6,7 +6,7 @@ every size of the contract except those of RUNTIME_SIZES, which belong to a call
 
 from __future__ import annotations
 
-from bilevel.plugins import contract, plans_experts, plans_routing
+from bilevel.plugins import contract, plans_caches, plans_experts, plans_routing
 from bilevel.plugins.errors import ContractError
 from bilevel.plugins.launches import Geometry, Plan
 from bilevel.plugins.tiles import ARCHITECTURES, DTYPE_BYTES, shared_limit
@@ -20,6 +20,7 @@ _MAKERS = {
     "RoutedAttention": plans_routing.routed_attention,
     "ExpertRoute": plans_experts.expert_route,
     "RoutedExperts": plans_experts.routed_experts,
+    "WriteCache": plans_caches.write_cache,
 }
 
 

@@ -270,7 +270,7 @@ def _creator_class(trt: Any, plugin: Any) -> Any:
 def creators(trt: Any) -> tuple[Any, ...]:
     """One plugin creator per operator, of the module ``trt``."""
     make = _creator_class(trt, _plugin_class(trt))
-    return tuple(make(op) for op in contract.OPS)
+    return tuple(make(op) for op in contract.GPU_OPS)
 
 
 @functools.cache

@@ -92,6 +92,8 @@ def run_plan(
         first, size = places[buffer.name]
         arrays[buffer.name] = workspace[first : first + size].view(getattr(torch, buffer.kind))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        if op.in_place and outputs[0].data_ptr() != tensors[0].data_ptr():
+            outputs[0].copy_(tensors[0])
         for launch in plan.launches:
             _launch(launch, arrays, sizes, attributes)
 

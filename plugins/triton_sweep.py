@@ -37,6 +37,8 @@ _ATTENTION = [
     (12, 4, 6, 80, 48, 24),
     (4, 2, 2, 64, 5, 4),
 ]
+# (H, W): keys and values, their blocks' keys, level 1's
+_CACHES = [(8, 128), (2, 80), (1, 2560)]
 # (E, Gp, topk_group, k, d, f)
 _EXPERTS = [(256, 8, 4, 8, 7168, 2048), (64, 1, 1, 6, 2048, 1408), (8, 2, 1, 2, 96, 80), (1000, 10, 3, 16, 1024, 256)]
 
@@ -52,6 +54,8 @@ def geometries(op: str) -> Iterator[dict[str, Any]]:
         for n, (heads, kv_heads, choices, width, block_size, topk) in enumerate(_ATTENTION):
             sizes = {"Hq": heads, "Hkv": kv_heads, "Hs": choices, "D": width, "K": topk}
             yield {**sizes, "block_size": block_size, "causal": int(n != 2), "scale": width**-0.5}
+    elif op == "WriteCache":
+        yield from ({"H": heads, "W": width} for heads, width in _CACHES)
     else:
         for n, (experts, groups, topk_group, topk, width, inner) in enumerate(_EXPERTS):
             if op == "ExpertRoute":

@@ -131,7 +131,7 @@ def _plugin_problem(engine: Engine, machine: Machine, library: Path | None) -> s
 
 
 def _memory_problem(engine: Engine, machine: Machine) -> str:
-    needed = sum(engine.memory_bytes.values())
+    needed = engine.device_bytes
     largest = max(gpu.memory_bytes for gpu in machine.gpus) - _RESERVE
     if needed <= largest:
         return ""

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from bilevel.plugins.errors import RequestError, require
+from bilevel.runtime.backends import AUTO, CHOICES
 
 EPILOG = """\
   bilevel serve my-bundle                            http://127.0.0.1:8000: a page to try it, and for programs
@@ -18,7 +19,6 @@ EPILOG = """\
 One key a line; lines that begin with # are comments. Ctrl-C, or SIGTERM, refuses new requests and lets running answers finish for
 --grace seconds; a second one ends at once. The server speaks plain HTTP: put a proxy that does TLS in front of it.
 """
-_BACKENDS = ("onnxruntime",)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -29,16 +29,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="0: any free one (default: %(default)s)")
     parser.add_argument(
-        "--backend", choices=_BACKENDS, default="onnxruntime", help="what runs the graph (default: %(default)s)"
+        "--backend",
+        choices=CHOICES,
+        default=AUTO,
+        help="what runs the bundle; auto takes its best engine that runs here, else ONNX Runtime (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--library", type=Path, metavar="FILE", help="the kernel library for TensorRT's plugins (see bilevel doctor)"
     )
     parser.add_argument("--model-name", metavar="NAME", help="what clients call the model (default: the folder's name)")
-    parser.add_argument("--max-rows", type=int, default=8, metavar="N", help="texts generated at once (default: %(default)s)")
+    parser.add_argument("--max-rows", type=int, metavar="N", help="texts generated at once (default: 8, or the engine's most)")
     parser.add_argument("--max-queue", type=int, default=64, metavar="N", help="texts that may wait (default: %(default)s)")
     parser.add_argument(
         "--capacity",
         type=int,
         metavar="TOKENS",
-        help="prompt and text of one row (default: the model's, if half the memory holds it)",
+        help="prompt and text of one row (default: the engine's, or the model's if a quarter of the free memory holds it)",
     )
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="ask for one of these keys (default: open to all)")
     parser.add_argument("--max-body", type=int, default=4 << 20, metavar="BYTES", help="longest request (default: %(default)s)")

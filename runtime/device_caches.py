@@ -31,11 +31,15 @@ _Self = TypeVar("_Self", bound="DeviceCaches")
 
 
 class DeviceSession(Protocol):
-    """What the rows ask of their session. results: outputs that are no caches. longest: most new tokens of a call."""
+    """What the rows ask of their session. results: outputs that are no caches. longest: most new tokens of a call.
+
+    only_read: caches of token ids that the backend does not write.
+    """
 
     bundle: Bundle
     device: Device
     results: tuple[TensorSpec, ...]
+    only_read: tuple[TensorSpec, ...]
     longest: int
 
 
@@ -176,6 +180,7 @@ class DeviceCaches(ABC):
         ids.put(self._call["input_ids"].address)
         for name, array in (("past_len", past_len), ("new_len", new_len)):
             self._device.upload(self._call[name].address, np.ascontiguousarray(array, DTYPES[CALL_INPUTS[name]].numpy))
+        self._write_tokens(past_len, length)
         self._execute(length)
         logits = DeviceLogits(self)
         if length == 1:
@@ -199,6 +204,17 @@ class DeviceCaches(ABC):
                 return DeviceTensor(self._results.address + place.offset, place.shape, spec.dtype, self._device, self._results)
         names = [spec.name for spec in (*self._session.results, *(spec for spec, _ in self._bundle.state))]
         raise RequestError(f"there is no tensor {name!r} on the GPU; take one of {', '.join(names)}")
+
+    def _write_tokens(self, past_len: NDArray[np.int32], length: int) -> None:
+        """Enqueue copies of the call's tokens, behind those of each row, into the caches that the backend only reads."""
+        for spec in self._session.only_read:
+            size, first = DTYPES[spec.dtype].numpy.itemsize, self._state[spec.name][1]
+            for row, past in enumerate(past_len.tolist()):
+                target, source = (
+                    first + (row * self.capacity + past) * size,
+                    self._call["input_ids"].address + row * length * size,
+                )
+                self._device.copy_strips(target, source, length * size, length * size, 1)
 
     @property
     def routes(self) -> Routes | None:

@@ -18,7 +18,10 @@ from bilevel.runtime.device_caches import DeviceCaches
 from bilevel.runtime.device_memory import Device, Memory
 from bilevel.runtime.device_results import BEST
 from bilevel.runtime.engines import BACKENDS, Engine
+from bilevel.runtime.manifest import CALL_INPUTS
 from bilevel.runtime.tensors import TensorSpec
+
+_RESERVE = 256 * 2**20  # bytes of the GPU's memory that stay free for what TensorRT takes as it runs
 
 
 def load_module(backend: str) -> ModuleType:
@@ -73,22 +76,34 @@ class EngineSession:
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise EngineError(f"{engine.path.name} does not load ({self._reason()}); {engine.remedy}")
+        self._working: Memory | None = None
         self._check_ports()
+        if engine.weight_streaming:
+            self._place_weights()
+
+    def _place_weights(self) -> None:
+        """As many of the weights as find room beside caches and activations lie on the GPU; the host keeps the others for every call."""
+        room = max(0, self.device.free_bytes() - self.engine.device_bytes - _RESERVE)
+        # Before the first context: it fixes the budget.
+        self._engine.weight_streaming_budget_v2 = min(self._engine.streamable_weights_size, room)
 
     def _reason(self) -> str:
         """What went wrong last, in TensorRT's words."""
         return self._errors[-1].strip().splitlines()[0] if self._errors else "TensorRT gave no reason"
 
     def _check_ports(self) -> None:
-        """The plan's inputs and outputs are those of the graph; outputs that only tell of routes may be missing."""
+        """The plan's inputs and outputs are those of the graph. Outputs that only tell of routes may be missing, and caches of
+        token ids, which it then only reads (``export/cache_writes.py``)."""
         self.tensors = {self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)}
         present = {name for _, name in self.bundle.state}
-        expected = {spec.name for spec in self.bundle.inputs} | present | {"logits"}
+        tokens = {name: spec for spec, name in self.bundle.state if spec.dtype == CALL_INPUTS["input_ids"]}
+        self.only_read = tuple(spec for name, spec in tokens.items() if name not in self.tensors)
+        expected = {spec.name for spec in self.bundle.inputs} | present - tokens.keys() | {"logits"}
         if missing := expected - self.tensors:
             raise EngineError(f"{self.engine.path.name} has no tensor {min(missing)}; {self.engine.remedy}")
         told = [spec for spec in self.bundle.outputs if spec.name in self.tensors - present]
         self.results = (*told, *(self._best_outputs() if self.tensors >= set(BEST) else ()))
-        if unknown := self.tensors - expected - {spec.name for spec in self.results}:
+        if unknown := self.tensors - expected - tokens.keys() - {spec.name for spec in self.results}:
             raise EngineError(f"{self.engine.path.name} has a tensor {min(unknown)} that the graph lacks; {self.engine.remedy}")
         self.longest = max(most for _, most in self.engine.new_tokens)
 
@@ -117,13 +132,16 @@ class EngineSession:
         return EngineCaches(self, batch)
 
     def context(self, profile: int) -> Any:
-        """A new execution context on an optimisation profile, whose memory is that profile's."""
-        strategy = self._trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
-        context = self._engine.create_execution_context(strategy)
+        """A new execution context on an optimisation profile. All contexts run one after another, in the same working memory."""
+        if self._working is None:
+            sizes = map(self._engine.get_device_memory_size_for_profile_v2, range(self._engine.num_optimization_profiles))
+            self._working = self.device.allocate(max(sizes))
+        context = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None or not context.set_optimization_profile_async(profile, self.device.stream):
             raise EngineError(
                 f"the engine gets no memory to run ({self._reason()}); use a smaller batch, or {self.engine.remedy}"
             )
+        context.set_device_memory(self._working.address, self._working.num_bytes)
         self.device.synchronize()
         return context
 

@@ -11,8 +11,9 @@ The manifest, format version 1, is one JSON object:
     capacity                  tokens that a row's caches hold
     batch                     [fewest, most] rows
     new_tokens                [[fewest, most] per optimisation profile], the profile for single tokens last
-    plugins                   null, or {"nodes": number of routed nodes, "library": SHA-256 of the kernel library that the plan was
+    plugins                   null, or {"nodes": number of plugin layers, "library": SHA-256 of the kernel library that the plan was
                               built with, or null where the Python plugins served}
+    weight_streaming          whether weights may stay in the host's memory, as much of them as the GPU has no room for
     graph_sha256              of the bundle's graph that the plan was built from
     memory_bytes              {"weights", "activations", "caches"}: what running it takes, with the largest batch
     plan                      {"file", "sha256", "bytes"}
@@ -43,6 +44,7 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
     "batch": list,
     "new_tokens": list,
     "plugins": (dict, type(None)),
+    "weight_streaming": bool,
     "graph_sha256": str,
     "memory_bytes": dict,
     "plan": dict,
@@ -64,10 +66,16 @@ class Engine:
     batch: tuple[int, int]
     new_tokens: tuple[tuple[int, int], ...]
     plugins: Mapping[str, Any] | None
+    weight_streaming: bool
     graph_sha256: str
     memory_bytes: Mapping[str, int]
     sha256: str
     num_bytes: int
+
+    @property
+    def device_bytes(self) -> int:
+        """What must lie in the GPU's memory: with streaming all but the weights."""
+        return sum(size for name, size in self.memory_bytes.items() if name != "weights" or not self.weight_streaming)
 
     @property
     def remedy(self) -> str:
@@ -111,7 +119,7 @@ def _parse(path: Path) -> Engine:
     if not isinstance(raw, dict) or (raw.get("format"), raw.get("format_version")) != (FORMAT, FORMAT_VERSION):
         raise ValueError(f"it is not of format {FORMAT} version {FORMAT_VERSION}")
     for name, kind in _FIELDS.items():
-        if name not in raw or not isinstance(raw[name], kind) or isinstance(raw[name], bool):
+        if name not in raw or not isinstance(raw[name], kind) or (isinstance(raw[name], bool) and kind is not bool):
             raise ValueError(f"{name} is missing or of the wrong type")
     if raw["backend"] not in BACKENDS:
         raise ValueError(f"its backend {raw['backend']!r} is none of {', '.join(BACKENDS)}")
@@ -122,7 +130,17 @@ def _parse(path: Path) -> Engine:
         raise ValueError("it does not give its plan's hash and size")
     if not raw["new_tokens"] or not all(type(arch) is int for arch in raw["architectures"]):
         raise ValueError("it has no profile, or an architecture that is no number")
-    copied = ("backend", "version", "platform", "precision", "capacity", "plugins", "graph_sha256", "memory_bytes")
+    copied = (
+        "backend",
+        "version",
+        "platform",
+        "precision",
+        "capacity",
+        "plugins",
+        "weight_streaming",
+        "graph_sha256",
+        "memory_bytes",
+    )
     return Engine(
         name=path.stem,
         path=path.parent / plan["file"],

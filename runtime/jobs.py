@@ -46,7 +46,7 @@ class TokenEvent:
 class Job:
     """One text to generate, in token ids. client: whose turn it is in the queue. num_logprobs: None for none at all.
 
-    receive: whoever reads the events; the engine only carries it. Times are those of time.perf_counter.
+    receive: whoever reads the events; the scheduler only carries it. Times are those of time.perf_counter.
     """
 
     prompt: list[int]
@@ -109,16 +109,20 @@ class FairQueue:
 
 
 @dataclass(frozen=True)
-class EngineLimits:
-    """max_rows: texts generated at once. max_queue: jobs that may wait. row_tokens: prompt and text of one job (None: the model's)."""
+class SchedulerLimits:
+    """max_rows: texts generated at once. max_queue: jobs that may wait. row_tokens: prompt and text of one job (None: the model's).
+
+    prefill_chunk: most tokens of a prompt that one call reads (None: the bundle's).
+    """
 
     max_rows: int = 8
     max_queue: int = 64
     row_tokens: int | None = None
+    prefill_chunk: int | None = None
 
 
 class Observer(Protocol):
-    """Whoever counts what the engine does; called from the engine's thread."""
+    """Whoever counts what the scheduler does; called from the scheduler's thread."""
 
     def prefilled(self, tokens: int, seconds: float) -> None:
         """A piece of a prompt was read."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from bilevel.plugins.contract import BY_NAME
+from bilevel.plugins.contract import OPS
 from bilevel.plugins.errors import BundleError
 from bilevel.runtime.tensors import DTYPES, PRECISIONS, SYMBOLS, TensorSpec
 
@@ -144,12 +144,12 @@ class Manifest:
 
     def operators(self, key: str) -> dict[str, int]:
         """{operator: version} at ``key``, all of this contract."""
-        operators = self.get(key, dict)
+        operators, known = self.get(key, dict), {op.name: op.version for op in OPS}
         for name, version in operators.items():
-            if name not in BY_NAME:
+            if name not in known:
                 raise self.error(f"it uses the operator {name}, which this bilevel does not know")
-            if version != BY_NAME[name].version:
-                raise self.error(f"it uses {name} version {version}, this bilevel has version {BY_NAME[name].version}")
+            if version != known[name]:
+                raise self.error(f"it uses {name} version {version}, this bilevel has version {known[name]}")
         return dict(operators)
 
     def tensors(self, key: str) -> dict[str, TensorSpec]:

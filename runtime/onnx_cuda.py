@@ -15,7 +15,7 @@ from bilevel.runtime.device_caches import DeviceCaches
 from bilevel.runtime.device_memory import Device, Memory
 from bilevel.runtime.machine import find_provider_problem, preload_cuda
 from bilevel.runtime.session import OnnxGraph, translated
-from bilevel.runtime.tensors import DTYPES
+from bilevel.runtime.tensors import DTYPES, TensorSpec
 
 PROVIDER = "CUDAExecutionProvider"
 
@@ -31,6 +31,7 @@ class CudaSession(OnnxGraph):
         super().__init__(bundle, threads)
         present = {name for _, name in bundle.state}
         self.results = tuple(spec for spec in bundle.outputs if spec.name not in present)
+        self.only_read: tuple[TensorSpec, ...] = ()
         self.longest = bundle.prefill_chunk
 
     def _open_graph(self, options: Any) -> Any:

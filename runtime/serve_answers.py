@@ -1,4 +1,4 @@
-"""From the engine's thread to the web server's loop: jobs go in, pieces of text come out."""
+"""From the scheduler's thread to the web server's loop: jobs go in, pieces of text come out."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bilevel.runtime.engine import Engine
 from bilevel.runtime.jobs import Job, TokenEvent, TokenRoutes
 from bilevel.runtime.sampling import TokenLogprobs
+from bilevel.runtime.scheduler import Scheduler
 from bilevel.runtime.serve_errors import ApiError
 from bilevel.runtime.text import TextStream, Tokenizer
 
 
 def publish_on(loop: asyncio.AbstractEventLoop) -> Any:
-    """For ``Engine``: hands a turn's events to those who wait in ``loop``, waking it once."""
+    """For ``Scheduler``: hands a turn's events to those who wait in ``loop``, waking it once."""
 
     def deliver(events: Sequence[TokenEvent]) -> None:
         for event in events:
@@ -57,18 +57,18 @@ class Piece:
 class Answers:
     """The answers to one request. Submitting happens at once, so that a refusal is still a status.
 
-    Raises what ``Engine.submit`` raises. Iterating gives the pieces of all choices, as many at a time as have come, and ends when all have ended; leaving it
+    Raises what ``Scheduler.submit`` raises. Iterating gives the pieces of all choices, as many at a time as have come, and ends when all have ended; leaving it
     early, for whatever reason, frees the rows.
     """
 
-    def __init__(self, engine: Engine, jobs: Sequence[Job], tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
-        self._engine = engine
+    def __init__(self, scheduler: Scheduler, jobs: Sequence[Job], tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+        self._scheduler = scheduler
         self._events: asyncio.Queue[TokenEvent] = asyncio.Queue()
         self.choices = [Choice(index, job, TextStream(tokenizer, stops)) for index, job in enumerate(jobs)]
         self._by_job = {choice.job: choice for choice in self.choices}
         for job in jobs:
             job.receive = self._events.put_nowait
-        engine.submit(*jobs)
+        scheduler.submit(*jobs)
 
     async def __aiter__(self) -> AsyncIterator[list[Piece]]:
         try:
@@ -93,12 +93,12 @@ class Answers:
     def cancel(self) -> None:
         """Free the rows of those that have not ended."""
         if jobs := [choice.job for choice in self.choices if choice.finish_reason in (None, "stop")]:
-            self._engine.cancel(*jobs)
+            self._scheduler.cancel(*jobs)
 
     def _piece(self, event: TokenEvent) -> Piece | None:
         choice = self._by_job[event.job]
         if choice.finish_reason is not None:
-            return None  # it ended at a stop text; the engine learned of it a token later
+            return None  # it ended at a stop text; the scheduler learned of it a token later
         if event.token is None:
             if event.finish_reason == "cancelled":
                 raise ApiError(503, "the server stopped before this answer was complete; ask again", code="shutting_down")
@@ -108,7 +108,7 @@ class Answers:
         text = stream.flush() if reason == "eos" else stream.push(event.token)
         if reason != "eos" and stream.is_stopped:
             reason = "stop"
-            self._engine.cancel(choice.job)
+            self._scheduler.cancel(choice.job)
         elif reason == "length":
             text += stream.flush()
         choice.text += text

@@ -1,4 +1,4 @@
-"""The web application: which address leads where, keys, errors, metrics, the page. A thin skin over the engine."""
+"""The web application: which address leads where, keys, errors, metrics, the page. A thin skin over the scheduler."""
 
 from __future__ import annotations
 

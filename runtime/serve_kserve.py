@@ -38,13 +38,13 @@ async def describe_server(request: Request) -> Response:
 async def live(request: Request) -> Response:
     """GET /v2/health/live."""
     service: Service = request.app.state.service
-    return JSONResponse({"live": service.engine.is_alive}, 200 if service.engine.is_alive else 503)
+    return JSONResponse({"live": service.scheduler.is_alive}, 200 if service.scheduler.is_alive else 503)
 
 
 async def ready(request: Request) -> Response:
     """GET /v2/health/ready: not while the server shuts down."""
-    engine = request.app.state.service.engine
-    is_ready = engine.is_alive and not engine.is_closing
+    scheduler = request.app.state.service.scheduler
+    is_ready = scheduler.is_alive and not scheduler.is_closing
     return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
 
 
@@ -60,7 +60,7 @@ async def describe_model(request: Request) -> Response:
     inputs = [("text", "BYTES", [-1]), ("input_ids", "INT64", [-1, -1])]
     outputs = [(name, kind, [-1, -1] if name == "output_ids" else [-1]) for name, kind in OUTPUTS.items()]
     ports = [[{"name": name, "datatype": kind, "shape": shape} for name, kind, shape in each] for each in (inputs, outputs)]
-    content = {"name": service.name, "versions": [VERSION], "platform": "bilevel_onnxruntime"}
+    content = {"name": service.name, "versions": [VERSION], "platform": f"bilevel_{service.backend}"}
     return JSONResponse({**content, "inputs": ports[0], "outputs": ports[1]})
 
 
@@ -72,15 +72,15 @@ async def infer(request: Request) -> Response:
     asked: InferRequest = validated(InferRequest, head)
     wanted = _wanted(asked)
     prompts = [await service.encode(prompt) for prompt in _prompts(asked, data)]
-    most = service.engine.limits.max_rows + service.engine.limits.max_queue
+    most = service.scheduler.limits.max_rows + service.scheduler.limits.max_queue
     if not 1 <= len(prompts) <= most:
         raise RequestError(f"the input holds {len(prompts)} prompts; give 1 to {most}")
-    client, room = service.client(request), service.engine.row_tokens
+    client, room = service.client(request), service.scheduler.row_tokens
     jobs = [
         Job(prompt, asked.parameters.params(len(prompt), room), client=client, stream=stream)
         for stream, prompt in enumerate(prompts)
     ]
-    choices = await unless_gone(request, Answers(service.engine, jobs, service.tokenizer).finish())
+    choices = await unless_gone(request, Answers(service.scheduler, jobs, service.tokenizer).finish())
     return _respond(service, asked, wanted, choices)
 
 

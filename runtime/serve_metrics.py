@@ -9,10 +9,10 @@ from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
-from bilevel.runtime.engine import Engine
 from bilevel.runtime.jobs import Job
 from bilevel.runtime.route_stats import RouteStats
 from bilevel.runtime.rows import Row
+from bilevel.runtime.scheduler import Scheduler
 from bilevel.runtime.session import Routes
 
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
@@ -20,12 +20,12 @@ _WINDOW = 10.0  # seconds over which tokens per second are counted
 
 
 class Metrics:
-    """An ``Observer`` of the engine, and the page that Prometheus fetches. routes: None where the graph gives no routes."""
+    """An ``Observer`` of the scheduler, and the page that Prometheus fetches."""
 
-    def __init__(self, routes: RouteStats | None) -> None:
+    def __init__(self) -> None:
         disable_created_metrics()  # the library's own addition: a second line of every counter
-        self.registry, self._routes = CollectorRegistry(), routes
-        registry = self.registry
+        self.registry = registry = CollectorRegistry()
+        self._routes: RouteStats | None = None
         self._prompt = Counter("bilevel_prompt_tokens", "Prompt tokens read", registry=registry)
         self._generated = Counter("bilevel_generated_tokens", "Tokens generated", registry=registry)
         self._reused = Counter("bilevel_reused_tokens", "Prompt tokens found in the caches", registry=registry)
@@ -38,15 +38,16 @@ class Metrics:
         self._prefill = Histogram("bilevel_prefill_seconds", "Seconds of a prefill chunk", buckets=_SECONDS, registry=registry)
         self._recent: deque[float] = deque()
 
-    def watch(self, engine: Engine) -> None:
-        """Add what the engine itself knows."""
-        self._gauge("bilevel_rows", "Texts being generated", lambda: engine.num_active)
-        self._gauge("bilevel_rows_limit", "Texts that can be generated at once", lambda: engine.limits.max_rows)
-        self._gauge("bilevel_queue", "Texts that wait", lambda: engine.num_waiting)
-        self._gauge("bilevel_queue_limit", "Texts that may wait", lambda: engine.limits.max_queue)
-        self._gauge("bilevel_cache_use_ratio", "Share of the caches' tokens that are held", lambda: engine.cache_use)
+    def watch(self, scheduler: Scheduler) -> None:
+        """Add what the scheduler itself knows, and statistics over the routes where it gives any."""
+        self._gauge("bilevel_rows", "Texts being generated", lambda: scheduler.num_active)
+        self._gauge("bilevel_rows_limit", "Texts that can be generated at once", lambda: scheduler.limits.max_rows)
+        self._gauge("bilevel_queue", "Texts that wait", lambda: scheduler.num_waiting)
+        self._gauge("bilevel_queue_limit", "Texts that may wait", lambda: scheduler.limits.max_queue)
+        self._gauge("bilevel_cache_use_ratio", "Share of the caches' tokens that are held", lambda: scheduler.cache_use)
         self._gauge("bilevel_tokens_per_second", "Tokens generated per second, over 10 s", self._tokens_per_second)
-        if self._routes is not None:
+        if scheduler.gives_routes:
+            self._routes = RouteStats(scheduler.bundle, scheduler.row_tokens)
             self._watch_routes(self._routes)
 
     def _gauge(self, name: str, text: str, read: Callable[[], float]) -> None:

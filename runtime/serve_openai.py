@@ -77,16 +77,19 @@ def _submit(
 ) -> Answers:
     """Queue ``asked.n`` jobs for each prompt, choices in the order of the prompts."""
     count = asked.n or 1
-    most = service.engine.limits.max_rows + service.engine.limits.max_queue
+    most = service.scheduler.limits.max_rows + service.scheduler.limits.max_queue
     if len(prompts) * count > most:
         raise RequestError(f"{len(prompts)} prompts with n={count} are {len(prompts) * count} texts, this server takes {most}")
-    if asked.routes and service.engine.bundle.routes is None:
-        raise ApiError(400, "routes=true: this model's graph does not give its routes; export it again", param="routes")
+    if asked.routes and not service.scheduler.gives_routes:
+        why = "the engine" if service.scheduler.bundle.routes is not None else "the graph"
+        raise ApiError(
+            400, f"routes=true: {why} that runs this model does not give its routes; leave routes out", param="routes"
+        )
     client = service.client(request)
     jobs = [
         Job(
             prompt,
-            asked.params(check_budget(len(prompt), max_tokens, service.engine.row_tokens)),
+            asked.params(check_budget(len(prompt), max_tokens, service.scheduler.row_tokens)),
             client=client,
             stream=stream,
             num_logprobs=logprobs,
@@ -95,7 +98,7 @@ def _submit(
         for prompt in prompts
         for stream in range(count)
     ]
-    return Answers(service.engine, jobs, service.tokenizer, asked.stops)
+    return Answers(service.scheduler, jobs, service.tokenizer, asked.stops)
 
 
 async def _answer(service: Service, request: Request, asked: Sampling, answers: Answers, form: Format) -> Response:
@@ -123,7 +126,7 @@ async def _events(service: Service, request: Request, asked: Sampling, answers: 
     wants_usage = asked.stream_options is not None and asked.stream_options.include_usage
     extra = {"usage": None} if wants_usage else {}
     if asked.routes:
-        size = service.engine.bundle.block_size
+        size = service.scheduler.bundle.block_size
         blocks = [prompt_blocks(service.tokenizer, choice.job.prompt, size) for choice in answers.choices]
         yield _event({**form.header, "choices": [], "block_size": size, "prompt_blocks": blocks})
     for choice in answers.choices:

@@ -55,7 +55,7 @@ class Sampling(Strict):
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
 
     def params(self, max_tokens: int) -> SamplingParams:
-        """As the engine takes them; stop texts stay with whoever makes text of tokens."""
+        """As the scheduler takes them; stop texts stay with whoever makes text of tokens."""
         return SamplingParams(
             temperature=_warm(1.0 if self.temperature is None else self.temperature),
             top_p=1.0 if self.top_p is None else self.top_p,
@@ -160,7 +160,7 @@ class InferParameters(Strict):
     binary_data_output: bool = False
 
     def params(self, num_prompt: int, row_tokens: int) -> SamplingParams:
-        """As the engine takes them for a prompt of ``num_prompt`` tokens. Raises RequestError where it does not fit."""
+        """As the scheduler takes them for a prompt of ``num_prompt`` tokens. Raises RequestError where it does not fit."""
         room = check_budget(num_prompt, self.max_tokens, row_tokens)
         given = self.model_dump(exclude={"binary_data_output", "max_tokens"}) | {"temperature": _warm(self.temperature)}
         return SamplingParams(**given, max_tokens=min(room, self.max_tokens or SamplingParams().max_tokens))

@@ -1,11 +1,11 @@
-"""The server process: engine and web server together, from start to a shutdown that lets running answers finish."""
+"""The server process: scheduler and web server together, from start to a shutdown that lets running answers finish."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import logging
-import os
 import socket
 import sys
 from collections.abc import Callable
@@ -14,29 +14,33 @@ from types import FrameType
 import uvicorn
 
 from bilevel.plugins.errors import RequestError
-from bilevel.runtime.bundle import Bundle
-from bilevel.runtime.engine import Engine
-from bilevel.runtime.jobs import EngineLimits
-from bilevel.runtime.route_stats import RouteStats
+from bilevel.runtime.backends import open_session
+from bilevel.runtime.engine_session import EngineSession
+from bilevel.runtime.jobs import SchedulerLimits
+from bilevel.runtime.scheduler import Scheduler
 from bilevel.runtime.serve_answers import publish_on
 from bilevel.runtime.serve_app import create_app
 from bilevel.runtime.serve_chat import find_template
 from bilevel.runtime.serve_http import Keys, PatientProtocol
+from bilevel.runtime.serve_limits import choose_limits
 from bilevel.runtime.serve_metrics import Metrics
 from bilevel.runtime.serve_service import HttpLimits, Service
-from bilevel.runtime.session import OnnxSession, Session
+from bilevel.runtime.session import Session
 from bilevel.runtime.text import BundleTokenizer
 
 MOST_CONNECTIONS = 1000
 PUBLISH_SECONDS = 0.01  # a screen shows about 60 changes a second
+SWITCH_SECONDS = (
+    0.0005  # that the model waits for Python's lock while an answer is written; Python's own 0.005 is a small model's step
+)
 
 
 class Server(uvicorn.Server):
     """uvicorn's server, which on the first signal refuses new work and waits for the answers under way."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, grace: float) -> None:
+    def __init__(self, config: uvicorn.Config, scheduler: Scheduler, grace: float) -> None:
         super().__init__(config)
-        self._engine, self._grace, self._draining = engine, grace, False
+        self._scheduler, self._grace, self._draining = scheduler, grace, False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """First signal: drain, then exit. Second: exit."""
@@ -50,7 +54,7 @@ class Server(uvicorn.Server):
     async def drain(self) -> None:
         """Finish what runs, for at most the grace time, then let go of the connections."""
         self._draining = True
-        await asyncio.to_thread(self._engine.close, self._grace)
+        await asyncio.to_thread(self._scheduler.close, self._grace)
         await asyncio.sleep(0.1)  # the last events are on their way to the clients
         self.should_exit = True
 
@@ -67,40 +71,34 @@ def _in_loop() -> bool:
     return True
 
 
-def default_capacity(bundle: Bundle, rows: int) -> int:
-    """Tokens per row: the model's, or as many as let the caches of all rows lie in half of this machine's memory."""
-    half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    fitting = half // max(1, bundle.state_bytes(rows, bundle.block_size)) * bundle.block_size
-    return max(1, min(bundle.max_positions, fitting - bundle.block_size))
-
-
 def build(
-    session: Session, name: str, limits: EngineLimits, http: HttpLimits, keys: Keys | None, loop: asyncio.AbstractEventLoop
+    session: Session, name: str, limits: SchedulerLimits, http: HttpLimits, keys: Keys | None, loop: asyncio.AbstractEventLoop
 ) -> tuple[Service, Metrics]:
-    """The service on ``session``, its engine started, delivering to ``loop``."""
+    """The service on ``session``, its scheduler started, delivering to ``loop``."""
     bundle = session.bundle
-    capacity = min(limits.row_tokens or bundle.max_positions, bundle.max_positions)
-    metrics = Metrics(None if bundle.routes is None else RouteStats(bundle, capacity))
-    engine = Engine(session, limits, publish_on(loop), metrics, PUBLISH_SECONDS)
-    metrics.watch(engine)
+    metrics = Metrics()
+    scheduler = Scheduler(session, limits, publish_on(loop), metrics, PUBLISH_SECONDS)
+    metrics.watch(scheduler)
     tokenizer = BundleTokenizer(bundle.tokenizer_path)
-    service = Service(name, engine, tokenizer, find_template(bundle.folder), keys, http)
-    engine.start()
+    backend = session.engine.backend if isinstance(session, EngineSession) else "onnxruntime"
+    service = Service(name, scheduler, tokenizer, find_template(bundle.folder), keys, http, backend=backend)
+    scheduler.start()
     return service, metrics
 
 
 def serve(args: argparse.Namespace) -> int:
     """Open the bundle and serve it; the exit status."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    sys.setswitchinterval(SWITCH_SECONDS)
     keys = None if args.api_key_file is None else Keys(args.api_key_file)
-    session = OnnxSession.open(args.bundle, verify=not args.no_verify, threads=args.threads)
-    capacity = args.capacity or default_capacity(session.bundle, args.max_rows)
-    if capacity > session.bundle.max_positions:
-        raise RequestError(f"--capacity {capacity} must be at most this model's {session.bundle.max_positions} positions")
-    limits = EngineLimits(max_rows=args.max_rows, max_queue=args.max_queue, row_tokens=capacity)
+    session, why = open_session(
+        args.bundle, args.backend, verify=not args.no_verify, threads=args.threads, library=args.library
+    )
+    limits = choose_limits(session, args.max_rows, args.capacity, args.max_queue)
     name = args.model_name or args.bundle.resolve().name
     listener = listen(args.host, args.port)
-    asyncio.run(run_server(session, name, limits, HttpLimits(max_body=args.max_body), keys, listener, args.grace))
+    http = HttpLimits(max_body=args.max_body)
+    asyncio.run(run_server(session, name, limits, http, keys, listener, args.grace, why=why))
     return 0
 
 
@@ -120,17 +118,31 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def _greeting(name: str, listener: socket.socket, scheduler: Scheduler, why: str) -> str:
+    """What the terminal shows when the server is ready."""
+    host, port = listener.getsockname()[:2]
+    where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    size = (
+        f"{scheduler.limits.max_rows} rows of {scheduler.row_tokens} tokens, {scheduler.cache_bytes / 2**20:.0f} MiB of caches"
+    )
+    return " · ".join(filter(None, (f"serving {name} at {where}", size, why)))
+
+
 async def run_server(
     session: Session,
     name: str,
-    limits: EngineLimits,
+    limits: SchedulerLimits,
     http: HttpLimits,
     keys: Keys | None,
     listener: socket.socket,
     grace: float,
     on_start: Callable[[Server], None] = lambda server: None,
+    why: str = "",
 ) -> None:
-    """Serve on ``listener`` until the server is told to exit; on_start is given the server before it begins."""
+    """Serve on ``listener`` until the server is told to exit; on_start is given the server before it begins.
+
+    why: a line on what runs the model, for whoever started it.
+    """
     service, metrics = build(session, name, limits, http, keys, asyncio.get_running_loop())
     config = uvicorn.Config(
         create_app(service, metrics),
@@ -143,16 +155,13 @@ async def run_server(
         limit_concurrency=MOST_CONNECTIONS,
         timeout_graceful_shutdown=5,
     )
-    server = Server(config, service.engine, grace)
+    server = Server(config, service.scheduler, grace)
     on_start(server)
-    host, port = listener.getsockname()[:2]
-    engine = service.engine
-    print(
-        f"serving {name} at http://{f'[{host}]' if ':' in host else host}:{port} · {limits.max_rows} rows of {engine.row_tokens} tokens",
-        file=sys.stderr,
-        flush=True,
-    )
+    scheduler = service.scheduler
+    gc.collect()
+    gc.freeze()  # what lives as long as the server is not looked through again, which would stop all texts for a while
+    print(_greeting(name, listener, scheduler, why), file=sys.stderr, flush=True)
     try:
         await server.serve(sockets=[listener])
     finally:
-        await asyncio.to_thread(engine.close, 0.0)
+        await asyncio.to_thread(scheduler.close, 0.0)

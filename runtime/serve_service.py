@@ -1,4 +1,4 @@
-"""What every endpoint shares: the engine, the tokenizer, the limits, and who may ask."""
+"""What every endpoint shares: the scheduler, the tokenizer, the limits, and who may ask."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from bilevel.runtime.engine import Engine
+from bilevel.runtime.scheduler import Scheduler
 from bilevel.runtime.serve_chat import ChatTemplate
 from bilevel.runtime.serve_errors import ApiError
 from bilevel.runtime.serve_http import Keys, read_body
@@ -29,14 +29,15 @@ class HttpLimits:
 
 @dataclass(frozen=True)
 class Service:
-    """One served model. keys: None where the server is open to whoever reaches it."""
+    """One served model. backend: what runs it. keys: None where the server is open to whoever reaches it."""
 
     name: str
-    engine: Engine
+    scheduler: Scheduler
     tokenizer: Tokenizer
     template: ChatTemplate | None = None
     keys: Keys | None = None
     limits: HttpLimits = HttpLimits()
+    backend: str = "onnxruntime"
     created: int = field(default_factory=lambda: int(time.time()))
 
     def client(self, request: Request) -> str:
@@ -77,7 +78,7 @@ class Service:
             "object": "model",
             "created": self.created,
             "owned_by": "bilevel",
-            "max_model_len": self.engine.row_tokens,
+            "max_model_len": self.scheduler.row_tokens,
             "has_chat_template": self.template is not None,
-            "gives_routes": self.engine.bundle.routes is not None,
+            "gives_routes": self.scheduler.gives_routes,
         }

@@ -6,7 +6,7 @@ typedef int (*launch_t)(const void* image, const char* symbol, const unsigned* g
                         void* stream, void** parameters);
 
 static int version = 13000, capability = 80, context = 1, refused_load = 0;
-static int loads = 0, shared_requests = 0, launches = 0;
+static int loads = 0, shared_requests = 0, launches = 0, copies = 0;
 static launch_t on_launch = 0;
 
 typedef struct {
@@ -16,11 +16,12 @@ typedef struct {
 
 void fake_configure(int v, int c, int has_context, int load_result, launch_t callback) {
   version = v, capability = c, context = has_context, refused_load = load_result, on_launch = callback;
-  loads = shared_requests = launches = 0;
+  loads = shared_requests = launches = copies = 0;
 }
 int fake_loads(void) { return loads; }
 int fake_shared_requests(void) { return shared_requests; }
 int fake_launches(void) { return launches; }
+int fake_copies(void) { return copies; }
 
 int cuInit(unsigned flags) { return flags ? 1 : refused_load; }
 int cuDeviceGetCount(int* count) { return *count = context, 0; }
@@ -69,4 +70,10 @@ int cuLaunchKernel(void* kernel, unsigned gx, unsigned gy, unsigned gz, unsigned
   const kernel_t* made = kernel;
   ++launches;
   return on_launch ? on_launch(made->image, made->symbol, grid, bx, shared, stream, parameters) : 0;
+}
+int cuMemcpyDtoDAsync_v2(size_t target, size_t source, size_t bytes, void* stream) {
+  (void)stream;
+  ++copies;
+  memcpy((void*)target, (const void*)source, bytes);
+  return 0;
 }

@@ -19,6 +19,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from bilevel.export.cache_writes import write_in_place
 from bilevel.plugins.errors import EngineError
 from bilevel.runtime.device_memory import Memory
 
@@ -122,6 +123,7 @@ class FakeDevice:
 class _Context:
     def __init__(self, engine: _Engine) -> None:
         self.engine, self.profile, self.runs = engine, -1, 0
+        self.memory = (0, 0)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
 
@@ -129,6 +131,10 @@ class _Context:
         assert stream == self.engine.device.stream
         self.profile = profile
         return profile < len(self.engine.plan["new_tokens"])
+
+    def set_device_memory(self, address: int, num_bytes: int) -> None:
+        assert self.profile >= 0, "how much memory it takes depends on the profile"
+        self.memory = address, num_bytes
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         assert self.profile >= 0, "an optimisation profile comes first"
@@ -146,10 +152,15 @@ class _Context:
     def execute_async_v3(self, stream: int) -> bool:
         engine = self.engine
         assert stream == engine.device.stream and set(self.shapes) == set(engine.inputs)
+        address, size = self.memory
+        if size < (needed := engine.get_device_memory_size_for_profile_v2(self.profile)):
+            return engine.fail(f"the context has {size} bytes of working memory and needs {needed}")
+        engine.device.enqueue(lambda: engine.device.array(address, (needed,), np.uint8).fill(_POISON))
         if missing := set(engine.names) - set(self.addresses):
             return engine.fail(f"the tensor {min(missing)} has no address")
         for name in engine.inputs:
-            if name.startswith("past.") and self.addresses[name] != self.addresses[name.replace("past.", "present.")]:
+            written = name.replace("past.", "present.")
+            if written != name and written in engine.names and self.addresses[name] != self.addresses[written]:
                 return engine.fail(f"the cache {name} has two addresses")
         if engine.device.captured is not None and self.runs == 0:
             return engine.fail("a capture before the first run with these shapes")
@@ -165,6 +176,7 @@ class _Engine:
         self.session = ort.InferenceSession(plan["graph"], providers=["CPUExecutionProvider"])
         self.inputs = {port.name: _TYPES[port.type] for port in self.session.get_inputs()}
         self.outputs = {port.name: _TYPES[port.type] for port in self.session.get_outputs()}
+        self.has_context, self.budget, self.streamable_weights_size = False, 0, 1 << 20
         self.names = [*self.inputs, *self.outputs]
         self.num_io_tensors, self.num_optimization_profiles = len(self.names), len(plan["new_tokens"])
 
@@ -175,8 +187,23 @@ class _Engine:
         ports = [*self.session.get_inputs(), *self.session.get_outputs()]
         return [size if isinstance(size, int) else -1 for port in ports if port.name == name for size in port.shape]
 
+    def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
+        return 100 * self.plan["new_tokens"][profile][1]
+
     def create_execution_context(self, strategy: Any) -> _Context | None:
+        assert strategy == 2, "each context would take working memory of its own"
+        self.has_context = True
         return _Context(self) if self.has_memory or self.fail("out of memory") else None
+
+    @property
+    def weight_streaming_budget_v2(self) -> int:
+        return self.budget
+
+    @weight_streaming_budget_v2.setter
+    def weight_streaming_budget_v2(self, budget: int) -> None:
+        assert not self.has_context, "a context has fixed the budget"
+        assert 0 <= budget <= self.streamable_weights_size
+        self.budget = budget
 
     def execute(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
         feeds = {n: self.device.array(addresses[n], shapes[n], kind).copy() for n, kind in self.inputs.items()}
@@ -189,7 +216,7 @@ class FakeTensorrt:
 
     def __init__(self, device: FakeDevice, version: str = VERSION) -> None:
         self.__version__ = version
-        self.ExecutionContextAllocationStrategy = SimpleNamespace(ON_PROFILE_CHANGE=2)
+        self.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED=2)
         self.libraries: list[str] = []
         self.refuses_libraries, self.has_memory = False, True
         self._device = device
@@ -244,13 +271,28 @@ def _rank_logits(graph: Path, count: int) -> Path:
     return path
 
 
-def write_engine(bundle: Path, name: str = "fake", num_best: int = 0, **changes: Any) -> Path:
-    """An engine that the double runs: the bundle's own graph. num_best: it ranks that many logits. Returns its manifest."""
+def _write_in_place(graph: Path, manifest: dict[str, Any], capacity: int) -> Path:
+    """The graph as TensorRT would be given it, beside it."""
+    model = onnx.load(str(graph), load_external_data=False)
+    sizes = {"capacity": capacity, "num_blocks": capacity // manifest["block_size"]}
+    write_in_place(model, manifest["graph"]["state"], sizes, by_plugin=False)
+    path = graph.with_suffix(f".{capacity}.onnx")
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def write_engine(bundle: Path, name: str = "fake", num_best: int = 0, as_built: bool = False, **changes: Any) -> Path:
+    """An engine that the double runs: the bundle's own graph. Returns its manifest.
+
+    as_built: caches are written as engines write them. num_best: it ranks that many logits.
+    """
     from hashlib import sha256
 
     manifest = json.loads((bundle / "bundle.json").read_text())
     new_tokens = changes.get("new_tokens", [[1, manifest["limits"]["prefill_chunk"]], [1, 1]])
     graph = bundle / manifest["graph"]["file"]
+    capacity = changes.get("capacity", 16 * manifest["block_size"])
+    graph = _write_in_place(graph, manifest, capacity) if as_built else graph
     graph = _rank_logits(graph, num_best) if num_best else graph
     plan = json.dumps({"graph": str(graph), "new_tokens": new_tokens}).encode()
     folder = bundle / "engines"
@@ -265,10 +307,11 @@ def write_engine(bundle: Path, name: str = "fake", num_best: int = 0, **changes:
         "platform": None,
         "architectures": [87],
         "precision": manifest["precision"],
-        "capacity": 4 * manifest["block_size"] * 4,
+        "capacity": capacity,
         "batch": [1, 4],
         "new_tokens": new_tokens,
         "plugins": None,
+        "weight_streaming": False,
         "graph_sha256": manifest["files"][manifest["graph"]["file"]]["sha256"],
         "memory_bytes": {"weights": 1000, "activations": 1000, "caches": 1000},
         "plan": {"file": f"{name}.plan", "sha256": sha256(plan).hexdigest(), "bytes": len(plan)},

@@ -11,21 +11,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bilevel.runtime.jobs import EngineLimits
+from bilevel.runtime.jobs import SchedulerLimits
 from bilevel.runtime.serve_http import Keys
 from bilevel.runtime.serve_server import Server, listen, run_server
 from bilevel.runtime.serve_service import HttpLimits
-from bilevel.runtime.session import OnnxSession
+from bilevel.runtime.session import OnnxSession, Session
 
 NAME = "fake"
 
 
 class RunningServer:
-    """Where the server listens, and its engine."""
+    """Where the server listens, and its scheduler."""
 
     def __init__(self, port: int, server: Server, loop: asyncio.AbstractEventLoop) -> None:
         self.port, self.server, self.loop = port, server, loop
-        self.engine = server._engine
+        self.scheduler = server._scheduler
         self.url = f"http://127.0.0.1:{port}"
 
     def request(
@@ -62,10 +62,10 @@ class RunningServer:
 
 @contextmanager
 def running(
-    bundle: Path, *, keys: Path | None = None, http: HttpLimits | None = None, grace: float = 30.0, **limits: Any
+    bundle: Path | Session, *, keys: Path | None = None, http: HttpLimits | None = None, grace: float = 30.0, **limits: Any
 ) -> Iterator[RunningServer]:
-    """Serve ``bundle`` for a while."""
-    session = OnnxSession.open(bundle, threads=1)
+    """Serve a bundle, or an opened one, for a while."""
+    session = OnnxSession.open(bundle, threads=1) if isinstance(bundle, Path) else bundle
     listener = listen("127.0.0.1", 0)
     port, begun, found = listener.getsockname()[1], threading.Event(), []
 
@@ -75,7 +75,7 @@ def running(
             begun.set()
 
         opened = None if keys is None else Keys(keys)
-        settings = EngineLimits(**{"max_rows": 4, "max_queue": 8, **limits})
+        settings = SchedulerLimits(**{"max_rows": 4, "max_queue": 8, **limits})
         await run_server(session, NAME, settings, http or HttpLimits(), opened, listener, grace, on_start)
 
     thread = threading.Thread(target=asyncio.run, args=(serve(),))

@@ -1,4 +1,4 @@
-"""Calls of the five operators: valid inputs, drawn ones, and one-node models that answer them.
+"""Calls of the operators: valid inputs, drawn ones, and one-node models that answer them.
 
 Scores are sums of small whole numbers: exact in fp32 in any order, so that routes must be equal bit for bit, and exact ties are
 common.
@@ -126,6 +126,8 @@ def make_call(name: str, tokens: int = 6) -> tuple[Inputs, Attributes]:
             {"x": torch.randn(tokens, 6), **chosen, "gate_up": torch.randn(8, 10, 6), "down": torch.randn(8, 6, 5)},
             {},
         ),
+        # One row's update reaches over the cache's end.
+        "WriteCache": ({"cache": torch.randn(2, 3, 20, 5), "update": torch.randn(2, 3, tokens, 5), "start": int32(4, 17)}, {}),
     }
     return calls[name]
 

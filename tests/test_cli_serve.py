@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from bilevel.runtime import serve_limits
+from bilevel.runtime.bundle import load_bundle
 from bilevel.runtime.cli import main
-from bilevel.runtime.serve_server import default_capacity
-from bilevel.runtime.session import OnnxSession
+from bilevel.runtime.serve_limits import default_capacity
 from tests.fake_bundle import MAX_POSITIONS, predict, write_bundle
 from tests.http_server import free_port
 
@@ -40,7 +41,8 @@ def served(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
 def test_it_serves_until_a_signal(tmp_path: Path) -> None:
     bundle, port = write_bundle(tmp_path), free_port()
     with served(str(bundle), "--port", str(port), "--model-name", "mine", "--max-rows", "3") as (process, line):
-        assert line == f"serving mine at http://127.0.0.1:{port} · 3 rows of {MAX_POSITIONS} tokens\n"
+        size = f"3 rows of {MAX_POSITIONS} tokens, 0 MiB of caches"
+        assert line == f"serving mine at http://127.0.0.1:{port} · {size} · ONNX Runtime on the CPU\n"
         body = json.dumps({"model": "mine", "prompt": [5, 6], "max_tokens": 4, "temperature": 0}).encode()
         request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=30) as response:
@@ -75,11 +77,24 @@ def test_an_empty_key_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "holds no key; write one on a line" in capsys.readouterr().err
 
 
-def test_the_default_capacity_fits_the_memory(tmp_path: Path) -> None:
-    bundle = OnnxSession.open(write_bundle(tmp_path)).bundle
+def test_the_default_capacity_fits_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = load_bundle(write_bundle(tmp_path))
     assert default_capacity(bundle, 8) == MAX_POSITIONS
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    rows = memory // bundle.state_bytes(1, bundle.round_up(MAX_POSITIONS))
-    found = default_capacity(bundle, rows)
+    assert 0 < serve_limits.available_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    whole = bundle.state_bytes(8, bundle.round_up(MAX_POSITIONS))
+    monkeypatch.setattr(serve_limits, "available_memory", lambda: whole)
+    found = default_capacity(bundle, 8)
     assert 1 <= found < MAX_POSITIONS
-    assert bundle.state_bytes(rows, bundle.round_up(found + 1)) <= memory / 2
+    assert whole / 8 < bundle.state_bytes(8, bundle.round_up(found + 1)) <= whole / 4
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("tensorrt", "the bundle has no engine of tensorrt; build one: bilevel build BUNDLE --backend tensorrt"),
+        ("tensorrt-rtx", "the bundle has no engine of tensorrt-rtx; build one"),
+    ],
+)
+def test_a_backend_without_an_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str], backend: str, message: str) -> None:
+    assert main(["serve", str(write_bundle(tmp_path)), "--backend", backend]) == 2
+    assert message in capsys.readouterr().err

@@ -19,12 +19,20 @@ import pytest
 if importlib.util.find_spec("tensorrt_rtx") is None:
     pytest.skip("there is no TensorRT-RTX for this machine", allow_module_level=True)
 
-from bilevel.export import cli_build, engine, engine_memory
+from bilevel.export import cli_build, engine, engine_memory, engine_worker
 from bilevel.export.engine import Plan, build_engine
 from bilevel.export.engine_memory import Estimate, Gpu, memory_problem
 from bilevel.export.engine_plugins import Plugins, choose_plugins, serves
 from bilevel.export.nodes import routed_nodes
-from bilevel.export.tensorrt_versions import Flavour, compute_capabilities, is_weakly_typed, load_flavour, must_strip_functions
+from bilevel.export.tensorrt_versions import (
+    Flavour,
+    compute_capabilities,
+    crashes_on_short_updates,
+    has_cache_layer,
+    is_weakly_typed,
+    load_flavour,
+    must_strip_functions,
+)
 from bilevel.plugins.errors import BilevelError, EngineError, KernelError
 from bilevel.runtime import cli
 from bilevel.runtime.engines import find_engines, read_engine
@@ -142,7 +150,8 @@ def test_an_interruption_leaves_nothing(bundle: Path) -> None:
     folder = bundle / "engines"
     folder.mkdir()
     plan = plan_of(bundle)
-    (folder / f".{plan.name}.building").mkdir()  # what a killed build left
+    for name in (plan.name, "another"):
+        (folder / f".{name}.building").mkdir()  # what killed builds left
     (folder / f"{plan.name}.json").write_text("the old one")
 
     def interrupt(phase: str, done: int, total: int) -> None:
@@ -154,6 +163,19 @@ def test_an_interruption_leaves_nothing(bundle: Path) -> None:
     assert [path.name for path in folder.iterdir()] == [f"{plan.name}.json"]
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
+
+
+def test_a_build_is_not_disturbed_by_another(bundle: Path) -> None:
+    plan = plan_of(bundle)
+
+    def build_again(phase: str, done: int, total: int) -> None:
+        with pytest.raises(EngineError, match=f"another process is building {plan.name} in .*engines now; wait for it"):
+            build_engine(plan)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(plan, build_again)
+    assert list((bundle / "engines").iterdir()) == []
 
 
 def test_a_builder_that_dies_is_told(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +292,7 @@ def test_a_build_that_does_not_fit_is_refused(
 
     monkeypatch.setattr(engine, "build_engine", pretend)
     assert cli.main([*command, "--yes"]) == 0 and len(built) == 1
-    assert "7 routed nodes as plugins" in capsys.readouterr().out
+    assert "7 plugin layers" in capsys.readouterr().out
     assert find_engines(bundle)[0][0].backend == "tensorrt-rtx"
 
 
@@ -284,6 +306,11 @@ def test_versions_differ() -> None:
         (10, 6, 9),
     ]
     assert not must_strip_functions(flavour("tensorrt-rtx", 1, 7))
+    assert [v for v in ((10, 14), (10, 15), (11, 0)) if has_cache_layer(flavour("tensorrt", *v))] == [(10, 15), (11, 0)]
+    assert has_cache_layer(flavour("tensorrt-rtx", 1, 7))
+    assert [f.backend for f in (flavour("tensorrt", 11, 1), flavour("tensorrt-rtx", 1, 7)) if crashes_on_short_updates(f)] == [
+        "tensorrt-rtx"
+    ]
     assert [v for v in ((10, 3), (10, 16), (11, 0)) if is_weakly_typed(flavour("tensorrt", *v))] == [(10, 3), (10, 16)]
     assert compute_capabilities(flavour("tensorrt", 10, 3)) == {}
     assert {80, 86, 89, 120} <= set(compute_capabilities(load_flavour("tensorrt-rtx")))
@@ -304,11 +331,66 @@ def test_functions_are_stripped_where_they_would_win(bundle: Path, tmp_path: Pat
     plan = replace(plan_of(bundle), flavour=flavour("tensorrt", 10, 3))
     path, nodes = engine._prepare_model(plan, tmp_path)
     stripped = onnx.load(str(path), load_external_data=False)
-    assert len(stripped.functions) == 0 and len(routed_nodes(stripped.graph)) == nodes == 7
-    newer = replace(plan, flavour=flavour("tensorrt", 10, 7))
-    assert engine._prepare_model(newer, tmp_path) == (bundle / "model.onnx", 7)
-    bodies = replace(plan, plugins=Plugins("none"))
-    assert engine._prepare_model(bodies, tmp_path) == (bundle / "model.onnx", 7)
+    written = 7  # caches: two layers of three, and level 1's keys
+    assert len(stripped.functions) == 0 and len(routed_nodes(stripped.graph)) == nodes == 7 + written
+    for version, count in ((10, 7), 7 + written), ((10, 15), 7):
+        newer = replace(plan, flavour=flavour("tensorrt", *version))
+        path, nodes = engine._prepare_model(newer, tmp_path)
+        assert nodes == count and len(onnx.load(str(path), load_external_data=False).functions) == 5
+
+
+class Timings:
+    """A builder's configuration, as far as timings go: it takes those of its own device only."""
+
+    def __init__(self) -> None:
+        self.taken: bytes | None = None
+
+    def create_timing_cache(self, known: bytes) -> Any:
+        return None if known.startswith(b"damaged") else SimpleNamespace(known=known, serialize=lambda: known + b"+new")
+
+    def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> bool:
+        if cache.known.startswith(b"other device") and not ignore_mismatch:
+            return False
+        self.taken = cache.known
+        self.cache = cache
+        return True
+
+    def get_timing_cache(self) -> Any:
+        return self.cache
+
+
+@pytest.mark.parametrize(("before", "taken"), [(None, b""), (b"mine", b"mine"), (b"other device", b""), (b"damaged", b"")])
+def test_timings_are_kept_from_build_to_build(before: bytes | None, taken: bytes, tmp_path: Path) -> None:
+    file, config = tmp_path / "timings", Timings()
+    if before is not None:
+        file.write_bytes(before)
+    engine_worker.take_timings(config, file)
+    assert config.taken == taken
+    engine_worker.keep_timings(config, file)
+    assert file.read_bytes() == taken + b"+new" and list(tmp_path.iterdir()) == [file]
+
+
+def test_what_goes_with_one_backend_only(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = exported("two_level")[1]
+    with pytest.raises(EngineError, match="--timing-cache goes with --backend tensorrt; tensorrt-rtx measures nothing"):
+        plan_of(bundle, "--timing-cache", "timings")
+    assert plan_of(bundle).timings is None
+    monkeypatch.setitem(engine.sys.modules, "tensorrt", SimpleNamespace(__version__="10.3.0"))  # type: ignore[arg-type]
+    arguments = ("--backend", "tensorrt", "--plugins", "python")
+    monkeypatch.setattr(engine_memory, "gpu_at_hand", lambda: Gpu(87, 8 * 2**30, True))
+    plan, _ = cli_build.make_plan(options(bundle, *arguments))
+    assert plan.timings == bundle / "engines" / "timings"
+    assert cli_build.make_plan(options(bundle, *arguments, "--timing-cache", "mine"))[0].timings == Path("mine")
+    with pytest.raises(EngineError, match="--weight-streaming is of no use here: this GPU's memory is the host's"):
+        cli_build.make_plan(options(bundle, *arguments, "--weight-streaming"))
+    monkeypatch.setattr(engine_memory, "gpu_at_hand", lambda: Gpu(86, 8 * 2**30, False))
+    plan, _ = cli_build.make_plan(options(bundle, *arguments, "--weight-streaming"))
+    assert plan.weight_streaming and plan.name.endswith("-streaming")
+
+
+def test_an_engine_whose_weights_may_stream(bundle: Path) -> None:
+    path = build_engine(plan_of(bundle, "--weight-streaming", "--capacity", "16", "--prefill-chunk", "1"))
+    assert read_engine(path).weight_streaming and path.stem.endswith("-streaming")
 
 
 def test_a_device_without_a_gpu_is_told(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:

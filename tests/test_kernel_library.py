@@ -23,7 +23,7 @@ from bilevel.plugins.tiles import ARCHITECTURES
 from tests.fake_gpu import Gpu, build, call_of, fake_gpu, number_kernels, request_of
 from tests.operator_calls import assert_same, make_call, run_reference
 
-NAMES = [op.name for op in contract.OPS]
+NAMES = [op.name for op in contract.GPU_OPS]
 LENGTHS = (1, 6, 20)  # every plan of every operator: few tokens, several, many
 
 
@@ -66,6 +66,20 @@ def test_the_c_launcher_equals_the_reference(name: str, tokens: int, library: Ke
     inputs, attributes = make_call(name, tokens)
     assert_same(run(library, gpu, name, call_of(gpu.memory, name, inputs, attributes)), run_reference(name, inputs, attributes))
     assert gpu.driver.fake_launches() > 0
+
+
+def test_a_cache_is_copied_only_where_it_lies_elsewhere(library: KernelLibrary, gpu: Gpu) -> None:
+    inputs, attributes = make_call("WriteCache", 3)
+    call = call_of(gpu.memory, "WriteCache", inputs, attributes)
+    expected = run_reference("WriteCache", inputs, attributes)
+    assert_same(run(library, gpu, "WriteCache", call), expected)
+    assert gpu.driver.fake_copies() == 1
+    in_place = Call(call.op, call.inputs, [call.inputs[0]], attributes)
+    assert_same(run(library, gpu, "WriteCache", in_place), expected)
+    assert gpu.driver.fake_copies() == 1
+    nothing = call_of(gpu.memory, "WriteCache", {**inputs, "update": torch.zeros(2, 3, 0, 5)}, attributes)
+    assert_same(run(library, gpu, "WriteCache", nothing), [inputs["cache"]])
+    assert gpu.driver.fake_copies() == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -318,7 +332,7 @@ def test_raw_pointers_that_are_null(library: KernelLibrary) -> None:
 
 def test_info_names_what_the_library_holds(library: KernelLibrary) -> None:
     assert library.info["abi"] == 1 and set(library.info["architectures"]) == {"80", "87", "90"}
-    assert len(library.info["variants"]) == 13  # three types, and ExpertRoute has no model type
+    assert len(library.info["variants"]) == 16  # three types, and ExpertRoute has no model type
     assert {"op": "ExpertRoute", "dtype": "float32"}.items() <= library.info["variants"][3].items()
 
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import pytest
 
 from bilevel.export.cli_kernels import LIBRARY, parse_architectures
@@ -68,7 +69,7 @@ def test_build_and_show(bundle: Path, cache: Path) -> None:
     assert 10_000 < made["code_bytes"] < made["bytes"] == path.stat().st_size
     library = KernelLibrary(path)
     assert library.info == read_info(path) and set(library.info) <= set(made)
-    assert [variant["op"] for variant in library.info["variants"]] == ["CoarseRoute", "RoutedAttention"]
+    assert [variant["op"] for variant in library.info["variants"]] == ["CoarseRoute", "RoutedAttention", "WriteCache"]
     text = kernels("show", path, cache=cache).stdout
     assert text.startswith(f"for {platform.machine()} with GLIBC 2.") and "sm_87 (CUDA 12.6)" in text
     assert "RoutedAttention  float16   D=8 Hkv=2 Hq=4" in text
@@ -92,7 +93,7 @@ def test_no_path_of_the_building_machine_is_left_in_it(bundle: Path, cache: Path
 def test_two_bundles_share_a_library(bundle: Path, cache: Path) -> None:
     """The same bundle twice needs nothing more."""
     arguments = ("--geometry", bundle, "--geometry", bundle, "--arch", "87", "--out", bundle / "both.so", "--json")
-    assert len(json.loads(kernels("build", *arguments, cache=cache).stdout)["variants"]) == 2
+    assert len(json.loads(kernels("build", *arguments, cache=cache).stdout)["variants"]) == 3
 
 
 @pytest.mark.skipif(
@@ -135,9 +136,13 @@ def test_what_cannot_be_done_is_said(arguments: list[str], message: str, bundle:
     assert re.search(message, said) and said.count("\n") == 1, said
 
 
-def test_a_dense_bundle_needs_no_kernels(exported: Callable[..., tuple[Path, Path]], cache: Path) -> None:
-    said = kernels("build", "--geometry", exported("dense")[1], "--arch", "87", cache=cache, status=2).stderr
-    assert "has no routed nodes, so it needs no kernels; run it as it is" in said
+def test_a_graph_without_nodes_and_caches_needs_no_kernels(bundle: Path, cache: Path, tmp_path: Path) -> None:
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Neg", ["x"], ["y"])], "g", [value], [onnx.ValueInfoProto(name="y")])
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "model.onnx")
+    shutil.copy(bundle / "bundle.json", tmp_path)
+    said = kernels("build", "--geometry", tmp_path, "--arch", "87", cache=cache, status=2).stderr
+    assert "has no routed nodes and no caches, so it needs no kernels; run it as it is" in said
 
 
 def test_architectures_as_people_write_them() -> None:
@@ -182,4 +187,4 @@ def test_the_creators_of_a_boards_library(bundle: Path, cache: Path, tmp_path: P
     subprocess.run(compiler, check=True)
     command = ["qemu-aarch64", "-L", str(SYSROOT), str(tmp_path / "lister"), str(tmp_path / LIBRARY)]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-    assert lines == [f"PLUGIN CREATOR_V3ONE bilevel {op.name} {op.version}" for op in contract.OPS]
+    assert lines == [f"PLUGIN CREATOR_V3ONE bilevel {op.name} {op.version}" for op in contract.GPU_OPS]

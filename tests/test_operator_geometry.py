@@ -19,7 +19,7 @@ def test_geometries_of_a_bundle(exported: Exported) -> None:
     """Two layers of one geometry are one request."""
     requests = read_requests(exported("two_level")[1] / "model.onnx")
     found = {op.name: (geometry, dtype) for op, geometry, dtype in requests}
-    assert len(found) == len(requests) == 5 and {dtype for _, dtype in found.values()} == {"float32"}
+    assert len(found) == 6 and len(requests) == 7 and {dtype for _, dtype in found.values()} == {"float32"}
     route = {"block_size": 4, "causal": 1, "init_blocks": 1, "local_blocks": 1}
     assert found["CoarseRoute"][0] == {**route, "Hr": 1, "Hk": 1, "Dr": 6, "topk": 6, "num_selection_heads": 1}
     assert found["FineRoute"][0] == {**route, "Hr": 4, "Hk": 2, "Dr": 8, "Hc": 1, "K1": 6, "topk": 3, "num_selection_heads": 2}
@@ -27,6 +27,8 @@ def test_geometries_of_a_bundle(exported: Exported) -> None:
     assert {**attention, "scale": 0} == {"Hq": 4, "Hkv": 2, "D": 8, "Hs": 2, "K": 3, "block_size": 4, "causal": 1, "scale": 0}
     assert attention["scale"] == pytest.approx(8**-0.5)
     assert found["RoutedExperts"][0] == {"d": 24, "k": 2, "E": 6, "f": 5}
+    caches = [geometry for op, geometry, _ in requests if op.name == "WriteCache"]
+    assert caches == [{"H": 1, "W": 6}, {"H": 2, "W": 8}], "level 1's keys; keys, values and their blocks' keys"
     assert found["ExpertRoute"][0]["score_func"] == "sigmoid" and found["ExpertRoute"][0]["Gp"] == 3
 
 
@@ -42,7 +44,9 @@ def test_every_request_can_be_planned(exported: Exported) -> None:
 
 
 def test_a_dense_model_needs_none(exported: Exported) -> None:
-    assert read_requests(exported("dense")[1] / "model.onnx") == []
+    """But for its caches."""
+    requests = read_requests(exported("dense")[1] / "model.onnx")
+    assert [(op.name, geometry) for op, geometry, _ in requests] == [("WriteCache", {"H": 2, "W": 8})]
 
 
 def test_free_and_unknown_sizes_are_refused(exported: Exported, tmp_path: Path) -> None:

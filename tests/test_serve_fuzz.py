@@ -36,7 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     with running(write_chat_bundle(tmp_path_factory.mktemp("bundle"))) as server:
         yield server
         assert server.complete([5, 6], max_tokens=5)["usage"]["completion_tokens"] == len(predict([5, 6], 5))
-        assert server.engine.num_active == server.engine.num_waiting == 0
+        assert server.scheduler.num_active == server.scheduler.num_waiting == 0
 
 
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["valid", "invalid"])

@@ -117,7 +117,7 @@ def test_wrong_tensors_are_refused(server: RunningServer, changes: dict[str, obj
     assert status == 400
 
     assert re.search(message, error), error
-    assert server.engine.num_waiting == 0
+    assert server.scheduler.num_waiting == 0
 
 
 @pytest.mark.parametrize(

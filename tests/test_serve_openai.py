@@ -113,7 +113,7 @@ def test_stop_text_ends_the_answer_and_frees_the_row(
         pieces = list(answer) if stream else [answer]
         assert "".join(piece.choices[0].text for piece in pieces) == whole[: whole.index(stop)]
         assert pieces[-1].choices[0].finish_reason == "stop"
-    wait_for(lambda: server.engine.num_active == 0)
+    wait_for(lambda: server.scheduler.num_active == 0)
 
 
 def wait_for(is_so: object, seconds: float = 20) -> None:
@@ -195,11 +195,13 @@ def test_a_client_that_goes_away_frees_its_row(client: openai.OpenAI, server: Ru
     stream = client.completions.create(model=NAME, prompt=[3, 4], max_tokens=90, temperature=0, stream=True)
     next(iter(stream))
     stream.close()
-    wait_for(lambda: server.engine.num_active == 0)
+    wait_for(lambda: server.scheduler.num_active == 0)
 
 
 def test_routes_without_a_graph_that_gives_them_are_refused(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="this model's graph does not give its routes; export it again"):
+    with pytest.raises(
+        openai.BadRequestError, match="the graph that runs this model does not give its routes; leave routes out"
+    ):
         client.completions.create(model=NAME, prompt="x", extra_body={"routes": True})
 
 

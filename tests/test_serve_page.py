@@ -83,4 +83,4 @@ def test_errors_are_shown_and_the_button_stops(server: RunningServer, tmp_path: 
             assert await page.evaluate("document.getElementById('go').textContent") == "Generate"
 
     asyncio.run(look())
-    assert server.engine.num_active == 0
+    assert server.scheduler.num_active == 0

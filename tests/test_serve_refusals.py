@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def still_healthy(request: pytest.FixtureRequest) -> Iterator[None]:
         server: RunningServer = request.getfixturevalue("server")
         answer = server.complete([5, 6], max_tokens=1)
         assert answer["usage"]["completion_tokens"] == len(predict([5, 6], 1))
-        assert server.engine.num_active == server.engine.num_waiting == 0
+        assert server.scheduler.num_active == server.scheduler.num_waiting == 0
 
 
 def refused(server: RunningServer, body: Any, path: str = "/v1/completions", **headers: str) -> tuple[int, dict[str, Any]]:
@@ -192,18 +193,15 @@ def test_a_client_that_leaves_while_it_waits(server: RunningServer) -> None:
             f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         )
         connection.sendall(head.encode() + body)
-    end = time.monotonic() + 10
-    while server.engine.num_active + server.engine.num_waiting:
-        assert time.monotonic() < end
-        time.sleep(0.005)
+    wait_for(lambda: not server.scheduler.num_active + server.scheduler.num_waiting)
 
 
 def test_a_full_queue_answers_429(bundle: Path) -> None:
     with running(bundle, max_rows=1, max_queue=1) as server:
         status, headers, answer = server.request("POST", "/v1/completions", {"model": NAME, "prompt": [[5], [6], [7]]})
         assert status == 400  # more than the server could ever hold
-        server.engine._mean_seconds = 40.0
-        server.engine.step = lambda: time.sleep(0.01)  # type: ignore[method-assign]
+        server.scheduler._mean_seconds = 40.0
+        server.scheduler.step = lambda: time.sleep(0.01)  # type: ignore[method-assign]
         jobs = {"model": NAME, "prompt": [[5], [6]], "stream": True}
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
             body = json.dumps(jobs).encode()
@@ -211,7 +209,7 @@ def test_a_full_queue_answers_429(bundle: Path) -> None:
             connection.sendall(head.encode() + body)
             assert connection.recv(1000).startswith(b"HTTP/1.1 200")
             status, headers, answer = server.request("POST", "/v1/completions", {"model": NAME, "prompt": [5]})
-        del server.engine.step
+        del server.scheduler.step
         assert (status, answer["error"]["type"]) == (429, "rate_limit_error")
         assert int(headers["retry-after"]) == 120
         assert answer["error"]["message"] == "2 requests are waiting already; try again in 120 s"
@@ -234,25 +232,37 @@ def test_keys(bundle: Path, tmp_path: Path) -> None:
             assert server.request("GET", path)[0] == 200
 
 
+def held_back(server: RunningServer, turns: int) -> threading.Semaphore:
+    """The scheduler takes so many turns, and more as the semaphore is released."""
+    allowed, step = threading.Semaphore(turns), server.scheduler.step
+    server.scheduler.step = lambda: (allowed.acquire(), step())  # type: ignore[method-assign, assignment]
+    return allowed
+
+
+def wait_for(is_so: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
 def test_shutting_down_finishes_what_runs_and_refuses_the_rest(bundle: Path) -> None:
     with running(bundle, max_rows=1) as server:
-        step = server.engine.step
-        server.engine.step = lambda: (time.sleep(0.02), step())  # type: ignore[method-assign, assignment]
+        turns = held_back(server, 3)
         body = json.dumps({"model": NAME, "prompt": [5, 6], "max_tokens": 30, "temperature": 0}).encode()
         head = (
             f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         )
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
             connection.sendall(head.encode() + body)
-            while not server.engine.num_active:
-                time.sleep(0.005)
+            wait_for(lambda: server.scheduler.num_active == 1)
             server.drain()
-            while not server.engine.is_closing:
-                time.sleep(0.005)
+            wait_for(lambda: server.scheduler.is_closing)
             status, headers, answer = server.request("POST", "/v1/completions", {"model": NAME, "prompt": [5]})
             assert (status, answer["error"]["code"]) == (503, "shutting_down") and "retry-after" in headers
             assert server.request("GET", "/v2/health/ready")[0] == 503
             assert server.request("GET", "/v2/health/live")[0] == 200
+            turns.release(100)
             answer = b""
             while piece := connection.recv(65536):
                 answer += piece
@@ -262,17 +272,18 @@ def test_shutting_down_finishes_what_runs_and_refuses_the_rest(bundle: Path) -> 
 
 def test_shutting_down_has_a_limit(bundle: Path) -> None:
     with running(bundle, max_rows=1, grace=0.1) as server:
-        step = server.engine.step
-        server.engine.step = lambda: (time.sleep(0.2), step())  # type: ignore[method-assign, assignment]
+        turns = held_back(server, 3)
         body = json.dumps({"model": NAME, "prompt": [5, 6], "max_tokens": 90, "temperature": 0}).encode()
         head = (
             f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         )
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
             connection.sendall(head.encode() + body)
-            while not server.engine.num_active:
-                time.sleep(0.005)
+            wait_for(lambda: server.scheduler.num_active == 1)
+            (job,) = server.scheduler._jobs.values()
             server.drain()
+            wait_for(lambda: job.is_cancelled)
+            turns.release(100)
             assert connection.recv(65536).startswith(b"HTTP/1.1 503")
 
 

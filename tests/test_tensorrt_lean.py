@@ -43,12 +43,12 @@ print(json.dumps(found))
 
 
 def test_creators_are_listed_and_make_plugins_out_of_a_plan(tmp_path: Path) -> None:
-    calls = {op.name: make_call(op.name) for op in contract.OPS}
+    calls = {op.name: make_call(op.name) for op in contract.GPU_OPS}
     library = build_plugins([request_of(name, *call) for name, call in calls.items()], tmp_path / "library.so")
     given = [(name, attributes, [list(x.shape) for x in inputs.values()]) for name, (inputs, attributes) in calls.items()]
     command = [sys.executable, "-c", PROGRAM, str(library), json.dumps(given)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    expected = {op.name: [[attribute.name for attribute in op.attributes], True, True] for op in contract.OPS}
+    expected = {op.name: [[attribute.name for attribute in op.attributes], True, True] for op in contract.GPU_OPS}
     assert json.loads(run.stdout) == expected
-    assert run.stderr.count("format version 2, this library reads 1") == len(contract.OPS)
+    assert run.stderr.count("format version 2, this library reads 1") == len(contract.GPU_OPS)

@@ -18,7 +18,7 @@ from tests.fake_gpu import Gpu, call_of, fake_gpu, request_of
 from tests.operator_calls import assert_same, make_call, run_reference
 from tests.plugin_library import Plugin, Plugins, build_plugins
 
-NAMES = [op.name for op in contract.OPS]
+NAMES = [op.name for op in contract.GPU_OPS]
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ import tensorrt_rtx as trt
 
 # Where values are infinite or NaN, NumPy warns of what the kernels mean to compute.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-NAMES = [op.name for op in contract.OPS]
+NAMES = [op.name for op in contract.GPU_OPS]
 TYPES = {
     "float16": trt.DataType.HALF,
     "bfloat16": trt.DataType.BF16,

@@ -126,7 +126,7 @@ def test_a_node_that_misses_its_plugin_is_noticed(tmp_path: Path, rtx: Flavour, 
     name.s = b"elsewhere"
     onnx.save(model, str(tmp_path / "model.onnx"))
     nodes = len(declared(tmp_path / "model.onnx"))
-    with pytest.raises(EngineError, match=f"has {nodes} routed nodes, but tensorrt-rtx .* made {nodes - 1} plugin layers"):
+    with pytest.raises(EngineError, match=f"has {nodes} nodes for plugins, but tensorrt-rtx .* made {nodes - 1} plugin layers"):
         parse(rtx, tmp_path / "model.onnx")
 
 

@@ -80,7 +80,7 @@ def test_sweep_prints_a_line_for_every_operator(tmp_path: Path) -> None:
 
 def test_arguments_are_the_kernels_parameters() -> None:
     """In their order, with a constant for every parameter that is one."""
-    for op in contract.OPS:
+    for op in contract.GPU_OPS:
         for launch in triton_sweep.variants(op.name, "float16", 90):
             kernel = getattr(importlib.import_module(f"bilevel.plugins.{launch.module}"), launch.kernel)
             constants = [name for name in kernel.arg_names if name.isupper()]

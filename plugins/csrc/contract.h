@@ -38,15 +38,16 @@ struct Op {
   const char* name;
   const char* version;
   int32_t num_inputs, num_outputs, num_attributes;
+  bool in_place;  // the output is the first input, changed
   Port inputs[6];
   Port outputs[2];
   Attribute attributes[6];
 };
 
-constexpr int32_t kNumOps = 5;
+constexpr int32_t kNumOps = 6;
 
 constexpr Op kOps[kNumOps] = {
-    {"CoarseRoute", "1", 4, 1, 6,
+    {"CoarseRoute", "1", 4, 1, 6, false,
      {
        {"query", PortType::kModelFloat, 4, {{"B"}, {"Hr"}, {"L"}, {"Dr"}}},
        {"unit_key", PortType::kModelFloat, 4, {{"B"}, {"Hk"}, {"U"}, {"Dr"}}},
@@ -64,7 +65,7 @@ constexpr Op kOps[kNumOps] = {
        {"local_blocks", AttributeKind::kInt, 1, 2147483647, {}},
        {"causal", AttributeKind::kInt, 0, 1, {}},
      }},
-    {"FineRoute", "1", 5, 1, 6,
+    {"FineRoute", "1", 5, 1, 6, false,
      {
        {"query", PortType::kModelFloat, 4, {{"B"}, {"Hr"}, {"L"}, {"Dr"}}},
        {"unit_key", PortType::kModelFloat, 4, {{"B"}, {"Hk"}, {"U"}, {"Dr"}}},
@@ -83,7 +84,7 @@ constexpr Op kOps[kNumOps] = {
        {"local_blocks", AttributeKind::kInt, 1, 2147483647, {}},
        {"causal", AttributeKind::kInt, 0, 1, {}},
      }},
-    {"RoutedAttention", "1", 6, 1, 3,
+    {"RoutedAttention", "1", 6, 1, 3, false,
      {
        {"q", PortType::kModelFloat, 4, {{"B"}, {"Hq"}, {"L"}, {"D"}}},
        {"k", PortType::kModelFloat, 4, {{"B"}, {"Hkv"}, {"M"}, {"D"}}},
@@ -100,7 +101,7 @@ constexpr Op kOps[kNumOps] = {
        {"causal", AttributeKind::kInt, 0, 1, {}},
        {"scale", AttributeKind::kFloat, 0, 0, {}},
      }},
-    {"ExpertRoute", "1", 3, 2, 6,
+    {"ExpertRoute", "1", 3, 2, 6, false,
      {
        {"logits", PortType::kFloat32, 2, {{"T"}, {"E"}}},
        {"group_logits", PortType::kFloat32, 2, {{"T"}, {"Gp"}}},
@@ -118,7 +119,7 @@ constexpr Op kOps[kNumOps] = {
        {"normalize", AttributeKind::kInt, 0, 1, {}},
        {"scale", AttributeKind::kFloat, 0, 0, {}},
      }},
-    {"RoutedExperts", "1", 5, 1, 0,
+    {"RoutedExperts", "1", 5, 1, 0, false,
      {
        {"x", PortType::kModelFloat, 2, {{"T"}, {"d"}}},
        {"ids", PortType::kInt32, 2, {{"T"}, {"k"}}},
@@ -128,6 +129,16 @@ constexpr Op kOps[kNumOps] = {
      },
      {
        {"out", PortType::kModelFloat, 2, {{"T"}, {"d"}}},
+     },
+     {}},
+    {"WriteCache", "1", 3, 1, 0, true,
+     {
+       {"cache", PortType::kModelFloat, 4, {{"B"}, {"H"}, {"M"}, {"W"}}},
+       {"update", PortType::kModelFloat, 4, {{"B"}, {"H"}, {"L"}, {"W"}}},
+       {"start", PortType::kInt32, 1, {{"B"}}},
+     },
+     {
+       {"out", PortType::kModelFloat, 4, {{"B"}, {"H"}, {"M"}, {"W"}}},
      },
      {}},
 };

@@ -40,7 +40,8 @@ bool open(CudaDriver& driver, std::string& problem) {
          find(library, "cuLibraryLoadData", driver.cuLibraryLoadData, problem) &&
          find(library, "cuLibraryGetKernel", driver.cuLibraryGetKernel, problem) &&
          find(library, "cuKernelSetAttribute", driver.cuKernelSetAttribute, problem) &&
-         find(library, "cuLaunchKernel", driver.cuLaunchKernel, problem);
+         find(library, "cuLaunchKernel", driver.cuLaunchKernel, problem) &&
+         find(library, "cuMemcpyDtoDAsync_v2", driver.cuMemcpyDtoDAsync, problem);
 }
 
 }  // namespace

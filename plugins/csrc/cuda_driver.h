@@ -4,6 +4,7 @@
 #define BILEVEL_CUDA_DRIVER_H
 
 #include <cstddef>
+#include <cstdint>
 #include <string>
 
 namespace bilevel {
@@ -30,6 +31,7 @@ struct CudaDriver {
   CuResult (*cuLaunchKernel)(CuKernel kernel, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                              unsigned block_y, unsigned block_z, unsigned shared_bytes, CuStream stream, void** parameters,
                              void** extra);
+  CuResult (*cuMemcpyDtoDAsync)(uintptr_t target, uintptr_t source, size_t bytes, CuStream stream);
   int version;  // the newest CUDA that the driver knows, as in 12060
 };
 

@@ -227,6 +227,9 @@ CheckedCall check_call(const bilevel_call* call, bool with_data) {
   }
   const bilevel_tensor& first = call->outputs[0];
   checked.is_empty = std::any_of(first.dims, first.dims + first.rank, [](int64_t size) { return size == 0; });
+  Number bytes = first.dtype == BILEVEL_FLOAT32 || first.dtype == BILEVEL_INT32 ? 4 : 2;
+  for (int32_t d = 0; d < first.rank; ++d) bytes = bytes * Number(first.dims[d]);
+  checked.output_bytes = static_cast<size_t>(bytes.value);
   return checked;
 }
 

@@ -28,7 +28,8 @@ struct CheckedCall {
   std::vector<Fixed> geometry;
   std::vector<float> floats;
   std::vector<void*> tensors;
-  bool is_empty = false;  // no output has an element
+  bool is_empty = false;    // no output has an element
+  size_t output_bytes = 0;  // of the first output
 };
 
 // with_data: addresses are checked too. Throws Failure.

@@ -163,6 +163,15 @@ bool grid_of(const CheckedCall& call, const Launch& launch, unsigned (&grid)[3])
   return true;
 }
 
+// The kernels of an operator in place write what changes: at another address the output begins as a copy.
+void copy_first(const CudaDriver& driver, const CheckedCall& call, void* stream) {
+  if (!call.op->in_place || call.tensors[0] == call.tensors[call.op->num_inputs]) return;
+  const auto source = reinterpret_cast<uintptr_t>(call.tensors[0]);
+  const auto target = reinterpret_cast<uintptr_t>(call.tensors[call.op->num_inputs]);
+  check(driver, driver.cuMemcpyDtoDAsync(target, source, call.output_bytes, static_cast<CuStream>(stream)),
+        std::string(call.op->name) + " cannot copy " + std::to_string(call.output_bytes) + " bytes");
+}
+
 struct Prepared {
   CuKernel kernel;
   unsigned grid[3];
@@ -196,6 +205,7 @@ void run(const CheckedCall& call, void* workspace, size_t workspace_bytes, void*
     next.kernel = grid_of(call, launch, next.grid) ? kernel_on(driver, launch.kernel, device) : nullptr;
     if (next.kernel != nullptr) fill(call, launch, arrays, next.parameters);
   }
+  copy_first(driver, call, stream);
   for (Prepared& next : prepared) {
     if (next.kernel == nullptr) continue;
     const Kernel& kernel = kKernels[next.index];

@@ -261,8 +261,9 @@ extern "C" BILEVEL_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) 
 extern "C" BILEVEL_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
   using bilevel::Creator;
   static Creator creators[] = {Creator(bilevel::kOps[0]), Creator(bilevel::kOps[1]), Creator(bilevel::kOps[2]),
-                               Creator(bilevel::kOps[3]), Creator(bilevel::kOps[4])};
-  static nvinfer1::IPluginCreatorInterface* const list[] = {&creators[0], &creators[1], &creators[2], &creators[3], &creators[4]};
+                               Creator(bilevel::kOps[3]), Creator(bilevel::kOps[4]), Creator(bilevel::kOps[5])};
+  static nvinfer1::IPluginCreatorInterface* const list[] = {&creators[0], &creators[1], &creators[2],
+                                                             &creators[3], &creators[4], &creators[5]};
   static_assert(sizeof list / sizeof *list == bilevel::kNumOps, "every operator has a creator");
   count = bilevel::kNumOps;
   return list;

@@ -1,8 +1,8 @@
 """The serving loop: many jobs on one device, in a batch that rows join and leave between any two tokens. Token ids only.
 
-    engine = Engine(session, EngineLimits(max_rows=8), publish=print)
-    engine.start()
-    engine.submit(Job([1, 2, 3], SamplingParams(max_tokens=16)))
+    scheduler = Scheduler(session, SchedulerLimits(max_rows=8), publish=print)
+    scheduler.start()
+    scheduler.submit(Job([1, 2, 3], SamplingParams(max_tokens=16)))
 
 One turn of the loop reads a piece of one prompt (the prompts take turns) and then generates one token in every row whose
 prompt has been read. A prompt's last word is read by that second call, so a row joins it as if it had always been there.
@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from bilevel.plugins.errors import BilevelError, Overloaded, RequestError, ShuttingDown
-from bilevel.runtime.jobs import EngineLimits, FairQueue, Job, Observer, TokenEvent, TokenRoutes, token_routes
+from bilevel.runtime.jobs import FairQueue, Job, Observer, SchedulerLimits, TokenEvent, TokenRoutes, token_routes
 from bilevel.runtime.pacing import PrefillPacer
 from bilevel.runtime.rows import Row
 from bilevel.runtime.sampling import RowLogits, Sampler, log_probabilities
@@ -28,14 +28,14 @@ from bilevel.runtime.session import Caches, Session
 from bilevel.runtime.slots import Slots, common_prefix
 from bilevel.runtime.text import NoTokenizer, TextStream
 
-_LOG = logging.getLogger("bilevel.engine")
+_LOG = logging.getLogger("bilevel.scheduler")
 Publish = Callable[[Sequence[TokenEvent]], None]
 
 
-class Engine:
+class Scheduler:
     """Runs jobs on one session. Everything but the loop itself may be called from any thread.
 
-    publish: told the events, from the engine's thread; it must return quickly. publish_seconds: least time between two calls, unless
+    publish: told the events, from the scheduler's thread; it must return quickly. publish_seconds: least time between two calls, unless
     a text begins or ends. On a small machine whoever passes tokens on takes the cores from the model: a wake-up for each token
     of a model that makes 400 a second costs it a tenth, and nobody reads that fast.
     """
@@ -43,7 +43,7 @@ class Engine:
     def __init__(
         self,
         session: Session,
-        limits: EngineLimits,
+        limits: SchedulerLimits,
         publish: Publish,
         observer: Observer | None = None,
         publish_seconds: float = 0.0,
@@ -53,15 +53,18 @@ class Engine:
         self.row_tokens = min(limits.row_tokens or bundle.max_positions, bundle.max_positions)
         # One token more than a row may hold: an idle row's column is written behind what it has cached.
         self._caches = session.allocate(limits.max_rows, bundle.round_up(self.row_tokens + 1))
+        self._caches.reserve()
         self._views: dict[tuple[int, int], Caches] = {}
-        self._slots, self._queue, self._pacer = Slots(limits.max_rows), FairQueue(), PrefillPacer(bundle.prefill_chunk)
+        self._view(limits.max_rows - 1, 1)  # a backend that cannot cut rows out refuses now
+        self._slots, self._queue = Slots(limits.max_rows), FairQueue()
+        self._pacer = PrefillPacer(limits.prefill_chunk or bundle.prefill_chunk)
         self._jobs: dict[Row, Job] = {}
         self._outbox: list[TokenEvent] = []
         self._published, self._publish_seconds = 0.0, publish_seconds
         self._turn = 0
         self._mean_seconds = 1.0  # that a job keeps a row
         self._wake, self._is_closing = threading.Condition(), False
-        self._thread = threading.Thread(target=self._loop, name="bilevel-engine", daemon=True)
+        self._thread = threading.Thread(target=self._loop, name="bilevel-scheduler", daemon=True)
 
     def start(self) -> None:
         """Begin to work."""
@@ -114,6 +117,11 @@ class Engine:
         return self._thread.is_alive()
 
     @property
+    def gives_routes(self) -> bool:
+        """Whether jobs may want routes: the graph has them, and the backend hands them over."""
+        return self._caches.routes is not None
+
+    @property
     def num_active(self) -> int:
         """Jobs that have a row."""
         return len(self._slots.active)
@@ -122,6 +130,11 @@ class Engine:
     def num_waiting(self) -> int:
         """Jobs in the queue."""
         return len(self._queue)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of the caches of all rows."""
+        return self.bundle.state_bytes(self._caches.batch, self._caches.capacity)
 
     @property
     def cache_use(self) -> float:
@@ -149,20 +162,24 @@ class Engine:
 
     def step(self) -> None:
         """One turn: drop who left, admit who waits, read a piece of a prompt, generate a token in every row that has one."""
-        events = self._drop_cancelled()
+        self._outbox += self._drop_cancelled()
         self._admit()
         active = self._slots.active
         decoding = [row for row in active if row.num_pending == 1]
         if len(decoding) < len(active):
-            events += self._guarded(self._prefill, [self._next_reader()], len(decoding))
+            self._deliver()  # what is there does not wait until a piece of a prompt is read
+            self._outbox += self._guarded(self._prefill, [self._next_reader()], len(decoding))
             decoding = [row for row in self._slots.active if row.num_pending == 1]
         if decoding:
-            events += self._guarded(self._decode, decoding)
-        self._outbox += events
-        now = time.perf_counter()
-        is_urgent = any(event.finish_reason is not None or event.is_first for event in events)
-        if self._outbox and (is_urgent or now - self._published >= self._publish_seconds):
-            events, self._outbox, self._published = self._outbox, [], now
+            self._outbox += self._guarded(self._decode, decoding)
+        is_urgent = any(event.finish_reason is not None or event.is_first for event in self._outbox)
+        if is_urgent or time.perf_counter() - self._published >= self._publish_seconds:
+            self._deliver()
+
+    def _deliver(self) -> None:
+        """Pass on what has happened since the last time."""
+        if self._outbox:
+            events, self._outbox, self._published = self._outbox, [], time.perf_counter()
             self._publish(events)
 
     def _drop_cancelled(self) -> list[TokenEvent]:
@@ -217,11 +234,12 @@ class Engine:
         """Read a piece of one row's prompt, all but its last token."""
         row, start = rows[0], time.perf_counter()
         past = np.array([row.num_cached], np.int32)
-        tokens = np.array([row.take(min(self._pacer.chunk(num_decoding), row.num_pending - 1))], np.int64)
+        is_begun = row.num_cached > self._jobs[row].num_reused
+        chunk = self._pacer.chunk(num_decoding, row.num_pending - 1, is_begun=is_begun)
+        tokens = np.array([row.take(chunk)], np.int64)
         self._view(row.index, 1).run(tokens, past, np.array([tokens.size], np.int32))
         seconds = time.perf_counter() - start
-        if num_decoding:
-            self._pacer.record_chunk(tokens.size, seconds)
+        self._pacer.record_chunk(tokens.size, seconds, num_decoding=num_decoding)
         if self._observer is not None:
             self._observer.prefilled(tokens.size, seconds)
         return []

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from bilevel.plugins.errors import BundleError, Overloaded, RequestError, ShuttingDown
-from bilevel.runtime.engine import Engine
 from bilevel.runtime.generate import Generator
-from bilevel.runtime.jobs import EngineLimits, FairQueue, Job, TokenEvent
-from bilevel.runtime.pacing import RATIO, PrefillPacer
+from bilevel.runtime.jobs import FairQueue, Job, SchedulerLimits, TokenEvent
+from bilevel.runtime.pacing import RATIO, WHOLE_SECONDS, PrefillPacer
 from bilevel.runtime.sampling import SamplingParams, log_probabilities
+from bilevel.runtime.scheduler import Scheduler
 from bilevel.runtime.session import OnnxSession
 from bilevel.runtime.slots import common_prefix
 from tests.fake_bundle import MAX_POSITIONS, PREFILL_CHUNK, VOCAB_SIZE, predict, write_bundle
@@ -26,10 +26,10 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> OnnxSession:
 
 
 class Log:
-    """An engine whose turns the test takes itself, and what each job was given."""
+    """A scheduler whose turns the test takes itself, and what each job was given."""
 
     def __init__(self, session: Any, **limits: Any) -> None:
-        self.engine = Engine(session, EngineLimits(**{"max_rows": 3, **limits}), self.receive)
+        self.scheduler = Scheduler(session, SchedulerLimits(**{"max_rows": 3, **limits}), self.receive)
         self.events: dict[Job, list[TokenEvent]] = {}
 
     def receive(self, events: Sequence[TokenEvent]) -> None:
@@ -38,7 +38,7 @@ class Log:
 
     def submit(self, prompt: Sequence[int], max_tokens: int = 12, **settings: Any) -> Job:
         job = Job(list(prompt), SamplingParams(max_tokens=max_tokens), **settings)
-        self.engine.submit(job)
+        self.scheduler.submit(job)
         return job
 
     def tokens(self, job: Job) -> list[int]:
@@ -49,14 +49,14 @@ class Log:
 
     def step(self, count: int = 1) -> None:
         for _ in range(count):
-            self.engine.step()
+            self.scheduler.step()
 
     def finish(self) -> None:
         for _ in range(2000):
-            if not (self.engine.num_active or self.engine.num_waiting):
+            if not (self.scheduler.num_active or self.scheduler.num_waiting):
                 return
-            self.engine.step()
-        raise AssertionError("the engine does not come to an end")
+            self.scheduler.step()
+        raise AssertionError("the scheduler does not come to an end")
 
 
 def prompts(count: int, seed: int = 0) -> list[list[int]]:
@@ -170,13 +170,13 @@ def test_cancelling_frees_the_row_within_one_turn(session: OnnxSession) -> None:
     running, waiting = log.submit([5, 6], 90), log.submit([7, 8], 4)
     log.step(3)
     assert not log.tokens(waiting)
-    log.engine.cancel(running)
+    log.scheduler.cancel(running)
     log.step()
     assert log.reason(running) == "cancelled"
     log.finish()
     assert log.tokens(waiting) == predict([7, 8], 4)
     gone = log.submit([1, 2], 4)
-    log.engine.cancel(gone)
+    log.scheduler.cancel(gone)
     log.step()
     assert (log.reason(gone), log.tokens(gone)) == ("cancelled", [])
 
@@ -217,15 +217,15 @@ def test_jobs_that_cannot_be_served_are_refused(session: OnnxSession, prompt: li
     log = Log(session, row_tokens=40)
     good = Job([5], SamplingParams())
     with pytest.raises(RequestError, match=message):
-        log.engine.submit(good, Job(prompt, SamplingParams()))
-    assert log.engine.num_waiting == 0  # all or none
+        log.scheduler.submit(good, Job(prompt, SamplingParams()))
+    assert log.scheduler.num_waiting == 0  # all or none
 
 
 def test_a_failing_call_ends_its_rows_and_nothing_else(session: OnnxSession, monkeypatch: pytest.MonkeyPatch) -> None:
     log = Log(session)
     job = log.submit([5, 6, 7], 9)
     log.step(2)
-    view = log.engine._view(0, 1)
+    view = log.scheduler._view(0, 1)
 
     def fail(*_: object) -> None:
         raise BundleError("ONNX Runtime could not run the graph")
@@ -243,9 +243,9 @@ def test_a_failing_call_ends_its_rows_and_nothing_else(session: OnnxSession, mon
 
 def test_the_thread_finishes_running_jobs_and_refuses_new_ones(session: OnnxSession) -> None:
     log = Log(session)
-    log.engine.start()
+    log.scheduler.start()
     jobs = [log.submit(prompt, 30) for prompt in prompts(5)]
-    assert log.engine.close(timeout=60)
+    assert log.scheduler.close(timeout=60)
     assert all(log.tokens(job) == predict(job.prompt, 30) for job in jobs)
     with pytest.raises(ShuttingDown):
         log.submit([5])
@@ -253,10 +253,10 @@ def test_the_thread_finishes_running_jobs_and_refuses_new_ones(session: OnnxSess
 
 def test_closing_has_a_limit(session: OnnxSession) -> None:
     log = Log(session, max_rows=1)
-    log.engine.start()
+    log.scheduler.start()
     jobs = [log.submit([5, 6], 90) for _ in range(40)]
-    assert not log.engine.close(timeout=0.01)
-    assert not log.engine.is_alive
+    assert not log.scheduler.close(timeout=0.01)
+    assert not log.scheduler.is_alive
     assert log.reason(jobs[-1]) == "cancelled"
 
 
@@ -282,19 +282,36 @@ def test_common_prefix() -> None:
 def test_the_pacer_finds_the_chunk_that_fits() -> None:
     """With 10 ms and 2 ms a token for a chunk, and decode steps of 20 ms, it settles at what RATIO allows."""
     pacer = PrefillPacer(512)
+
+    def chunk() -> int:
+        return pacer.chunk(3, 10_000, is_begun=True)
+
     for _ in range(40):
         pacer.record_decode(0.020)
-        chunk = pacer.chunk(3)
-        pacer.record_chunk(chunk, 0.010 + 0.002 * chunk)
-    assert 0.010 + 0.002 * pacer.chunk(3) <= RATIO * 0.020 + 1e-9
-    assert 0.010 + 0.002 * (pacer.chunk(3) + 2) > RATIO * 0.020
-    assert pacer.chunk(0) == 512
-    before = pacer.chunk(3)
-    pacer.record_chunk(before, 10.0)
-    assert before // 2 <= pacer.chunk(3) <= (before + 1) // 2  # one slow call is not believed at once
+        pacer.record_chunk(chunk(), 0.010 + 0.002 * chunk(), num_decoding=3)
+    assert 0.010 + 0.002 * chunk() <= RATIO * 0.020 + 1e-9
+    assert 0.010 + 0.002 * (chunk() + 2) > RATIO * 0.020
+    assert pacer.chunk(0, 10_000, is_begun=False) == 512  # nobody waits
+    before = chunk()
+    pacer.record_chunk(before, 10.0, num_decoding=3)
+    assert before // 2 <= chunk() <= (before + 1) // 2  # one slow call is not believed at once
     for _ in range(9):
-        pacer.record_chunk(pacer.chunk(3), 10.0)
-    assert pacer.chunk(3) == 1
+        pacer.record_chunk(chunk(), 10.0, num_decoding=3)
+    assert chunk() == 1
+    assert pacer.chunk(3, 1, is_begun=True) == 1
+
+
+def test_a_short_prompt_is_read_at_once() -> None:
+    """One that takes no longer than WHOLE_SECONDS; the end of a long one is none, nor is any while nobody knows what it takes."""
+    pacer = PrefillPacer(512)
+    pacer.record_decode(0.020)
+    assert pacer.chunk(3, 30, is_begun=False) < 30
+    pacer.record_chunk(400, 400 * WHOLE_SECONDS / 40, num_decoding=0)
+    assert pacer.chunk(3, 40, is_begun=False) == 40
+    assert pacer.chunk(3, 41, is_begun=False) == pacer.chunk(3, 40, is_begun=True) < 40
+    before = pacer.chunk(3, 41, is_begun=False)
+    pacer.record_chunk(40, WHOLE_SECONDS, num_decoding=3)
+    assert pacer.chunk(3, 41, is_begun=False) == before  # it says nothing about the pieces of a long one
 
 
 @pytest.mark.parametrize("preset", ["two_level", "moba", "dense"])
