@@ -86,7 +86,7 @@ def test_caches_share_one_buffer_and_go_back(bundle: Path, device: FakeDevice, t
     assert state <= device.used <= state + 40_000  # one buffer for an input and its output
     caches.run(np.zeros((2, 3), np.int64), np.zeros(2, np.int32), np.full(2, 3, np.int32))
     assert caches.routes is not None and caches.routes.blocks.any()
-    del caches
+    del caches, session  # which keeps the working memory of its calls
     assert device.used == 0
 
 
