@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from bilevel.plugins.errors import RequestError
 from bilevel.runtime.bundle import Bundle
 from bilevel.runtime.device_memory import Device, Memory
+from bilevel.runtime.device_results import DeviceLogits, DeviceRoutes
+from bilevel.runtime.dlpack import DeviceTensor, TokenIds
 from bilevel.runtime.manifest import CALL_INPUTS
-from bilevel.runtime.ranking import Best
 from bilevel.runtime.session import Routes
 from bilevel.runtime.tensors import DTYPES, TensorSpec
 
 ALIGNMENT = 256  # bytes; of every address that a backend is given
-BEST = ("top_logits", "top_ids", "log_sum")  # outputs of an engine that ranks its logits: fp32 and int32 [B, K], fp32 [B]
 Sizes = Mapping[str, int]
 _Self = TypeVar("_Self", bound="DeviceCaches")
 
@@ -57,31 +57,47 @@ class Place:
         return self.offset + math.prod(self.shape) * self.dtype.itemsize
 
 
+@dataclass
+class Buffers:
+    """What calls read and what they give, shared by rows that are cut out of others. num_calls: of all who share."""
+
+    call: dict[str, Memory]
+    results: Memory
+    num_calls: int = 0
+
+
 class DeviceCaches(ABC):
     """See ``Caches``. A backend says how a call is prepared and executed.
 
-    state: {name of a cache's input: its memory and the address of its first row}; None: new and zeroed.
+    whole: the caches whose rows from ``first`` on these are; None: new and zeroed ones.
     """
 
     def __init__(
-        self, session: DeviceSession, batch: int, capacity: int, state: Mapping[str, tuple[Memory, int]] | None = None
+        self, session: DeviceSession, batch: int, capacity: int, whole: DeviceCaches | None = None, first: int = 0
     ) -> None:
         self.batch, self.capacity = batch, capacity
-        self.num_calls, self._length = 0, 1
+        self.last_call, self._length = 0, 1
         self._routes: Routes | None = None
         self._session, self._device, self._bundle = session, session.device, session.bundle
         sizes = self._bundle.sizes(batch, capacity)
-        if state is None:
-            new = {spec.name: self._new(spec, sizes, zeroed=True) for spec, _ in self._bundle.state}
-            state = {name: (memory, memory.address) for name, memory in new.items()}
-        self._state = dict(state)
-        longest = {**sizes, "new_tokens": session.longest}
-        self._call = {spec.name: self._new(spec, longest) for spec in self._bundle.inputs if spec.name in CALL_INPUTS}
         self._places: dict[int, dict[str, Place]] = {}
-        # A backend wants an address for every output, those that nobody reads included.
-        self._results = self._device.allocate(max(place.end for place in self.places(session.longest).values()))
+        if whole is None:
+            new = {spec.name: self._new(spec, sizes, zeroed=True) for spec, _ in self._bundle.state}
+            self._state = {name: (memory, memory.address) for name, memory in new.items()}
+            longest = {**sizes, "new_tokens": session.longest}
+            call = {spec.name: self._new(spec, longest) for spec in self._bundle.inputs if spec.name in CALL_INPUTS}
+            # A backend wants an address for every output, those that nobody reads included.
+            results = self._device.allocate(max(place.end for place in self.places(session.longest).values()))
+            self._buffers = Buffers(call, results)
+        else:
+            self._state, self._buffers = whole._shared_rows(first), whole._buffers
         self._hosts: dict[tuple[str, ...], NDArray[np.uint8]] = {}
         self._names = self._route_names()
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of a row's logits."""
+        return self._bundle.vocab_size
 
     @abstractmethod
     def _prepare(self, length: int) -> None:
@@ -119,8 +135,8 @@ class DeviceCaches(ABC):
 
     def addresses(self, length: int) -> dict[str, int]:
         """The address of every input and output in a call of ``length`` tokens a row."""
-        found = {name: memory.address for name, memory in self._call.items()}
-        found |= {name: self._results.address + place.offset for name, place in self.places(length).items()}
+        found = {name: memory.address for name, memory in self._buffers.call.items()}
+        found |= {name: self._buffers.results.address + place.offset for name, place in self.places(length).items()}
         # An input and its output share the memory: new tokens are written where the old ones lie.
         for spec, output in self._bundle.state:
             found[spec.name] = found[output] = self._state[spec.name][1]
@@ -157,19 +173,25 @@ class DeviceCaches(ABC):
                 places = (address + target * row, address + source * row)
                 self._device.copy_strips(*places, width, shape[axis] * step, math.prod(shape[:axis]))
 
-    def run(self, input_ids: NDArray[np.int64], past_len: NDArray[np.int32], new_len: NDArray[np.int32]) -> DeviceLogits:
-        """See ``Caches.run``. Raises RequestError when a call does not fit, EngineError or BundleError when the backend fails."""
-        batch, length = input_ids.shape
+    def run(self, input_ids: Any, past_len: NDArray[np.int32], new_len: NDArray[np.int32]) -> DeviceLogits:
+        """See ``Caches.run``; input_ids may lie on the GPU (``TokenIds``).
+
+        Raises RequestError when a call does not fit, EngineError or BundleError when the backend fails.
+        """
+        ids = TokenIds(input_ids, self._device)
+        batch, length = ids.shape
         if batch != self.batch or length < 1:
-            raise RequestError(f"input_ids has shape {list(input_ids.shape)}, the caches hold {self.batch} rows")
+            raise RequestError(f"input_ids has shape {list(ids.shape)}, the caches hold {self.batch} rows")
         if int(past_len.max()) + length > self.capacity:
             raise RequestError(
                 f"{length} new tokens do not fit behind {int(past_len.max())} in caches of {self.capacity}; give shorter prompts"
             )
         self._prepare(length)
-        self.num_calls, self._length, self._routes = self.num_calls + 1, length, None
-        for name, array in (("input_ids", input_ids), ("past_len", past_len), ("new_len", new_len)):
-            self._device.upload(self._call[name].address, np.ascontiguousarray(array, DTYPES[CALL_INPUTS[name]].numpy))
+        self._buffers.num_calls += 1
+        self.last_call, self._length, self._routes = self._buffers.num_calls, length, None
+        ids.put(self._buffers.call["input_ids"].address)
+        for name, array in (("past_len", past_len), ("new_len", new_len)):
+            self._device.upload(self._buffers.call[name].address, np.ascontiguousarray(array, DTYPES[CALL_INPUTS[name]].numpy))
         self._write_tokens(past_len, length)
         self._execute(length)
         logits = DeviceLogits(self)
@@ -183,16 +205,35 @@ class DeviceCaches(ABC):
         for spec in self._session.only_read:
             size, first = DTYPES[spec.dtype].numpy.itemsize, self._state[spec.name][1]
             for row, past in enumerate(past_len.tolist()):
-                target, source = (
-                    first + (row * self.capacity + past) * size,
-                    self._call["input_ids"].address + row * length * size,
-                )
-                self._device.copy_strips(target, source, length * size, length * size, 1)
+                source = self._buffers.call["input_ids"].address + row * length * size
+                self._device.copy_strips(first + (row * self.capacity + past) * size, source, length * size, length * size, 1)
+
+    def tensor(self, name: str) -> DeviceTensor:
+        """A cache, by its input's name, or a result of the last call, where it lies; anything that speaks DLPack may take it.
+
+        Calls go on writing to it. Raises RequestError for a name that is neither.
+        """
+        sizes = self._bundle.sizes(self.batch, self.capacity)
+        for spec, _ in self._bundle.state:
+            if spec.name == name:
+                memory, address = self._state[name]
+                return DeviceTensor(address, spec.resolve(sizes), spec.dtype, self._device, memory)
+        for spec in self._session.results:
+            if spec.name == name:
+                place = self.places(self._length)[name]
+                results = self._buffers.results
+                return DeviceTensor(results.address + place.offset, place.shape, spec.dtype, self._device, results)
+        names = [spec.name for spec in (*self._session.results, *(spec for spec, _ in self._bundle.state))]
+        raise RequestError(f"there is no tensor {name!r} on the GPU; take one of {', '.join(names)}")
+
+    def reserve(self) -> None:
+        """See ``Caches.reserve``: a GPU's memory is taken when it is allocated, and cleared by the time that this returns."""
+        self._device.synchronize()
 
     @property
     def routes(self) -> Routes | None:
         """See ``Caches.routes``. They are copied, all at once, when a field is first looked at; a call without readers copies nothing."""
-        return _DeviceRoutes(self) if self._names and self.num_calls else None
+        return DeviceRoutes(self) if self._names and self.last_call else None
 
     def read_routes(self) -> Routes:
         """Those of the last call, copied from the GPU the first time."""
@@ -200,90 +241,29 @@ class DeviceCaches(ABC):
         assert routes is not None
         if self._routes is None:
             found = self.fetch(self._names)
-            self._device.synchronize()
             blocks = np.stack([found[name] for name in routes.blocks])
             experts = {layer: found[name] for layer, name in routes.experts.items()}
             self._routes = Routes(found[routes.candidates] if routes.candidates else None, blocks, experts)
         return self._routes
 
     def fetch(self, names: Sequence[str]) -> dict[str, NDArray[Any]]:
-        """Enqueue a copy of neighbouring results of the last call; arrays that may be read once the stream is synchronised."""
+        """Neighbouring results of the last call, copied in one piece."""
+        found = self.start_fetch(names)
+        self._device.synchronize()
+        return found
+
+    def start_fetch(self, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """Enqueue that copy; the arrays may be read once the stream is synchronised."""
         places = self.places(self._length)
         first, end = places[names[0]].offset, places[names[-1]].end
         host = self._hosts.get(tuple(names))
         if host is None or host.size != end - first:
             host = self._hosts[tuple(names)] = np.empty(end - first, np.uint8)
-        self._device.download(host, self._results.address + first)
+        self._device.download(host, self._buffers.results.address + first)
         parts = {name: host[places[name].offset - first : places[name].end - first] for name in names}
         return {name: part.view(places[name].dtype).reshape(places[name].shape) for name, part in parts.items()}
 
     def check_call(self, call: int, what: str) -> None:
         """Raises RequestError where the results of a call have been overwritten by a later one."""
-        if call != self.num_calls:
+        if call != self._buffers.num_calls:
             raise RequestError(f"the {what} of an earlier call are gone from the GPU; read them before the next call")
-
-
-class DeviceLogits:
-    """Logits [B, vocab] of the last call, on the GPU. ``logits[row]`` is what a sampler takes; as an array they are copied."""
-
-    def __init__(self, caches: DeviceCaches) -> None:
-        self._caches, self._call = caches, caches.num_calls
-        self._group = BEST if caches.places(1).keys() >= set(BEST) else ("logits",)
-        self._fetched: dict[str, NDArray[Any]] = {}
-
-    def start(self) -> None:
-        """Enqueue the copy of what a sampler looks at first; the caller synchronises."""
-        self._fetched |= self._caches.fetch(self._group)
-
-    def _get(self, group: tuple[str, ...]) -> list[NDArray[Any]]:
-        self._caches.check_call(self._call, "logits")
-        if group[0] not in self._fetched:
-            self._fetched |= self._caches.fetch(group)
-            self._caches._device.synchronize()
-        return [self._fetched[name] for name in group]
-
-    def best(self, row: int) -> Best | None:
-        """The best of a row, where the engine ranks them."""
-        if self._group != BEST:
-            return None
-        values, ids, log_sum = self._get(BEST)
-        order = np.argsort(ids[row])
-        return Best(ids[row][order], values[row][order], float(log_sum[row]), self._caches._bundle.vocab_size)
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[np.float32]:
-        (logits,) = self._get(("logits",))
-        return np.array(logits, dtype) if copy else np.asarray(logits, dtype)
-
-    def __getitem__(self, row: int) -> DeviceRow:
-        return DeviceRow(self, row)
-
-
-class DeviceRow:
-    """One row of them; see ``RemoteLogits``."""
-
-    def __init__(self, logits: DeviceLogits, row: int) -> None:
-        self._logits, self._row = logits, row
-
-    @property
-    def best(self) -> Best | None:
-        """See ``RemoteLogits``."""
-        return self._logits.best(self._row)
-
-    def fetch(self) -> NDArray[np.float32]:
-        """See ``RemoteLogits``."""
-        return self._logits.__array__()[self._row]
-
-
-class _DeviceRoutes(Routes):
-    """Routes that are copied when the first of their fields is looked at."""
-
-    def __init__(self, caches: DeviceCaches) -> None:
-        self.__dict__.update(_caches=caches, _call=caches.num_calls)
-
-    def __getattr__(self, name: str) -> Any:
-        # Python comes here for the fields, which this object does not have itself.
-        if name not in ("candidates", "blocks", "experts"):
-            raise AttributeError(name)
-        caches: DeviceCaches = self.__dict__["_caches"]
-        caches.check_call(self.__dict__["_call"], "routes")
-        return getattr(caches.read_routes(), name)

@@ -11,6 +11,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from bilevel.plugins.errors import EngineError, require
+from bilevel.runtime.dlpack import CUDA
 
 
 class Memory:
@@ -58,8 +59,12 @@ class Device:
         """Memory; zeroed: filled with zero bytes."""
         memory = Memory(self, num_bytes)
         if zeroed:
-            self._call("to clear memory", self._cuda.cudaMemsetAsync, memory.address, 0, num_bytes, self.stream)
+            self.clear(memory.address, num_bytes)
         return memory
+
+    def clear(self, address: int, num_bytes: int) -> None:
+        """Fill with zero bytes."""
+        self._call("to clear memory", self._cuda.cudaMemsetAsync, address, 0, num_bytes, self.stream)
 
     def upload(self, address: int, array: NDArray[Any]) -> None:
         """Copy an array, which must be contiguous, to an address; it may be changed when the call has returned."""
@@ -71,11 +76,28 @@ class Device:
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._call("a copy", self._cuda.cudaMemcpyAsync, array.ctypes.data, address, array.nbytes, kind, self.stream)
 
-    def copy_strips(self, target: int, source: int, width: int, pitch: int, count: int) -> None:
-        """Copy ``count`` strips of ``width`` bytes, ``pitch`` bytes apart, from one address to another."""
+    def copy_strips(self, target: int, source: int, width: int, pitch: int, count: int, source_pitch: int = 0) -> None:
+        """Copy ``count`` strips of ``width`` bytes from one address to another, where they lie ``pitch`` bytes apart.
+
+        source_pitch: the distance at the source, 0 where it is the same.
+        """
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        arguments = (target, pitch, source, pitch, width, count, kind, self.stream)
+        arguments = (target, pitch, source, source_pitch or pitch, width, count, kind, self.stream)
         self._call("a copy", self._cuda.cudaMemcpy2DAsync, *arguments)
+
+    @property
+    def dlpack_device(self) -> tuple[int, int]:
+        """This GPU in DLPack's numbers."""
+        return CUDA, int(self._call("the GPU's number", self._cuda.cudaGetDevice))
+
+    def order(self, stream: int) -> None:
+        """Have another stream wait for everything enqueued here so far."""
+        event = self._call("an event", self._cuda.cudaEventCreateWithFlags, self._cuda.cudaEventDisableTiming)
+        try:
+            self._call("to record an event", self._cuda.cudaEventRecord, event, self.stream)
+            self._call("to wait for an event", self._cuda.cudaStreamWaitEvent, stream, event, 0)
+        finally:
+            self._cuda.cudaEventDestroy(event)
 
     def synchronize(self) -> None:
         """Wait for everything enqueued."""

@@ -6,22 +6,20 @@ and copies to and fro. What must not happen silently, and does by default, is th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from bilevel.plugins.errors import EngineError
 from bilevel.runtime.bundle import Bundle
 from bilevel.runtime.device_caches import DeviceCaches
-from bilevel.runtime.device_memory import Device, Memory
+from bilevel.runtime.device_memory import Device
 from bilevel.runtime.machine import find_provider_problem, preload_cuda
-from bilevel.runtime.session import OnnxSession, translated
+from bilevel.runtime.session import OnnxGraph, translated
 from bilevel.runtime.tensors import DTYPES, TensorSpec
 
 PROVIDER = "CUDAExecutionProvider"
 
 
-class CudaSession(OnnxSession):
+class CudaSession(OnnxGraph):
     """A bundle opened in ONNX Runtime on the current GPU. Raises EngineError where its CUDA provider does not load.
 
     threads: of the nodes that stay on the CPU.
@@ -34,9 +32,6 @@ class CudaSession(OnnxSession):
         self.results = tuple(spec for spec in bundle.outputs if spec.name not in present)
         self.only_read: tuple[TensorSpec, ...] = ()
         self.longest = bundle.prefill_chunk
-
-    def _register_library(self, options: Any) -> Path | None:
-        return None
 
     def _open_graph(self, options: Any) -> Any:
         ort, bundle = self._ort, self.bundle
@@ -71,15 +66,16 @@ class CudaCaches(DeviceCaches):
         graph: Any,
         batch: int,
         capacity: int,
-        state: Mapping[str, tuple[Memory, int]] | None = None,
+        whole: CudaCaches | None = None,
+        first: int = 0,
     ) -> None:
-        super().__init__(session, batch, capacity, state)
+        super().__init__(session, batch, capacity, whole, first)
         self._cuda_session, self._graph = session, graph
         self._bindings: dict[int, Any] = {}
 
     def rows(self, first: int, count: int) -> CudaCaches:
         """See ``Caches.rows``. Raises RequestError where a row of a cache does not begin where a GPU reads."""
-        return CudaCaches(self._cuda_session, self._graph, count, self.capacity, self._shared_rows(first))
+        return CudaCaches(self._cuda_session, self._graph, count, self.capacity, self, first)
 
     def _prepare(self, length: int) -> None:
         if length in self._bindings:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,12 +86,11 @@ class Session(Protocol):
         """Zeroed caches for ``batch`` rows of ``capacity`` tokens (a multiple of the bundle's block_size)."""
 
 
-class OnnxSession:
-    """A bundle opened in ONNX Runtime on the CPU.
+class OnnxGraph(ABC):
+    """A bundle's graph opened in ONNX Runtime, wherever it runs.
 
-    threads: threads inside one operator; 0 leaves the choice to ONNX Runtime (one per core). The routed operators run in the
-    fast CPU library where there is one (``cpu_library`` is then its path), else in the graph's portable bodies.
-    profile: where given, ONNX Runtime records every node's time, and ``end_profiling`` writes a file that begins with this name.
+    threads: threads inside one operator on the CPU; 0 leaves the choice to ONNX Runtime (one per core). profile: where given, ONNX
+    Runtime records every node's time, and ``end_profiling`` writes a file that begins with this name.
     Raises BundleError when the graph cannot be opened or is not the one that the manifest describes.
     """
 
@@ -110,33 +110,13 @@ class OnnxSession:
         self._check_ports("input", self._session.get_inputs(), bundle.inputs)
         self._check_ports("output", self._session.get_outputs(), bundle.outputs)
 
-    @classmethod
-    def open(cls, path: str | Path, *, verify: bool = True, threads: int = 0) -> OnnxSession:
-        """Load the bundle at ``path`` and open it."""
-        return cls(load_bundle(path, verify), threads)
-
     def _register_library(self, options: Any) -> Path | None:
-        """Give the options the routed operators' fast CPU library; its file, None where there is none."""
-        # The library's kernels are fp32; a graph without routed operators has no use for it.
-        library = find_cpu_library() if self.bundle.operators and self.bundle.precision == "float32" else None
-        if library is not None:
-            with translated(f"{library} cannot be loaded", f"reinstall bilevel, or set {VARIABLE}=none"):
-                options.register_custom_ops_library(str(library))
-        return library
+        """Give the options a library of the routed operators; its file, None where the graph's portable bodies run."""
+        return None
 
+    @abstractmethod
     def _open_graph(self, options: Any) -> Any:
         """ONNX Runtime's session over the graph."""
-        bundle = self.bundle
-        try:
-            with translated(f"{bundle.graph_path} cannot be opened by ONNX Runtime", bundle.remedy):
-                return self._ort.InferenceSession(bundle.graph_path, options, providers=["CPUExecutionProvider"])
-        except BundleError as error:
-            if bundle.precision != "bfloat16" or type(error.__cause__).__name__ != "NotImplemented":
-                raise
-            raise BundleError(
-                f"{bundle.folder} is in bfloat16, for which onnxruntime {self._ort.__version__} lacks kernels on a CPU; "
-                "to run on a CPU, export with --precision fp16 or fp32"
-            ) from error
 
     def end_profiling(self) -> Path:
         """Stop recording and return the profile's file: JSON, events in Chrome's trace format with times in microseconds."""
@@ -160,7 +140,39 @@ class OnnxSession:
                 f"use {self.bundle.round_up(capacity)}"
             )
 
-    def allocate(self, batch: int, capacity: int) -> Caches:
+
+class OnnxSession(OnnxGraph):
+    """See ``OnnxGraph``; on the CPU. The routed operators run in the fast CPU library where there is one (``cpu_library`` is then its
+    path), else in the graph's portable bodies.
+    """
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify: bool = True, threads: int = 0) -> OnnxSession:
+        """Load the bundle at ``path`` and open it."""
+        return cls(load_bundle(path, verify), threads)
+
+    def _register_library(self, options: Any) -> Path | None:
+        # The library's kernels are fp32; a graph without routed operators has no use for it.
+        library = find_cpu_library() if self.bundle.operators and self.bundle.precision == "float32" else None
+        if library is not None:
+            with translated(f"{library} cannot be loaded", f"reinstall bilevel, or set {VARIABLE}=none"):
+                options.register_custom_ops_library(str(library))
+        return library
+
+    def _open_graph(self, options: Any) -> Any:
+        bundle = self.bundle
+        try:
+            with translated(f"{bundle.graph_path} cannot be opened by ONNX Runtime", bundle.remedy):
+                return self._ort.InferenceSession(bundle.graph_path, options, providers=["CPUExecutionProvider"])
+        except BundleError as error:
+            if bundle.precision != "bfloat16" or type(error.__cause__).__name__ != "NotImplemented":
+                raise
+            raise BundleError(
+                f"{bundle.folder} is in bfloat16, for which onnxruntime {self._ort.__version__} lacks kernels on a CPU; "
+                "to run on a CPU, export with --precision fp16 or fp32"
+            ) from error
+
+    def allocate(self, batch: int, capacity: int) -> OnnxCaches:
         """See ``Session.allocate``. Raises RequestError where the sizes are wrong or the memory is not there."""
         self._check_sizes(batch, capacity)
         needed = self.bundle.state_bytes(batch, capacity)

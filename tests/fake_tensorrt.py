@@ -32,11 +32,13 @@ class FakeDevice:
     """``Device`` on host memory. limit: bytes that may be allocated at once."""
 
     def __init__(self, limit: int = 1 << 30) -> None:
-        self.stream, self.limit, self.used = 7, limit, 0
+        self.stream, self.limit, self.used, self.name = 7, limit, 0, "RTX 5090"
         self.blocks: dict[int, ctypes.Array[ctypes.c_char]] = {}
         self.pending: list[Callable[[], None]] = []
         self.captured: list[Callable[[], None]] | None = None
         self.num_graph_launches = 0
+        self.dlpack_device = (2, 0)  # it calls the host's memory a GPU's
+        self.ordered: list[int] = []  # streams that were made to wait
         self.num_downloads, self.num_downloaded = 0, 0  # copies to the host, and their bytes
 
     def allocate_raw(self, num_bytes: int) -> int:
@@ -76,12 +78,20 @@ class FakeDevice:
         source = self.array(address, (array.nbytes,), np.uint8)
         self.enqueue(lambda: np.copyto(array.view(np.uint8).reshape(-1), source))
 
-    def copy_strips(self, target: int, source: int, width: int, pitch: int, count: int) -> None:
+    def clear(self, address: int, num_bytes: int) -> None:
+        target = self.array(address, (num_bytes,), np.uint8)
+        self.enqueue(lambda: target.fill(0))
+
+    def copy_strips(self, target: int, source: int, width: int, pitch: int, count: int, source_pitch: int = 0) -> None:
         def copy() -> None:
             for n in range(count):
-                ctypes.memmove(target + n * pitch, source + n * pitch, width)
+                ctypes.memmove(target + n * pitch, source + n * (source_pitch or pitch), width)
 
         self.enqueue(copy)
+
+    def order(self, stream: int) -> None:
+        self.ordered.append(stream)
+        self.synchronize()
 
     def synchronize(self) -> None:
         work, self.pending = self.pending, []
@@ -160,6 +170,42 @@ class _Context:
         return True
 
 
+class FakeRuntimeConfig:
+    """TensorRT-RTX's. What a context compiles is the name of its configuration's strategy."""
+
+    def __init__(self, device: FakeDevice) -> None:
+        self.device, self.strategy, self.dynamic_shapes_kernel_specialization_strategy = device, -1, "LAZY"
+        self.cache: FakeRuntimeCache | None = None
+
+    def set_execution_context_allocation_strategy(self, strategy: int) -> None:
+        self.strategy = strategy
+
+    def create_runtime_cache(self) -> FakeRuntimeCache:
+        return FakeRuntimeCache(self.device.name)
+
+    def set_runtime_cache(self, cache: FakeRuntimeCache) -> bool:
+        self.cache = cache
+        return True
+
+
+class FakeRuntimeCache:
+    """What was compiled, on one kind of GPU."""
+
+    def __init__(self, gpu: str) -> None:
+        self.gpu, self.compiled = gpu, set[str]()
+
+    def deserialize(self, data: bytes) -> bool:
+        try:
+            gpu, compiled = json.loads(data)
+        except ValueError:
+            return False
+        self.compiled = set(compiled) if gpu == self.gpu else set()
+        return bool(gpu == self.gpu)
+
+    def serialize(self) -> bytes:
+        return json.dumps([self.gpu, sorted(self.compiled)]).encode()
+
+
 class _Engine:
     def __init__(self, plan: dict[str, Any], device: FakeDevice, fail: Callable[[str], bool]) -> None:
         self.plan, self.device, self.fail = plan, device, fail
@@ -169,6 +215,9 @@ class _Engine:
         self.has_context, self.budget, self.streamable_weights_size = False, 0, 1 << 20
         self.names = [*self.inputs, *self.outputs]
         self.num_io_tensors, self.num_optimization_profiles = len(self.names), len(plan["new_tokens"])
+
+    def create_runtime_config(self) -> FakeRuntimeConfig:
+        return FakeRuntimeConfig(self.device)
 
     def get_tensor_name(self, index: int) -> str:
         return self.names[index]
@@ -181,6 +230,10 @@ class _Engine:
         return 100 * self.plan["new_tokens"][profile][1]
 
     def create_execution_context(self, strategy: Any) -> _Context:
+        if isinstance(strategy, FakeRuntimeConfig):
+            assert strategy.cache is not None
+            strategy.cache.compiled |= {str(strategy.dynamic_shapes_kernel_specialization_strategy)}
+            strategy = strategy.strategy
         assert strategy == 2, "each context would take working memory of its own"
         self.has_context = True
         return _Context(self)
@@ -207,6 +260,7 @@ class FakeTensorrt:
     def __init__(self, device: FakeDevice, version: str = VERSION) -> None:
         self.__version__ = version
         self.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED=2)
+        self.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="EAGER")
         self.libraries: list[str] = []
         self._device = device
 

@@ -30,7 +30,10 @@ class FakeCuda:
         self.refused = refused
         self.cudaStreamNonBlocking = 1
         self.cudaError_t = SimpleNamespace(cudaErrorMemoryAllocation=2)
-        self.cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice="up", cudaMemcpyDeviceToHost="down")
+        self.cudaMemcpyKind = SimpleNamespace(
+            cudaMemcpyHostToDevice="up", cudaMemcpyDeviceToHost="down", cudaMemcpyDeviceToDevice="across"
+        )
+        self.cudaEventDisableTiming = 2
         self.cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
 
     def __getattr__(self, name: str) -> Any:
@@ -40,6 +43,8 @@ class FakeCuda:
             "cudaStreamEndCapture": ("graph",),
             "cudaGraphInstantiate": ("executable",),
             "cudaMemGetInfo": (1000, 2000),
+            "cudaGetDevice": (3,),
+            "cudaEventCreateWithFlags": ("event",),
             "cudaGetErrorString": (b"out of memory",),
         }
 
@@ -79,6 +84,22 @@ def test_copies_name_addresses_and_bytes(monkeypatch: pytest.MonkeyPatch) -> Non
     assert ("cudaMemcpyAsync", 4096, array.ctypes.data, 16, "up", 77) in cuda.calls
     assert ("cudaMemcpyAsync", array.ctypes.data, 4096, 16, "down", 77) in cuda.calls
     assert device.free_bytes() == 1000
+
+
+def test_strips_and_other_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Distances of target and source as CUDA wants them; an event is recorded here, waited for there, and dropped."""
+    device, cuda = make(monkeypatch)
+    device.copy_strips(10, 20, 4, 8, 3)
+    device.copy_strips(10, 20, 4, 8, 3, 4)
+    assert cuda.calls[-2:] == [("cudaMemcpy2DAsync", 10, 8, 20, pitch, 4, 3, "across", 77) for pitch in (8, 4)]
+    assert device.dlpack_device == (2, 3)
+    device.order(5)
+    assert cuda.calls[-4:] == [
+        ("cudaEventCreateWithFlags", 2),
+        ("cudaEventRecord", "event", 77),
+        ("cudaStreamWaitEvent", 5, "event", 0),
+        ("cudaEventDestroy", "event"),
+    ]
 
 
 def test_a_capture_is_ended_whatever_happens(monkeypatch: pytest.MonkeyPatch) -> None:

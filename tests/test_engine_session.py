@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 
 from bilevel.plugins.errors import EngineError, RequestError
-from bilevel.runtime import engine_session
+from bilevel.runtime import compiled, engine_session
 from bilevel.runtime.bundle import load_bundle
+from bilevel.runtime.compiled import cache_file
 from bilevel.runtime.engine_session import EngineSession
 from bilevel.runtime.engines import Engine, find_engines, read_engine
 from bilevel.runtime.generate import Generator
+from bilevel.runtime.route_stats import RouteStats
 from bilevel.runtime.sampling import SamplingParams
 from bilevel.runtime.text import BundleTokenizer
 from tests.fake_bundle import write_bundle
@@ -86,6 +88,10 @@ def test_caches_share_one_buffer_and_go_back(bundle: Path, device: FakeDevice, t
     caches.run(np.zeros((2, 3), np.int64), np.zeros(2, np.int32), np.full(2, 3, np.int32))
     assert caches.routes is not None and caches.routes.blocks.any()
     del caches
+    assert device.used == 100 * max(
+        most for _, most in session.engine.new_tokens
+    )  # the contexts' working memory, the session's
+    del session
     assert device.used == 0
 
 
@@ -116,6 +122,16 @@ def test_routes_are_copied_when_they_are_read(bundle: Path, device: FakeDevice, 
         RequestError, match="the routes of an earlier call are gone from the GPU; read them before the next call"
     ):
         routes.blocks.any()
+
+
+def test_watching_the_routers_of_a_server_is_cheap(bundle: Path, device: FakeDevice, trt: FakeTensorrt) -> None:
+    """The statistics are shown every decode step and look at each 16th: no other copies its routes."""
+    session = open_engine(bundle, device)
+    caches, stats = session.allocate(1, 64), RouteStats(session.bundle, 64)
+    for past in range(33):
+        caches.run(np.full((1, 1), 5, np.int64), np.array([past], np.int32), np.ones(1, np.int32))
+        stats.sample([(0, past)], caches.routes)  # type: ignore[arg-type]
+    assert device.num_downloads == 33 + 3 and 0 < stats.attended(0) <= 1
 
 
 def test_nothing_is_copied_that_nobody_reads(bundle: Path, device: FakeDevice, trt: FakeTensorrt) -> None:
@@ -237,6 +253,41 @@ def test_an_engine_of_another_graph(copied: Copied, tmp_path: Path, device: Fake
         EngineSession(load_bundle(copied("two_level")[1]), engine, None, device)  # type: ignore[arg-type]
 
 
+def test_what_rtx_compiles_is_kept(
+    bundle: Path, trt: FakeTensorrt, device: FakeDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From process to process, for one kind of GPU. The context whose calls are captured compiles before it runs."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def run(device: FakeDevice) -> EngineSession:
+        trt._device = device
+        session = open_engine(bundle, device, backend="tensorrt-rtx")
+        caches = session.allocate(1, 16)
+        for past, length in enumerate((2, 1, 1)):
+            caches.run(np.ones((1, length), np.int64), np.full(1, past + 1, np.int32), np.full(1, length, np.int32))
+        return session
+
+    def kept() -> list[Any]:
+        (file,) = (tmp_path / "bilevel").iterdir()
+        assert file == cache_file(session.engine)
+        return list(json.loads(file.read_bytes()))
+
+    session = run(device)
+    assert kept() == ["RTX 5090", ["EAGER", "LAZY"]]
+    cache_file(session.engine).write_bytes(json.dumps(["RTX 5090", ["FROM BEFORE"]]).encode())
+    run(device)
+    assert kept() == ["RTX 5090", ["EAGER", "FROM BEFORE", "LAZY"]]
+    other = FakeDevice()
+    other.name = "RTX 4070"
+    run(other)
+    assert kept() == ["RTX 4070", ["EAGER", "LAZY"]]
+    cache_file(session.engine).write_bytes(b"damaged")
+    run(device)
+    assert kept() == ["RTX 5090", ["EAGER", "LAZY"]]
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    run(device)  # a home that cannot be written to is no obstacle
+
+
 @pytest.mark.parametrize(("free_mib", "budget"), [(1024, 1 << 20), (256 + 5, 5 * 2**20 // 8), (100, 0)])
 def test_weights_that_find_no_room_stay_with_the_host(
     free_mib: int, budget: int, bundle: Path, trt: FakeTensorrt, monkeypatch: pytest.MonkeyPatch
@@ -283,11 +334,16 @@ def test_every_name_exists_in_the_real_modules(module: str) -> None:
         trt.ExecutionContextAllocationStrategy,
     ]
     ours = {name for each in (EngineSession, engine_session.EngineCaches) for name in dir(each)}
-    source = ast.walk(ast.parse(inspect.getsource(engine_session)))
+    text = inspect.getsource(engine_session)
+    if module == "tensorrt_rtx":
+        owners += [trt.DynamicShapesKernelSpecializationStrategy, trt.IRuntimeConfig, trt.IRuntimeCache]
+        text += inspect.getsource(compiled)
+    source = ast.walk(ast.parse(text))
     used = {
         node.attr
         for node in source
-        if isinstance(node, ast.Attribute) and re.search(r"\b_?(trt|engine|context|runtime)\b", ast.unparse(node.value))
+        if isinstance(node, ast.Attribute)
+        and re.search(r"\b_?(trt|engine|context|runtime|config|cache)\b", ast.unparse(node.value))
     }
     used -= (
         {name for name in ours}
@@ -295,6 +351,9 @@ def test_every_name_exists_in_the_real_modules(module: str) -> None:
         | {"remedy", "device_bytes", "read_plan", "runtime", "plugins"}
     )
     assert used >= {"execute_async_v3", "set_tensor_address", "deserialize_cuda_engine", "USER_MANAGED", "load_library"}
+    if module == "tensorrt_lean":  # TensorRT itself compiles nothing on the device
+        used -= {"DynamicShapesKernelSpecializationStrategy", "EAGER", "dynamic_shapes_kernel_specialization_strategy"}
+        used -= {"set_execution_context_allocation_strategy"}
     assert [name for name in sorted(used) if not any(hasattr(owner, name) for owner in owners)] == []
 
 
