@@ -62,7 +62,7 @@ $(VENV)/dev: $(VENV)/run
 # A GPU machine may have its own PyTorch and nothing else: the environment's Python where its PyTorch sees a GPU, else python3.
 GPU_PYTHON ?= $(shell $(BIN)/python -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null && echo $(BIN)/python || echo $(PYTHON))
 
-gpu-test:  ## on a machine with an NVIDIA GPU: kernels, C interface, plugins, memory checker (no network, under eight minutes)
+gpu-test:  ## on a machine with an NVIDIA GPU: kernels, C interface, plugins, memory checker, runtime (no network, about ten minutes)
 	@$(GPU_PYTHON) -m tests.gpu_test
 
 gpu-bench:  ## there: routed attention beside PyTorch's dense attention and FlexAttention; options in GPU_BENCH

@@ -83,8 +83,8 @@ def _runs(held: set[int], capability: int) -> bool:
     return capability in held or (capability in (86, 89) and bool(held & {80, 86} & set(range(80, capability))))
 
 
-def engine_problem(engine: Engine, bundle: Bundle, machine: Machine, library: Path | None) -> str:
-    """Why an engine does not run here; "" where it does."""
+def engine_problem(engine: Engine, bundle: Bundle, machine: Machine, library: Path | None, verify: bool = False) -> str:
+    """Why an engine does not run here; "" where it does. verify: compare its plan with its hash, which opening it does anyway."""
     module = BACKENDS[engine.backend]
     installed = machine.packages.get(module)
     if engine.platform not in (None, machine.machine):
@@ -104,7 +104,7 @@ def engine_problem(engine: Engine, bundle: Bundle, machine: Machine, library: Pa
     graph = bundle.files[bundle.graph_file].sha256
     if engine.graph_sha256 != graph:
         return f"it was built from another graph than {bundle.graph_file}; {engine.remedy}"
-    return _plugin_problem(engine, machine, library) or _memory_problem(engine, machine)
+    return _plugin_problem(engine, machine, library) or _memory_problem(engine, machine) or engine.plan_problem(verify)
 
 
 def _rebuild(engine: Engine, machine: Machine) -> str:
@@ -138,12 +138,18 @@ def _memory_problem(engine: Engine, machine: Machine) -> str:
     return f"it needs {needed / 2**20:.0f} MiB, the GPU has {largest / 2**20:.0f} MiB to give; build it with a smaller --capacity or --batch"
 
 
-def list_ways(bundle: Bundle, machine: Machine, named: Path | None = None) -> list[Way]:
+def list_ways(bundle: Bundle, machine: Machine, named: Path | None = None, verify: bool = False) -> list[Way]:
     """Every way to run a bundle, the best first: engines of TensorRT, of TensorRT-RTX, then ONNX Runtime on the CPU, on the GPU."""
     library = find_library(bundle.folder, machine, named)
     engines, problems = find_engines(bundle.folder)
     ways = [
-        Way(each.backend, each.name, engine_problem(each, bundle, machine, library), each, library if each.plugins else None)
+        Way(
+            each.backend,
+            each.name,
+            engine_problem(each, bundle, machine, library, verify),
+            each,
+            library if each.plugins else None,
+        )
         for each in engines
     ]
     ways.sort(key=lambda way: (list(BACKENDS).index(way.backend), -(way.engine.capacity if way.engine else 0)))

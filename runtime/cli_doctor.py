@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +20,13 @@ Without a bundle: the machine, its GPU and driver, the packages that backends ne
 engines run here, and for each that does not, the command that mends it.
 
 The kernel library for TensorRT's plugins is looked for in this order: the argument, BUNDLE/kernels/MACHINE, the environment's
-BILEVEL_KERNEL_LIBRARY, the package. Exit status: 0 when something runs the bundle here, else 1.
+BILEVEL_KERNEL_LIBRARY, the package; the first that is there is taken, and an engine that was built with another refuses it.
+Exit status: 0 when something runs the bundle here, else 1.
+
+--json prints one object: "machine" {system, machine, python, memory_bytes, gpus [{name, capability, memory_bytes, is_integrated}],
+driver_cuda (null: none), driver_problem, jetpack, packages {module: version, null, or why it does not load}, cuda_provider_problem};
+"libraries", in their order [{from, path, found, is_taken, sha256, architectures, problem}]; and with a bundle "bundle" and "ways", the
+best first [{backend, name, runs, problem}]. A problem is a sentence with its remedy, "" where there is none.
 """
 
 
@@ -48,7 +55,7 @@ def describe(machine: Machine, folder: Path | None, library: Path | None) -> dic
         facts["bundle"] = str(folder)
         facts["ways"] = [
             {"backend": way.backend, "name": way.name, "runs": way.does_run, "problem": way.problem}
-            for way in list_ways(bundle, machine, library)
+            for way in list_ways(bundle, machine, library, verify=True)
         ]
     return facts
 
@@ -56,8 +63,11 @@ def describe(machine: Machine, folder: Path | None, library: Path | None) -> dic
 def _libraries(machine: Machine, folder: Path | None, library: Path | None) -> list[dict[str, Any]]:
     found = []
     for where, path in library_places(folder, machine, library):
-        entry: dict[str, Any] = {"from": where, "path": str(path), "found": path.is_file(), "architectures": [], "problem": ""}
+        entry: dict[str, Any] = {"from": where, "path": str(path), "found": path.is_file(), "is_taken": False}
+        entry |= {"sha256": None, "architectures": [], "problem": ""}
         if path.is_file():
+            entry["is_taken"] = not any(each["found"] for each in found)
+            entry["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
             entry["problem"] = library_problem(path, machine)
             try:
                 entry["architectures"] = sorted(map(int, read_info(path)["architectures"]))
@@ -100,7 +110,8 @@ def _library_state(library: dict[str, Any]) -> str:
     if not library["found"]:
         return f"{library['path']}: not there"
     kernels = ", ".join(f"sm_{arch}" for arch in library["architectures"])
-    return library["problem"] or f"{library['path']}: kernels for {kernels}"
+    state = library["problem"] or f"{library['path']}: kernels for {kernels}"
+    return f"{state} [SHA-256 {library['sha256'][:12]}{', taken' if library['is_taken'] else ''}]"
 
 
 def _table(rows: list[tuple[str, str]]) -> list[str]:

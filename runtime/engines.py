@@ -95,6 +95,17 @@ class Engine:
             raise EngineError(f"{self.path} is damaged: its SHA-256 differs from the one in its manifest; {self.remedy}")
         return plan
 
+    def plan_problem(self, verify: bool) -> str:
+        """What is wrong with the plan's file, "" where nothing is. verify: read all of it, as ``read_plan`` does."""
+        if verify:
+            try:
+                self.read_plan()
+            except EngineError as error:
+                return str(error)
+        elif not self.path.is_file():
+            return f"{self.path} is missing; {self.remedy}"
+        return ""
+
 
 def _pair(value: Any, name: str) -> tuple[int, int]:
     if not (isinstance(value, list) and len(value) == 2 and all(type(v) is int for v in value) and 1 <= value[0] <= value[1]):

@@ -56,7 +56,7 @@ class FakeDevice:
     def allocate(self, num_bytes: int, *, zeroed: bool = False) -> Memory:
         memory = Memory(self, num_bytes)  # type: ignore[arg-type]
         if zeroed:
-            self.enqueue(lambda: ctypes.memset(memory.address, 0, num_bytes))  # type: ignore[arg-type,func-returns-value]
+            self.clear(memory.address, num_bytes)
         return memory
 
     def free_bytes(self) -> int:
@@ -207,8 +207,8 @@ class FakeRuntimeCache:
 
 
 class _Engine:
-    def __init__(self, plan: dict[str, Any], device: FakeDevice, fail: Callable[[str], bool]) -> None:
-        self.plan, self.device, self.fail = plan, device, fail
+    def __init__(self, plan: dict[str, Any], device: FakeDevice, fail: Callable[[str], bool], has_memory: bool) -> None:
+        self.plan, self.device, self.fail, self.has_memory = plan, device, fail, has_memory
         self.session = ort.InferenceSession(plan["graph"], providers=["CPUExecutionProvider"])
         self.inputs = {port.name: _TYPES[port.type] for port in self.session.get_inputs()}
         self.outputs = {port.name: _TYPES[port.type] for port in self.session.get_outputs()}
@@ -229,14 +229,14 @@ class _Engine:
     def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
         return 100 * self.plan["new_tokens"][profile][1]
 
-    def create_execution_context(self, strategy: Any) -> _Context:
+    def create_execution_context(self, strategy: Any) -> _Context | None:
         if isinstance(strategy, FakeRuntimeConfig):
             assert strategy.cache is not None
             strategy.cache.compiled |= {str(strategy.dynamic_shapes_kernel_specialization_strategy)}
             strategy = strategy.strategy
         assert strategy == 2, "each context would take working memory of its own"
         self.has_context = True
-        return _Context(self)
+        return _Context(self) if self.has_memory or self.fail("out of memory") else None
 
     @property
     def weight_streaming_budget_v2(self) -> int:
@@ -262,6 +262,7 @@ class FakeTensorrt:
         self.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED=2)
         self.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="EAGER")
         self.libraries: list[str] = []
+        self.refuses_libraries, self.has_memory = False, True
         self._device = device
 
         class ILogger:
@@ -272,7 +273,7 @@ class FakeTensorrt:
     def get_plugin_registry(self) -> Any:
         def load(path: str) -> bool:
             self.libraries.append(path)
-            return Path(path).is_file()
+            return Path(path).is_file() and not self.refuses_libraries
 
         return SimpleNamespace(load_library=load)
 
@@ -283,7 +284,7 @@ class FakeTensorrt:
 
         def deserialize(plan: bytes) -> _Engine | None:
             try:
-                return _Engine(json.loads(plan), self._device, fail)
+                return _Engine(json.loads(plan), self._device, fail, self.has_memory)
             except ValueError:
                 fail("the plan's magic tag does not match")
                 return None

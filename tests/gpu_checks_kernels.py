@@ -14,7 +14,8 @@ from bilevel.plugins.launches import choose
 from tests import gpu_cases
 from tests.gpu_cases import Attention, ExpertRoute, Experts, Route
 from tests.gpu_judges import judge, wrong_rows
-from tests.gpu_machine import Attributes, Inputs, Machine, Result, dtype_name
+from tests.gpu_machine import Attributes, Inputs, Machine, dtype_name
+from tests.gpu_result import Result
 
 _GIB = 2**30
 _SPLIT_MOST = 16  # tokens up to which every plan of an operator is run, whichever one calls of that size take

@@ -20,7 +20,8 @@ from bilevel.plugins.kernel_library import Call, DeviceTensor, KernelLibrary
 from bilevel.plugins.tiles import ARCHITECTURES
 from tests.gpu_cases import BRAIN, HALF, SINGLE, Attention, ExpertRoute, Experts, Route
 from tests.gpu_judges import judge
-from tests.gpu_machine import Attributes, Inputs, Machine, Result, choose_cuda, dtype_name, geometry_of
+from tests.gpu_machine import Attributes, Inputs, Machine, choose_cuda, dtype_name, geometry_of
+from tests.gpu_result import Result
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from bilevel.plugins.kernel_build import find_compiler
 from bilevel.plugins.kernel_library import DTYPES, Call, DeviceTensor, KernelLibrary
 from bilevel.plugins.tensorrt_headers import Headers, find_headers
 from tests.gpu_checks_library import CASES, Cases, Placed, place
-from tests.gpu_machine import Attributes, Machine, Result
+from tests.gpu_machine import Attributes, Machine
+from tests.gpu_result import Result
 
 _SOURCE = Path(__file__).with_name("enqueue_harness.cpp")
 

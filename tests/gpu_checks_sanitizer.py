@@ -11,7 +11,8 @@ from tests import gpu_checks_kernels as kernels
 from tests.gpu_cases import BRAIN, HALF, SINGLE, Attention, ExpertRoute, Experts, Route
 from tests.gpu_checks_library import CASES, build, launches
 from tests.gpu_checks_plugins import plugins
-from tests.gpu_machine import Machine, Result
+from tests.gpu_machine import Machine
+from tests.gpu_result import Result
 
 # Of these the kernels are compiled already: they are among gpu_cases.
 _ATTENTION = (Attention((6, 3, 2), 80, 48, 9, 2, (1, 70), (SINGLE,)), Attention((4, 2, 2), 64, 5, 30, 4, (1, 40), (HALF,)))

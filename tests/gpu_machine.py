@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,16 +24,6 @@ Attributes = dict[str, Any]
 DTYPES = {"int32": torch.int32, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 UNWRITTEN = -7  # in int32 outputs before a call: no route and no expert is that
 _GUARD_BYTES, _GUARD = 4096, 0xA5
-
-
-@dataclass(frozen=True)
-class Result:
-    """One line of the report. measure: the worst error or a count; ok: None where the check was not run, for the reason in ``measure``."""
-
-    name: str
-    what: str
-    measure: str
-    ok: bool | None
 
 
 class Machine:

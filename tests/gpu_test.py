@@ -1,8 +1,9 @@
 """Everything that needs a GPU to be shown: ``make gpu-test``, or ``python -m tests.gpu_test`` in the repository's folder.
 
 Needs an NVIDIA GPU, PyTorch with its Triton, NumPy and g++; no network and no test framework. One line for every check: what ran, the
-worst error or a count, ok or FAILED; exit status 1 where one failed. NVIDIA's TensorRT headers (TENSORRT_ROOT) and compute-sanitizer are
-used where they are found, and a line says so where they are not.
+worst error or a count, ok or FAILED; exit status 1 where one failed. NVIDIA's TensorRT headers (TENSORRT_ROOT), compute-sanitizer,
+ONNX Runtime's CUDA provider and TensorRT are used where they are found, and a line says so where they are not. Without PyTorch, as on a
+board that only runs engines, the runtime's checks are made (cuda-bindings and NumPy are enough), and a line says so.
 
 The groups of checks run side by side in processes of their own: Triton compiles for minutes on one core, and a kernel that fails takes
 its process's GPU context with it.
@@ -26,9 +27,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 GROUPS = ("attention", "routes", "experts", "library")
-ALONE = "far"  # takes much of a GPU's memory
+RUNTIME = ("device", "backends")
+ALONE = ("far", *RUNTIME)  # take much of a GPU's memory, or look at how much there is
 SANITIZED, SANITIZED_STATUS = "sanitized", 86
-_MOST_SECONDS = 420  # of a group; the whole is to stay under eight minutes
+_MOST_SECONDS = 420  # of a group; all but the runtime's are to stay under eight minutes together
 _NEEDED = {"torch": "PyTorch", "triton": "Triton, which PyTorch's CUDA builds bring", "numpy": "NumPy"}
 
 
@@ -48,8 +50,22 @@ def what_is_missing() -> str:
     return ""
 
 
+def _runtime(name: str, folder: Path) -> Iterator[Any]:
+    """The results of a group that needs no PyTorch."""
+    if name == "device":
+        from tests.gpu_checks_device import device
+
+        return device()
+    from tests.gpu_checks_backends import backends
+
+    return backends(folder)
+
+
 def _group(name: str, folder: Path) -> Iterator[Any]:
     """The results of one group, in this process."""
+    if name in RUNTIME:
+        yield from _runtime(name, folder)
+        return
     from tests import gpu_checks_kernels as kernels
     from tests.gpu_checks_library import library
     from tests.gpu_checks_plugins import plugins
@@ -64,7 +80,7 @@ def _group(name: str, folder: Path) -> Iterator[Any]:
     elif name == "experts":
         yield from kernels.experts(machine)
         yield from kernels.expert_route(machine)
-    elif name == ALONE:
+    elif name == "far":
         yield from kernels.far_offsets(machine)
     elif name == "library":
         yield from library(machine, folder)
@@ -158,7 +174,13 @@ def show(result: Sequence[Any]) -> None:
     print(f"{verdict:<8}{name:<24} {what:<62} {measure}", flush=True)
 
 
-def describe_machine() -> str:
+def describe_machine(has_torch: bool = True) -> str:
+    if not has_torch:
+        from bilevel.runtime.machine import look
+
+        machine = look()
+        gpus = ", ".join(f"{gpu.name} (sm_{gpu.capability}, {gpu.memory_bytes / 2**30:.0f} GiB)" for gpu in machine.gpus)
+        return f"{gpus}, CUDA {machine.driver_cuda}, Python {sys.version.split()[0]}"
     import torch
     import triton
 
@@ -167,6 +189,16 @@ def describe_machine() -> str:
         f"{properties.name} (sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB), "
         f"PyTorch {torch.__version__}, CUDA {torch.version.cuda}, Triton {triton.__version__}, Python {sys.version.split()[0]}"
     )
+
+
+def run_runtime(folder: Path, why: str) -> list[list[Any]]:
+    """What needs no PyTorch. why: the rest is not run."""
+    results = [["kernels", "all checks", why, None]]
+    for name in RUNTIME:
+        results += read_results(*start(name, folder), name)
+    for result in results:
+        show(result)
+    return results
 
 
 def run_all(folder: Path) -> list[list[Any]]:
@@ -179,22 +211,35 @@ def run_all(folder: Path) -> list[list[Any]]:
             for result in read_results(lines, status, errors, running[done]):
                 show(result)
                 results.append(result)
-    for result in (*read_results(*start(ALONE, folder), ALONE), *sanitize(folder)):
+    for name in ALONE:
+        for result in read_results(*start(name, folder), name):
+            show(result)
+            results.append(result)
+    for result in sanitize(folder):
         show(result)
         results.append(result)
     return results
+
+
+def has_gpu() -> bool:
+    """Whether the driver has one, and NumPy is there: enough for the runtime's checks."""
+    if importlib.util.find_spec("numpy") is None:
+        return False
+    from bilevel.runtime.machine import look
+
+    return bool(look().gpus)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the checks; 0 where none failed, 1 where one did, 2 where nothing can run here."""
     parser = argparse.ArgumentParser(prog="python -m tests.gpu_test", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--group", help="run one group in this process and print JSON: " + ", ".join((*GROUPS, ALONE, SANITIZED))
+        "--group", help="run one group in this process and print JSON: " + ", ".join((*GROUPS, *ALONE, SANITIZED))
     )
     parser.add_argument("--folder", type=Path, help="where the kernel library is built (with --group)")
     options = parser.parse_args(arguments)
-    problem = what_is_missing()
-    if problem:
+    problem = "" if options.group in RUNTIME else what_is_missing()
+    if problem and (options.group or not has_gpu()):
         print(f"gpu-test: {problem}", file=sys.stderr)
         return 2
     if options.group:
@@ -202,9 +247,9 @@ def main(arguments: list[str] | None = None) -> int:
             _group(options.group, options.folder or Path(tempfile.mkdtemp())), lambda line: print(line, flush=True)
         )
     begin = time.monotonic()
-    print(describe_machine(), flush=True)
+    print(describe_machine(not problem), flush=True)
     with tempfile.TemporaryDirectory(prefix="bilevel-gpu-test-") as folder:
-        results = run_all(Path(folder))
+        results = run_runtime(Path(folder), problem) if problem else run_all(Path(folder))
     counts = {verdict: sum(result[3] is verdict for result in results) for verdict in (True, False, None)}
     print(f"{counts[True]} ok, {counts[False]} failed, {counts[None]} not run, {time.monotonic() - begin:.0f} s")
     return int(counts[False] > 0)

@@ -250,6 +250,33 @@ def test_the_command(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "BUNDLE" not in capsys.readouterr().out.split("kernel library")[0]
 
 
+def test_the_library_that_is_taken(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The places in their order, the first that is there marked, each with its hash; and all that --json promises."""
+    from hashlib import sha256
+
+    from bilevel.runtime.cli_doctor import EPILOG
+
+    monkeypatch.setattr("bilevel.runtime.cli_doctor.look", lambda: ORIN)
+    monkeypatch.setenv(LIBRARY_VARIABLE, str(write_library(tmp_path / "environment.so", target="x86_64")))
+    within = write_library(bundle / "kernels" / "aarch64" / "libbilevel_kernels.so")
+    assert main(["doctor", str(bundle), "--library", str(tmp_path / "absent.so")]) == 2
+    assert "absent.so is no file; build it: bilevel kernels build" in capsys.readouterr().err
+    assert main(["doctor", str(bundle)]) == 0
+    text = capsys.readouterr().out
+    digest = sha256(within.read_bytes()).hexdigest()
+    assert re.search(
+        rf"bundle +{within}: kernels for sm_87 \[SHA-256 {digest[:12]}, taken\]\n +environment +.* is for x86_64", text
+    )
+    assert main(["doctor", str(bundle), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert [each["from"] for each in facts["libraries"]] == ["bundle", "environment", "package"]
+    assert [each["is_taken"] for each in facts["libraries"]] == [True, False, False]
+    for keys in (facts, facts["machine"], facts["machine"]["gpus"][0], facts["libraries"][0], facts["ways"][0]):
+        assert [key for key in keys if key not in EPILOG] == []
+
+
 def test_a_bundle_that_nothing_runs(bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bilevel.runtime.cli_doctor.look", lambda: replace(no_driver(), packages={}))
     assert main(["doctor", str(bundle)]) == 1

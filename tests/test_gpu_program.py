@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,13 +18,21 @@ from torch import Tensor
 from bilevel.plugins import gpu_kernels
 from bilevel.plugins.kernel_library import KernelLibrary
 from bilevel.plugins.tensorrt_headers import find_headers
+from tests import (
+    gpu_checks_backends,
+    gpu_checks_device,
+    gpu_checks_library,
+    gpu_checks_plugins,
+    gpu_checks_sanitizer,
+    gpu_test,
+)
 from tests import gpu_checks_kernels as kernels
-from tests import gpu_checks_library, gpu_checks_plugins, gpu_checks_sanitizer, gpu_test
 from tests.fake_gpu import Gpu, fake_gpu, number_kernels
 from tests.gpu_cases import HALF, SINGLE, Attention, ExpertRoute, Experts, Route
 from tests.gpu_checks_library import Cases, library
 from tests.gpu_checks_plugins import plugins
-from tests.gpu_machine import Machine, Result
+from tests.gpu_machine import Machine
+from tests.gpu_result import Result
 from tests.triton_calls import triton_launch
 
 ATTENTION = Attention((4, 2, 2), 16, 4, 6, 3, (2, 17), (SINGLE,))
@@ -179,8 +188,11 @@ def test_every_group_is_wired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ran: list[str] = []
 
     def noted(name: str) -> Callable[..., Iterator[Result]]:
-        def check(machine: Machine, *rest: Any) -> Iterator[Result]:
-            assert isinstance(machine, Machine) and rest in ((), (tmp_path,))
+        def check(*given: Any) -> Iterator[Result]:
+            needs_machine = name not in gpu_test.RUNTIME
+            assert isinstance(given[0], Machine) if needs_machine else True
+            rest = given[1:] if needs_machine else given
+            assert rest in ((), (tmp_path,))
             ran.append(name)
             yield from ()
 
@@ -195,14 +207,17 @@ def test_every_group_is_wired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "library",
         "plugins",
         "far_offsets",
+        "device",
+        "backends",
         "small",
         "overrun",
     ]
-    for module in (kernels, gpu_checks_library, gpu_checks_plugins, gpu_checks_sanitizer):
+    modules = (gpu_checks_library, gpu_checks_plugins, gpu_checks_sanitizer, gpu_checks_device, gpu_checks_backends)
+    for module in (kernels, *modules):
         for name in expected:
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, noted(name))
-    for group in (*gpu_test.GROUPS, gpu_test.ALONE, gpu_test.SANITIZED, "overrun"):
+    for group in (*gpu_test.GROUPS, *gpu_test.ALONE, gpu_test.SANITIZED, "overrun"):
         list(gpu_test._group(group, tmp_path))
     assert ran == expected
 
@@ -250,13 +265,30 @@ def test_where_nothing_can_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert "TRITON_INTERPRET is set" in gpu_test.what_is_missing()
 
 
+def test_a_board_without_pytorch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The runtime's checks are made, and what was not is said."""
+    monkeypatch.setattr(gpu_test, "what_is_missing", lambda: "this Python has no PyTorch")
+    monkeypatch.setattr(gpu_test, "has_gpu", lambda: True)
+    assert gpu_test.describe_machine(has_torch=False).endswith(f"Python {sys.version.split()[0]}")
+    started: list[str] = []
+
+    def noted(name: str, folder: Path) -> tuple[list[str], int, str]:
+        started.append(name)
+        return [json.dumps(["a", name, "c", True])], 0, ""
+
+    monkeypatch.setattr(gpu_test, "start", noted)
+    assert gpu_test.main([]) == 0 and started == ["device", "backends"]
+    printed = capsys.readouterr().out
+    assert "not run kernels" in printed and "this Python has no PyTorch" in printed and "2 ok, 0 failed, 1 not run" in printed
+
+
 def test_the_report_fails_where_a_check_failed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(gpu_test, "what_is_missing", lambda: "")
-    monkeypatch.setattr(gpu_test, "describe_machine", lambda: "a GPU")
+    monkeypatch.setattr(gpu_test, "describe_machine", lambda has_torch: "a GPU")
     monkeypatch.setattr(gpu_test, "sanitize", lambda folder: [["memory checker", "", "", None]])
     for ok, status in ((True, 0), (False, 1)):
         line = json.dumps(["a", "b", "c", ok])
         monkeypatch.setattr(gpu_test, "start", lambda name, folder, line=line: ([line], 0, ""))
         assert gpu_test.main([]) == status
         printed = capsys.readouterr().out
-        assert ("5 ok, 0 failed, 1 not run" if ok else "0 ok, 5 failed, 1 not run") in printed
+        assert ("7 ok, 0 failed, 1 not run" if ok else "0 ok, 7 failed, 1 not run") in printed
