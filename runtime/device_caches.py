@@ -57,29 +57,40 @@ class Place:
         return self.offset + math.prod(self.shape) * self.dtype.itemsize
 
 
+@dataclass
+class Buffers:
+    """What calls read and what they give, shared by rows that are cut out of others. num_calls: of all who share."""
+
+    call: dict[str, Memory]
+    results: Memory
+    num_calls: int = 0
+
+
 class DeviceCaches(ABC):
     """See ``Caches``. A backend says how a call is prepared and executed.
 
-    state: {name of a cache's input: its memory and the address of its first row}; None: new and zeroed.
+    whole: the caches whose rows from ``first`` on these are; None: new and zeroed ones.
     """
 
     def __init__(
-        self, session: DeviceSession, batch: int, capacity: int, state: Mapping[str, tuple[Memory, int]] | None = None
+        self, session: DeviceSession, batch: int, capacity: int, whole: DeviceCaches | None = None, first: int = 0
     ) -> None:
         self.batch, self.capacity = batch, capacity
-        self.num_calls, self._length = 0, 1
+        self.last_call, self._length = 0, 1
         self._routes: Routes | None = None
         self._session, self._device, self._bundle = session, session.device, session.bundle
         sizes = self._bundle.sizes(batch, capacity)
-        if state is None:
-            new = {spec.name: self._new(spec, sizes, zeroed=True) for spec, _ in self._bundle.state}
-            state = {name: (memory, memory.address) for name, memory in new.items()}
-        self._state = dict(state)
-        longest = {**sizes, "new_tokens": session.longest}
-        self._call = {spec.name: self._new(spec, longest) for spec in self._bundle.inputs if spec.name in CALL_INPUTS}
         self._places: dict[int, dict[str, Place]] = {}
-        # A backend wants an address for every output, those that nobody reads included.
-        self._results = self._device.allocate(max(place.end for place in self.places(session.longest).values()))
+        if whole is None:
+            new = {spec.name: self._new(spec, sizes, zeroed=True) for spec, _ in self._bundle.state}
+            self._state = {name: (memory, memory.address) for name, memory in new.items()}
+            longest = {**sizes, "new_tokens": session.longest}
+            call = {spec.name: self._new(spec, longest) for spec in self._bundle.inputs if spec.name in CALL_INPUTS}
+            # A backend wants an address for every output, those that nobody reads included.
+            results = self._device.allocate(max(place.end for place in self.places(session.longest).values()))
+            self._buffers = Buffers(call, results)
+        else:
+            self._state, self._buffers = whole._shared_rows(first), whole._buffers
         self._hosts: dict[tuple[str, ...], NDArray[np.uint8]] = {}
         self._names = self._route_names()
 
@@ -124,8 +135,8 @@ class DeviceCaches(ABC):
 
     def addresses(self, length: int) -> dict[str, int]:
         """The address of every input and output in a call of ``length`` tokens a row."""
-        found = {name: memory.address for name, memory in self._call.items()}
-        found |= {name: self._results.address + place.offset for name, place in self.places(length).items()}
+        found = {name: memory.address for name, memory in self._buffers.call.items()}
+        found |= {name: self._buffers.results.address + place.offset for name, place in self.places(length).items()}
         # An input and its output share the memory: new tokens are written where the old ones lie.
         for spec, output in self._bundle.state:
             found[spec.name] = found[output] = self._state[spec.name][1]
@@ -176,10 +187,11 @@ class DeviceCaches(ABC):
                 f"{length} new tokens do not fit behind {int(past_len.max())} in caches of {self.capacity}; give shorter prompts"
             )
         self._prepare(length)
-        self.num_calls, self._length, self._routes = self.num_calls + 1, length, None
-        ids.put(self._call["input_ids"].address)
+        self._buffers.num_calls += 1
+        self.last_call, self._length, self._routes = self._buffers.num_calls, length, None
+        ids.put(self._buffers.call["input_ids"].address)
         for name, array in (("past_len", past_len), ("new_len", new_len)):
-            self._device.upload(self._call[name].address, np.ascontiguousarray(array, DTYPES[CALL_INPUTS[name]].numpy))
+            self._device.upload(self._buffers.call[name].address, np.ascontiguousarray(array, DTYPES[CALL_INPUTS[name]].numpy))
         self._write_tokens(past_len, length)
         self._execute(length)
         logits = DeviceLogits(self)
@@ -187,6 +199,14 @@ class DeviceCaches(ABC):
             logits.start()
         self._device.synchronize()
         return logits
+
+    def _write_tokens(self, past_len: NDArray[np.int32], length: int) -> None:
+        """Enqueue copies of the call's tokens, behind those of each row, into the caches that the backend only reads."""
+        for spec in self._session.only_read:
+            size, first = DTYPES[spec.dtype].numpy.itemsize, self._state[spec.name][1]
+            for row, past in enumerate(past_len.tolist()):
+                source = self._buffers.call["input_ids"].address + row * length * size
+                self._device.copy_strips(first + (row * self.capacity + past) * size, source, length * size, length * size, 1)
 
     def tensor(self, name: str) -> DeviceTensor:
         """A cache, by its input's name, or a result of the last call, where it lies; anything that speaks DLPack may take it.
@@ -201,25 +221,19 @@ class DeviceCaches(ABC):
         for spec in self._session.results:
             if spec.name == name:
                 place = self.places(self._length)[name]
-                return DeviceTensor(self._results.address + place.offset, place.shape, spec.dtype, self._device, self._results)
+                results = self._buffers.results
+                return DeviceTensor(results.address + place.offset, place.shape, spec.dtype, self._device, results)
         names = [spec.name for spec in (*self._session.results, *(spec for spec, _ in self._bundle.state))]
         raise RequestError(f"there is no tensor {name!r} on the GPU; take one of {', '.join(names)}")
 
-    def _write_tokens(self, past_len: NDArray[np.int32], length: int) -> None:
-        """Enqueue copies of the call's tokens, behind those of each row, into the caches that the backend only reads."""
-        for spec in self._session.only_read:
-            size, first = DTYPES[spec.dtype].numpy.itemsize, self._state[spec.name][1]
-            for row, past in enumerate(past_len.tolist()):
-                target, source = (
-                    first + (row * self.capacity + past) * size,
-                    self._call["input_ids"].address + row * length * size,
-                )
-                self._device.copy_strips(target, source, length * size, length * size, 1)
+    def reserve(self) -> None:
+        """See ``Caches.reserve``: a GPU's memory is taken when it is allocated, and cleared by the time that this returns."""
+        self._device.synchronize()
 
     @property
     def routes(self) -> Routes | None:
         """See ``Caches.routes``. They are copied, all at once, when a field is first looked at; a call without readers copies nothing."""
-        return DeviceRoutes(self) if self._names and self.num_calls else None
+        return DeviceRoutes(self) if self._names and self.last_call else None
 
     def read_routes(self) -> Routes:
         """Those of the last call, copied from the GPU the first time."""
@@ -245,11 +259,11 @@ class DeviceCaches(ABC):
         host = self._hosts.get(tuple(names))
         if host is None or host.size != end - first:
             host = self._hosts[tuple(names)] = np.empty(end - first, np.uint8)
-        self._device.download(host, self._results.address + first)
+        self._device.download(host, self._buffers.results.address + first)
         parts = {name: host[places[name].offset - first : places[name].end - first] for name in names}
         return {name: part.view(places[name].dtype).reshape(places[name].shape) for name, part in parts.items()}
 
     def check_call(self, call: int, what: str) -> None:
         """Raises RequestError where the results of a call have been overwritten by a later one."""
-        if call != self.num_calls:
+        if call != self._buffers.num_calls:
             raise RequestError(f"the {what} of an earlier call are gone from the GPU; read them before the next call")

@@ -20,7 +20,7 @@ class DeviceLogits:
     """Logits [B, vocab] of the last call, on the GPU. ``logits[row]`` is what a sampler takes; as an array they are copied."""
 
     def __init__(self, caches: DeviceCaches) -> None:
-        self._caches, self._call = caches, caches.num_calls
+        self._caches, self._call = caches, caches.last_call
         self._group = BEST if caches.places(1).keys() >= set(BEST) else ("logits",)
         self._fetched: dict[str, NDArray[Any]] = {}
 
@@ -78,7 +78,7 @@ class DeviceRoutes(Routes):
     """Routes that are copied when the first of their fields is looked at."""
 
     def __init__(self, caches: DeviceCaches) -> None:
-        self.__dict__.update(_caches=caches, _call=caches.num_calls)
+        self.__dict__.update(_caches=caches, _call=caches.last_call)
 
     def __getattr__(self, name: str) -> Any:
         # Python comes here for the fields, which this object does not have itself.

@@ -7,13 +7,14 @@ token per row is captured into a CUDA graph the second time and launched as one 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from bilevel.plugins.errors import EngineError, RequestError
 from bilevel.runtime.bundle import Bundle
+from bilevel.runtime.compiled import CompiledKernels, cache_file
 from bilevel.runtime.device_caches import DeviceCaches
 from bilevel.runtime.device_memory import Device, Memory
 from bilevel.runtime.device_results import BEST
@@ -77,6 +78,7 @@ class EngineSession:
         if self._engine is None:
             raise EngineError(f"{engine.path.name} does not load ({self._reason()}); {engine.remedy}")
         self._working: Memory | None = None
+        self._compiled: CompiledKernels | None = None
         self._check_ports()
         if engine.weight_streaming:
             self._place_weights()
@@ -131,12 +133,32 @@ class EngineSession:
             )
         return EngineCaches(self, batch)
 
+    def _context_config(self, profile: int) -> Any:
+        """How a context is made: without working memory of its own, and in TensorRT-RTX with the kernels that were compiled before."""
+        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self.engine.backend != "tensorrt-rtx":
+            return strategy
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
+        if self.engine.new_tokens[profile] == (1, 1):
+            # The capture of a single token keeps the kernels that it meets: the final ones, not those that run until these are compiled.
+            config.dynamic_shapes_kernel_specialization_strategy = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        if self._compiled is None:
+            self._compiled = CompiledKernels(config, cache_file(self.engine))
+        self._compiled.serve(config)
+        return config
+
+    def keep_compiled(self) -> None:
+        """Keep what TensorRT-RTX has compiled for new shapes."""
+        if self._compiled is not None:
+            self._compiled.keep()
+
     def context(self, profile: int) -> Any:
         """A new execution context on an optimisation profile. All contexts run one after another, in the same working memory."""
         if self._working is None:
             sizes = map(self._engine.get_device_memory_size_for_profile_v2, range(self._engine.num_optimization_profiles))
             self._working = self.device.allocate(max(sizes))
-        context = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        context = self._engine.create_execution_context(self._context_config(profile))
         if context is None or not context.set_optimization_profile_async(profile, self.device.stream):
             raise EngineError(
                 f"the engine gets no memory to run ({self._reason()}); use a smaller batch, or {self.engine.remedy}"
@@ -153,8 +175,8 @@ class EngineSession:
 class EngineCaches(DeviceCaches):
     """See ``DeviceCaches``: one execution context for every optimisation profile, and decode as a CUDA graph."""
 
-    def __init__(self, session: EngineSession, batch: int, state: Mapping[str, tuple[Memory, int]] | None = None) -> None:
-        super().__init__(session, batch, session.engine.capacity, state)
+    def __init__(self, session: EngineSession, batch: int, whole: EngineCaches | None = None, first: int = 0) -> None:
+        super().__init__(session, batch, session.engine.capacity, whole, first)
         self._engine_session = session
         self._contexts: dict[int, Any] = {}
         self._lengths: dict[int, int] = {}
@@ -163,7 +185,7 @@ class EngineCaches(DeviceCaches):
 
     def rows(self, first: int, count: int) -> EngineCaches:
         """See ``Caches.rows``. Raises RequestError where a row of a cache does not begin where TensorRT reads."""
-        return EngineCaches(self._engine_session, count, self._shared_rows(first))
+        return EngineCaches(self._engine_session, count, self, first)
 
     def _prepare(self, length: int) -> None:
         self._context(self._profile(length), length)
@@ -210,4 +232,5 @@ class EngineCaches(DeviceCaches):
         self._calls[profile] += 1
         if length == 1 and self._calls[profile] == 2:
             self._graphs[profile] = self._device.capture(execute)
+            self._engine_session.keep_compiled()
         self._graphs.get(profile, execute)()

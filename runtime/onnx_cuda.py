@@ -6,13 +6,12 @@ and copies to and fro. What must not happen silently, and does by default, is th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from bilevel.plugins.errors import EngineError
 from bilevel.runtime.bundle import Bundle
 from bilevel.runtime.device_caches import DeviceCaches
-from bilevel.runtime.device_memory import Device, Memory
+from bilevel.runtime.device_memory import Device
 from bilevel.runtime.machine import find_provider_problem, preload_cuda
 from bilevel.runtime.session import OnnxGraph, translated
 from bilevel.runtime.tensors import DTYPES, TensorSpec
@@ -67,15 +66,16 @@ class CudaCaches(DeviceCaches):
         graph: Any,
         batch: int,
         capacity: int,
-        state: Mapping[str, tuple[Memory, int]] | None = None,
+        whole: CudaCaches | None = None,
+        first: int = 0,
     ) -> None:
-        super().__init__(session, batch, capacity, state)
+        super().__init__(session, batch, capacity, whole, first)
         self._cuda_session, self._graph = session, graph
         self._bindings: dict[int, Any] = {}
 
     def rows(self, first: int, count: int) -> CudaCaches:
         """See ``Caches.rows``. Raises RequestError where a row of a cache does not begin where a GPU reads."""
-        return CudaCaches(self._cuda_session, self._graph, count, self.capacity, self._shared_rows(first))
+        return CudaCaches(self._cuda_session, self._graph, count, self.capacity, self, first)
 
     def _prepare(self, length: int) -> None:
         if length in self._bindings:

@@ -57,7 +57,9 @@ def _operation(
 ) -> dict[str, Any]:
     content: dict[str, Any] = {kind: {"schema": {}}}
     if stream:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {
+            "schema": {"description": "events; the data of each is a JSON object, of the last [DONE]"}
+        }
     answer = {"description": "the answer", "content": content}
     codes = _ERRORS if body else {code: _ERRORS[code] for code in ("401", "404", "503")}
     error = {"application/json": {"schema": {"type": "object", "required": ["error"]}}}

@@ -29,7 +29,7 @@ from bilevel.runtime.session import Session
 from bilevel.runtime.text import BundleTokenizer
 
 MOST_CONNECTIONS = 1000
-PUBLISH_SECONDS = 0.01  # a screen shows about 60 changes a second
+PUBLISH_SECONDS = 1 / 60  # a screen shows no more changes
 SWITCH_SECONDS = (
     0.0005  # that the model waits for Python's lock while an answer is written; Python's own 0.005 is a small model's step
 )
@@ -89,7 +89,6 @@ def build(
 def serve(args: argparse.Namespace) -> int:
     """Open the bundle and serve it; the exit status."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
-    sys.setswitchinterval(SWITCH_SECONDS)
     keys = None if args.api_key_file is None else Keys(args.api_key_file)
     session, why = open_session(
         args.bundle, args.backend, verify=not args.no_verify, threads=args.threads, library=args.library
@@ -98,6 +97,9 @@ def serve(args: argparse.Namespace) -> int:
     name = args.model_name or args.bundle.resolve().name
     listener = listen(args.host, args.port)
     http = HttpLimits(max_body=args.max_body)
+    sys.setswitchinterval(SWITCH_SECONDS)
+    gc.collect()
+    gc.freeze()  # what lives as long as the server is not looked through again, which would stop all texts for a while
     asyncio.run(run_server(session, name, limits, http, keys, listener, args.grace, why=why))
     return 0
 
@@ -158,8 +160,6 @@ async def run_server(
     server = Server(config, service.scheduler, grace)
     on_start(server)
     scheduler = service.scheduler
-    gc.collect()
-    gc.freeze()  # what lives as long as the server is not looked through again, which would stop all texts for a while
     print(_greeting(name, listener, scheduler, why), file=sys.stderr, flush=True)
     try:
         await server.serve(sockets=[listener])

@@ -32,7 +32,7 @@ class FakeDevice:
     """``Device`` on host memory. limit: bytes that may be allocated at once."""
 
     def __init__(self, limit: int = 1 << 30) -> None:
-        self.stream, self.limit, self.used = 7, limit, 0
+        self.stream, self.limit, self.used, self.name = 7, limit, 0, "RTX 5090"
         self.blocks: dict[int, ctypes.Array[ctypes.c_char]] = {}
         self.pending: list[Callable[[], None]] = []
         self.captured: list[Callable[[], None]] | None = None
@@ -170,6 +170,42 @@ class _Context:
         return True
 
 
+class FakeRuntimeConfig:
+    """TensorRT-RTX's. What a context compiles is the name of its configuration's strategy."""
+
+    def __init__(self, device: FakeDevice) -> None:
+        self.device, self.strategy, self.dynamic_shapes_kernel_specialization_strategy = device, -1, "LAZY"
+        self.cache: FakeRuntimeCache | None = None
+
+    def set_execution_context_allocation_strategy(self, strategy: int) -> None:
+        self.strategy = strategy
+
+    def create_runtime_cache(self) -> FakeRuntimeCache:
+        return FakeRuntimeCache(self.device.name)
+
+    def set_runtime_cache(self, cache: FakeRuntimeCache) -> bool:
+        self.cache = cache
+        return True
+
+
+class FakeRuntimeCache:
+    """What was compiled, on one kind of GPU."""
+
+    def __init__(self, gpu: str) -> None:
+        self.gpu, self.compiled = gpu, set[str]()
+
+    def deserialize(self, data: bytes) -> bool:
+        try:
+            gpu, compiled = json.loads(data)
+        except ValueError:
+            return False
+        self.compiled = set(compiled) if gpu == self.gpu else set()
+        return bool(gpu == self.gpu)
+
+    def serialize(self) -> bytes:
+        return json.dumps([self.gpu, sorted(self.compiled)]).encode()
+
+
 class _Engine:
     def __init__(self, plan: dict[str, Any], device: FakeDevice, fail: Callable[[str], bool], has_memory: bool) -> None:
         self.plan, self.device, self.fail, self.has_memory = plan, device, fail, has_memory
@@ -179,6 +215,9 @@ class _Engine:
         self.has_context, self.budget, self.streamable_weights_size = False, 0, 1 << 20
         self.names = [*self.inputs, *self.outputs]
         self.num_io_tensors, self.num_optimization_profiles = len(self.names), len(plan["new_tokens"])
+
+    def create_runtime_config(self) -> FakeRuntimeConfig:
+        return FakeRuntimeConfig(self.device)
 
     def get_tensor_name(self, index: int) -> str:
         return self.names[index]
@@ -191,6 +230,10 @@ class _Engine:
         return 100 * self.plan["new_tokens"][profile][1]
 
     def create_execution_context(self, strategy: Any) -> _Context | None:
+        if isinstance(strategy, FakeRuntimeConfig):
+            assert strategy.cache is not None
+            strategy.cache.compiled |= {str(strategy.dynamic_shapes_kernel_specialization_strategy)}
+            strategy = strategy.strategy
         assert strategy == 2, "each context would take working memory of its own"
         self.has_context = True
         return _Context(self) if self.has_memory or self.fail("out of memory") else None
@@ -217,6 +260,7 @@ class FakeTensorrt:
     def __init__(self, device: FakeDevice, version: str = VERSION) -> None:
         self.__version__ = version
         self.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED=2)
+        self.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="EAGER")
         self.libraries: list[str] = []
         self.refuses_libraries, self.has_memory = False, True
         self._device = device

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from bilevel.plugins.errors import EngineError, RequestError
-from bilevel.runtime import engine_session
+from bilevel.runtime import compiled, engine_session
 from bilevel.runtime.bundle import load_bundle
+from bilevel.runtime.compiled import cache_file
 from bilevel.runtime.engine_session import EngineSession
 from bilevel.runtime.engines import Engine, find_engines, read_engine
 from bilevel.runtime.generate import Generator
@@ -86,7 +87,11 @@ def test_caches_share_one_buffer_and_go_back(bundle: Path, device: FakeDevice, t
     assert state <= device.used <= state + 40_000  # one buffer for an input and its output
     caches.run(np.zeros((2, 3), np.int64), np.zeros(2, np.int32), np.full(2, 3, np.int32))
     assert caches.routes is not None and caches.routes.blocks.any()
-    del caches, session  # which keeps the working memory of its calls
+    del caches
+    assert device.used == 100 * max(
+        most for _, most in session.engine.new_tokens
+    )  # the contexts' working memory, the session's
+    del session
     assert device.used == 0
 
 
@@ -248,6 +253,41 @@ def test_an_engine_of_another_graph(copied: Copied, tmp_path: Path, device: Fake
         EngineSession(load_bundle(copied("two_level")[1]), engine, None, device)  # type: ignore[arg-type]
 
 
+def test_what_rtx_compiles_is_kept(
+    bundle: Path, trt: FakeTensorrt, device: FakeDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From process to process, for one kind of GPU. The context whose calls are captured compiles before it runs."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def run(device: FakeDevice) -> EngineSession:
+        trt._device = device
+        session = open_engine(bundle, device, backend="tensorrt-rtx")
+        caches = session.allocate(1, 16)
+        for past, length in enumerate((2, 1, 1)):
+            caches.run(np.ones((1, length), np.int64), np.full(1, past + 1, np.int32), np.full(1, length, np.int32))
+        return session
+
+    def kept() -> list[Any]:
+        (file,) = (tmp_path / "bilevel").iterdir()
+        assert file == cache_file(session.engine)
+        return list(json.loads(file.read_bytes()))
+
+    session = run(device)
+    assert kept() == ["RTX 5090", ["EAGER", "LAZY"]]
+    cache_file(session.engine).write_bytes(json.dumps(["RTX 5090", ["FROM BEFORE"]]).encode())
+    run(device)
+    assert kept() == ["RTX 5090", ["EAGER", "FROM BEFORE", "LAZY"]]
+    other = FakeDevice()
+    other.name = "RTX 4070"
+    run(other)
+    assert kept() == ["RTX 4070", ["EAGER", "LAZY"]]
+    cache_file(session.engine).write_bytes(b"damaged")
+    run(device)
+    assert kept() == ["RTX 5090", ["EAGER", "LAZY"]]
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    run(device)  # a home that cannot be written to is no obstacle
+
+
 @pytest.mark.parametrize(("free_mib", "budget"), [(1024, 1 << 20), (256 + 5, 5 * 2**20 // 8), (100, 0)])
 def test_weights_that_find_no_room_stay_with_the_host(
     free_mib: int, budget: int, bundle: Path, trt: FakeTensorrt, monkeypatch: pytest.MonkeyPatch
@@ -294,11 +334,16 @@ def test_every_name_exists_in_the_real_modules(module: str) -> None:
         trt.ExecutionContextAllocationStrategy,
     ]
     ours = {name for each in (EngineSession, engine_session.EngineCaches) for name in dir(each)}
-    source = ast.walk(ast.parse(inspect.getsource(engine_session)))
+    text = inspect.getsource(engine_session)
+    if module == "tensorrt_rtx":
+        owners += [trt.DynamicShapesKernelSpecializationStrategy, trt.IRuntimeConfig, trt.IRuntimeCache]
+        text += inspect.getsource(compiled)
+    source = ast.walk(ast.parse(text))
     used = {
         node.attr
         for node in source
-        if isinstance(node, ast.Attribute) and re.search(r"\b_?(trt|engine|context|runtime)\b", ast.unparse(node.value))
+        if isinstance(node, ast.Attribute)
+        and re.search(r"\b_?(trt|engine|context|runtime|config|cache)\b", ast.unparse(node.value))
     }
     used -= (
         {name for name in ours}
@@ -306,6 +351,9 @@ def test_every_name_exists_in_the_real_modules(module: str) -> None:
         | {"remedy", "device_bytes", "read_plan", "runtime", "plugins"}
     )
     assert used >= {"execute_async_v3", "set_tensor_address", "deserialize_cuda_engine", "USER_MANAGED", "load_library"}
+    if module == "tensorrt_lean":  # TensorRT itself compiles nothing on the device
+        used -= {"DynamicShapesKernelSpecializationStrategy", "EAGER", "dynamic_shapes_kernel_specialization_strategy"}
+        used -= {"set_execution_context_allocation_strategy"}
     assert [name for name in sorted(used) if not any(hasattr(owner, name) for owner in owners)] == []
 
 

@@ -22,7 +22,8 @@ SHARED = (
 )
 
 PLANNING = tuple(
-    f"bilevel.plugins.{name}" for name in ("contract", "errors", "launches", "plans_experts", "plans_routing", "tiles")
+    f"bilevel.plugins.{name}"
+    for name in ("contract", "errors", "launches", "plans_caches", "plans_experts", "plans_routing", "tiles")
 )
 
 SERVING = ("h11", "jinja2", "prometheus_client", "pydantic", "starlette", "uvicorn")
@@ -42,6 +43,7 @@ LAW: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     # What describes the kernels' launches is read without PyTorch and Triton too, by whoever writes a launcher in C.
     "bilevel.plugins.launches": (("bilevel.plugins.contract", "bilevel.plugins.errors", "bilevel.plugins.tiles"), ()),
     "bilevel.plugins.plans": (PLANNING, ()),
+    "bilevel.plugins.plans_caches": (PLANNING, ()),
     "bilevel.plugins.plans_experts": (PLANNING, ()),
     "bilevel.plugins.plans_routing": (PLANNING, ()),
     "bilevel.plugins.tensorrt_fields": (

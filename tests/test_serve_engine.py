@@ -102,7 +102,7 @@ def test_what_is_asked_for_within_the_engine(open_engine: Callable[..., EngineSe
 
 def test_rows_that_tensorrt_cannot_read_are_refused_at_the_start(open_engine: Callable[..., EngineSession]) -> None:
     session = open_engine(capacity=12)
-    with pytest.raises(RequestError, match="a row of the cache .*; build the engine with another --capacity"):
+    with pytest.raises(RequestError, match="a row of the cache .*; take another --capacity"):
         Scheduler(session, choose_limits(session, None, None, 8), lambda events: None)
     with running(session, **vars(choose_limits(session, 1, None, 8))) as server:
         assert server.complete([5], max_tokens=2)["usage"]["completion_tokens"] >= 1

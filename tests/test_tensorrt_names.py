@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-BUILDING = ("export/engine_network.py", "export/engine_worker.py", "export/tensorrt_versions.py")
+BUILDING = ("export/engine_network.py", "export/engine_sampling.py", "export/engine_worker.py", "export/tensorrt_versions.py")
 PLUGINS = ("plugins/tensorrt_python.py",)
 # What a variable or field of this name is.
 CLASSES = {
