@@ -61,7 +61,7 @@ def describe(machine: Machine, folder: Path | None, library: Path | None) -> dic
 
 
 def _libraries(machine: Machine, folder: Path | None, library: Path | None) -> list[dict[str, Any]]:
-    found = []
+    found: list[dict[str, Any]] = []
     for where, path in library_places(folder, machine, library):
         entry: dict[str, Any] = {"from": where, "path": str(path), "found": path.is_file(), "is_taken": False}
         entry |= {"sha256": None, "architectures": [], "problem": ""}

@@ -20,6 +20,7 @@ if importlib.util.find_spec("tensorrt_rtx") is None:
     pytest.skip("there is no TensorRT-RTX for this machine", allow_module_level=True)
 
 from bilevel.export import cli_build, engine, engine_memory, engine_worker
+from bilevel.export.bundle import export_bundle
 from bilevel.export.engine import Plan, build_engine
 from bilevel.export.engine_memory import Estimate, Gpu, memory_problem
 from bilevel.export.engine_plugins import Plugins, choose_plugins, serves
@@ -36,8 +37,9 @@ from bilevel.export.tensorrt_versions import (
 from bilevel.plugins.errors import BilevelError, EngineError, KernelError
 from bilevel.runtime import cli
 from bilevel.runtime.engines import find_engines, read_engine
-from tests.tiny_models import BLOCK_SIZE, PREFILL_CHUNK
+from tests.tiny_models import BLOCK_SIZE
 
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "model"
 Exported = Callable[..., tuple[Path, Path]]
 MIB = 2**20
 
@@ -57,10 +59,11 @@ def bundle(copied: Exported) -> Path:
     return copied("two_level")[1]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_an_engine_and_its_manifest_twice_the_same(precision: str, copied: Exported) -> None:
-    bundle = copied("two_level", "fp32", precision)[1]
-    sizes = ("--sm", "120,89", "--batch", "2", "--capacity", "40", "--reproducible")
+@pytest.mark.parametrize(("precision", "archs"), [("fp32", "80"), ("fp16", "120,89"), ("bf16", "86")])
+def test_the_example_models_engine_twice_the_same(precision: str, archs: str, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    export_bundle(EXAMPLE, bundle, precision=precision)
+    sizes = ("--sm", archs, "--batch", "2", "--capacity", "500", "--prefill-chunk", "64", "--reproducible")
     phases: set[str] = set()
     manifests, plans = set(), set()
     for _ in range(2):
@@ -76,12 +79,15 @@ def test_an_engine_and_its_manifest_twice_the_same(precision: str, copied: Expor
         load_flavour("tensorrt-rtx").trt.__version__,
         None,
     )
-    assert (found.architectures, found.capacity, found.batch) == ((89, 120), 40, (1, 2))
-    assert found.new_tokens == ((1, PREFILL_CHUNK), (1, 1))
+    assert (found.capacity, found.batch) == (512, (1, 2))
+    assert list(found.architectures) == sorted(map(int, archs.split(",")))
+    assert found.new_tokens == ((1, 64), (1, 1))
     manifest = json.loads((bundle / "bundle.json").read_text())
     assert found.precision == manifest["precision"] and found.graph_sha256 == manifest["files"]["model.onnx"]["sha256"]
     nodes = len(routed_nodes(onnx.load(str(bundle / "model.onnx"), load_external_data=False).graph))
-    assert found.plugins == {"nodes": nodes, "library": None}
+    assert found.plugins == {"nodes": nodes, "library": None} and nodes == 17
+    for text in (b"RoutedAttention", b"format_version", b"num_selection_heads"):
+        assert text in found.read_plan(), "the plan names the plugins and their fields"
 
 
 def test_the_command_builds_and_inspect_shows(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,13 +10,10 @@ from typing import Any
 import onnx
 import onnxruntime as ort
 import pytest
-import torch
 
 if importlib.util.find_spec("tensorrt_rtx") is None:
     pytest.skip("there is no TensorRT-RTX for this machine", allow_module_level=True)
 
-from bilevel.checkpoint import load_model
-from bilevel.export.decoder import save_decoder
 from bilevel.export.engine_network import Limits, Network, parse_graph
 from bilevel.export.engine_sampling import add_best_logits
 from bilevel.export.nodes import routed_nodes
@@ -26,7 +23,7 @@ from bilevel.plugins import tensorrt_python
 from bilevel.plugins.errors import EngineError
 from bilevel.plugins.tensorrt_fields import Node
 from tests.plugin_library import build_plugins
-from tests.rtx_engines import build, in_process, layer_kinds
+from tests.rtx_engines import in_process, layer_kinds
 from tests.tiny_models import BLOCK_SIZE, PREFILL_CHUNK
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "model"
@@ -71,26 +68,15 @@ def declared(graph: Path) -> list[tuple[str, dict[str, Any]]]:
     return nodes
 
 
-def test_the_example_model_builds_for_every_architecture(tmp_path: Path, rtx: Flavour, created: list[Node]) -> None:
-    graph = tmp_path / "model.onnx"
-    save_decoder(load_model(EXAMPLE, dtype=torch.float16), graph)
-    nodes = declared(graph)
-    parsed = parse(rtx, graph)
-    assert layer_kinds(parsed)["PLUGIN_V3"] == len(nodes) == 17
-    # The parser keeps the graph's order, and hands attributes over as they are declared.
-    assert [(node.op.name, dict(node.attributes)) for node in created] == nodes
-    plan = build(parsed, Limits(batch=2, capacity=512, chunk=64, block_size=32), ARCHS)
-    for text in (b"RoutedAttention", b"format_version", b"num_selection_heads"):
-        assert text in plan, "the plan names the plugins and their fields"
-
-
 @pytest.mark.parametrize("precision, kind", [("fp32", "FLOAT"), ("fp16", "HALF"), ("bf16", "BF16")])
 def test_every_precision_is_parsed_with_plugins(
     precision: str, kind: str, rtx: Flavour, exported: Exported, created: list[Node]
 ) -> None:
     graph = exported("two_level", "fp32", precision)[1] / "model.onnx"
     parsed = parse(rtx, graph)
-    assert layer_kinds(parsed)["PLUGIN_V3"] == len(declared(graph)) == len(created)
+    assert layer_kinds(parsed)["PLUGIN_V3"] == len(declared(graph))
+    # The parser keeps the graph's order, and hands attributes over as they are declared.
+    assert [(node.op.name, dict(node.attributes)) for node in created] == declared(graph)
     inputs = {(x := parsed.network.get_input(i)).name: x for i in range(parsed.network.num_inputs)}
     assert inputs["past.key.0"].dtype.name == kind
     routes = [
