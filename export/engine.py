@@ -29,6 +29,7 @@ from bilevel.export.engine_network import Limits
 from bilevel.export.engine_plugins import Plugins
 from bilevel.export.engine_worker import NO_PLUGINS, Job
 from bilevel.export.nodes import routed_nodes
+from bilevel.export.older_operators import lower_operators
 from bilevel.export.tensorrt_versions import (
     Flavour,
     builds_ahead_of_time,
@@ -159,6 +160,7 @@ def _prepare_model(plan: Plan, scratch: Path) -> tuple[Path, int]:
         by_plugin=not has_cache_layer(plan.flavour),
         with_long_updates=crashes_on_short_updates(plan.flavour),
     )
+    lower_operators(model, plan.flavour)
     if plan.plugins.source != NO_PLUGINS and must_strip_functions(plan.flavour):
         del model.functions[:]
     path = scratch / "model.onnx"

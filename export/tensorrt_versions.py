@@ -71,6 +71,16 @@ def has_cache_layer(flavour: Flavour) -> bool:
     return flavour.backend == "tensorrt-rtx" or flavour.version >= (10, 15)
 
 
+def has_opset_23(flavour: Flavour) -> bool:
+    """RMSNormalization and RotaryEmbedding are imported: from 10.15 on. JetPack 6 (10.3) and 7.0 are given older operators."""
+    return flavour.backend == "tensorrt-rtx" or flavour.version >= (10, 15)
+
+
+def has_attention(flavour: Flavour) -> bool:
+    """Attention, of dense models, is imported: from 10.14 on."""
+    return flavour.backend == "tensorrt-rtx" or flavour.version >= (10, 14)
+
+
 def crashes_on_short_updates(flavour: Flavour) -> bool:
     """TensorRT-RTX 1.7 dies while it builds for one token of one row, where that layer writes level 1's keys besides a layer's own caches.
 

@@ -101,6 +101,7 @@ def _engine(engine: Engine) -> dict[str, Any]:
         "batch": list(engine.batch),
         "new_tokens": [list(each) for each in engine.new_tokens],
         "plugins": engine.plugins,
+        "weight_streaming": engine.weight_streaming,
         "memory_bytes": dict(engine.memory_bytes),
         "bytes": engine.num_bytes,
         "status": status,
@@ -114,6 +115,8 @@ def _engine_row(engine: dict[str, Any]) -> str:
     rows = "-".join(str(rows) for rows in dict.fromkeys(engine["batch"]))
     nodes = f"{engine['plugins']['nodes']} plugin nodes" if engine["plugins"] else "no plugins"
     facts = f"{archs}, {engine['precision']}, capacity {engine['capacity']}, batch {rows}, {nodes}"
+    if engine["weight_streaming"]:
+        facts += ", weights may stream"
     return f"{engine['backend']} {engine['version']}, {facts}, {_size(engine['bytes'])}, {engine['status']}"
 
 

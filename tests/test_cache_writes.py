@@ -47,7 +47,7 @@ def as_function() -> onnx.FunctionProto:
 def run_calls(model: onnx.ModelProto, capacity: int, block_size: int, tokens_are_written: bool) -> list[np.ndarray[Any, Any]]:
     """Logits of a prompt in two pieces and of single tokens, rows of different lengths, as a runtime would call."""
     session = ort.InferenceSession(model.SerializeToString())
-    kinds = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(int32)": np.int32}
+    kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64, "tensor(int32)": np.int32}
     sizes = {"batch": 2, "capacity": capacity, "num_blocks": capacity // block_size}
     state = {
         port.name: np.zeros([sizes.get(size, size) for size in port.shape], kinds[port.type])

@@ -394,9 +394,10 @@ def test_what_goes_with_one_backend_only(exported: Exported, monkeypatch: pytest
     assert plan.weight_streaming and plan.name.endswith("-streaming")
 
 
-def test_an_engine_whose_weights_may_stream(bundle: Path) -> None:
+def test_an_engine_whose_weights_may_stream(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = build_engine(plan_of(bundle, "--weight-streaming", "--capacity", "16", "--prefill-chunk", "1"))
     assert read_engine(path).weight_streaming and path.stem.endswith("-streaming")
+    assert cli.main(["inspect", str(bundle)]) == 0 and "weights may stream" in capsys.readouterr().out
 
 
 def test_a_device_without_a_gpu_is_told(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,13 +35,13 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture
 def checkpoint(exported: Exported, tmp_path: Path) -> Path:
     """A checkpoint of one's own."""
-    return Path(shutil.copytree(exported("moba")[0], tmp_path / "checkpoint"))
+    return Path(shutil.copytree(exported("dense")[0], tmp_path / "checkpoint"))
 
 
 @pytest.fixture
 def bundle(exported: Exported, tmp_path: Path) -> Path:
     """Its bundle."""
-    return Path(shutil.copytree(exported("moba")[1], tmp_path / "bundle"))
+    return Path(shutil.copytree(exported("dense")[1], tmp_path / "bundle"))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -203,6 +203,7 @@ def test_bad_calls_are_refused(library: KernelLibrary, gpu: Gpu) -> None:
         (replace(call, outputs=[]), "takes 1 outputs, not 0"),
         (replace(call, outputs=[replace(call.outputs[0], shape=(2, 4, 6, 5))]), "out has D=5, elsewhere it is 6"),
         (replace(call, attributes={}), "takes 3 attributes, not 0"),
+        (replace(call, attributes={**attributes, "scale": float("nan")}), "the attribute scale must be finite"),
         (replace(call, attributes={**attributes, "causal": 2}), "causal=2.0* must be a whole number from 0 to 1"),
         (replace(call, attributes={**attributes, "block_size": 4.5}), "block_size=4.5"),
         (replace(call, attributes={**attributes, "block_size": float("nan")}), "block_size=-?nan"),

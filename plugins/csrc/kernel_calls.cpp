@@ -101,7 +101,10 @@ void check_attributes(const bilevel_call& call, CheckedCall& checked) {
         check_int(op, attribute, given.number);
         checked.geometry.push_back({attribute.name, static_cast<int64_t>(given.number), nullptr});
         break;
-      case AttributeKind::kFloat: checked.floats[i] = static_cast<float>(given.number); break;
+      case AttributeKind::kFloat:
+        if (!std::isfinite(given.number)) refuse(std::string(op.name) + ": the attribute " + attribute.name + " must be finite");
+        checked.floats[i] = static_cast<float>(given.number);
+        break;
     }
   }
 }
