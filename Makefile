@@ -31,7 +31,7 @@ types: $(VENV)/dev  ## type-check the folders under their import names
 	$(BIN)/mypy
 
 pytest: $(VENV)/dev
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --durations 8
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal --durations 8
 
 train: train-two-level train-dense  ## train the example model and its dense twin, compare them (make -j2 train: half an hour)
 	$(BIN)/python examples/train_report.py build/two-level build/dense build/report

@@ -22,7 +22,7 @@ from bilevel.runtime.compiled import cache_file
 from bilevel.runtime.engine_session import EngineSession
 from bilevel.runtime.engines import Engine, find_engines, read_engine
 from bilevel.runtime.generate import Generator
-from bilevel.runtime.route_stats import RouteStats
+from bilevel.runtime.route_stats import EVERY, RouteStats
 from bilevel.runtime.sampling import SamplingParams
 from bilevel.runtime.text import BundleTokenizer
 from tests.fake_bundle import write_bundle
@@ -125,13 +125,13 @@ def test_routes_are_copied_when_they_are_read(bundle: Path, device: FakeDevice, 
 
 
 def test_watching_the_routers_of_a_server_is_cheap(bundle: Path, device: FakeDevice, trt: FakeTensorrt) -> None:
-    """The statistics are shown every decode step and look at each 16th: no other copies its routes."""
+    """The statistics are shown every decode step and look at few of them: no other copies its routes."""
     session = open_engine(bundle, device)
     caches, stats = session.allocate(1, 64), RouteStats(session.bundle, 64)
-    for past in range(33):
+    for past in range(EVERY + 1):
         caches.run(np.full((1, 1), 5, np.int64), np.array([past], np.int32), np.ones(1, np.int32))
         stats.sample([(0, past)], caches.routes)  # type: ignore[arg-type]
-    assert device.num_downloads == 33 + 3 and 0 < stats.attended(0) <= 1
+    assert device.num_downloads == EVERY + 1 + 2 and 0 < stats.attended(0) <= 1
 
 
 def test_nothing_is_copied_that_nobody_reads(bundle: Path, device: FakeDevice, trt: FakeTensorrt) -> None:

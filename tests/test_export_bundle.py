@@ -35,13 +35,20 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture
 def checkpoint(exported: Exported, tmp_path: Path) -> Path:
     """A checkpoint of one's own."""
-    return Path(shutil.copytree(exported("dense")[0], tmp_path / "checkpoint"))
+    return Path(shutil.copytree(exported("moba")[0], tmp_path / "checkpoint"))
 
 
 @pytest.fixture
 def bundle(exported: Exported, tmp_path: Path) -> Path:
     """Its bundle."""
-    return Path(shutil.copytree(exported("dense")[1], tmp_path / "bundle"))
+    return Path(shutil.copytree(exported("moba")[1], tmp_path / "bundle"))
+
+
+@pytest.fixture
+def plain(exported: Exported, tmp_path: Path) -> tuple[Path, Path]:
+    """Checkpoint and bundle of a dense model, which takes half the time: it has no twin."""
+    checkpoint, bundle = exported("dense")
+    return Path(shutil.copytree(checkpoint, tmp_path / "plain")), Path(shutil.copytree(bundle, tmp_path / "plain-bundle"))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -130,7 +137,8 @@ def test_export_bundle_refuses_generation_config(
 # What goes wrong on the way
 
 
-def test_export_bundle_force_replaces(checkpoint: Path, bundle: Path) -> None:
+def test_export_bundle_force_replaces(plain: tuple[Path, Path]) -> None:
+    checkpoint, bundle = plain
     (bundle / "engines").mkdir()
     (bundle / "engines" / "old").touch()
     export_bundle(checkpoint, bundle, force=True, prefill_chunk=8)
@@ -143,17 +151,17 @@ def no_space(*_: Any, **__: Any) -> None:
 
 
 @pytest.mark.parametrize("failing", [(onnx_ir, "save"), (Path, "write_bytes"), (Path, "write_text")], ids=lambda f: f[1])
-def test_export_bundle_full_disk(
-    checkpoint: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch, failing: tuple[Any, str]
-) -> None:
+def test_export_bundle_full_disk(plain: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, failing: tuple[Any, str]) -> None:
+    checkpoint, bundle = plain
     if failing[0] is Path:  # nothing slow has to run before these
         monkeypatch.setattr(bundle_module, "save_decoder", lambda model, path: path.touch())
     monkeypatch.setattr(*failing, no_space)
     refuse(checkpoint, bundle, "could not be written .No space left on device.; free some space", force=True)
 
 
-def test_export_bundle_interrupted(checkpoint: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_bundle_interrupted(plain: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C half way through."""
+    checkpoint, bundle = plain
 
     def interrupt(model: Any, path: Path) -> None:
         path.write_bytes(b"half a graph")
@@ -175,8 +183,9 @@ def start_export(checkpoint: Path, bundle: Path, setup: str = "") -> subprocess.
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_export_command_on_a_disk_that_takes_no_more(checkpoint: Path, bundle: Path) -> None:
+def test_export_command_on_a_disk_that_takes_no_more(plain: tuple[Path, Path]) -> None:
     """A real failure of write(2): files of at most 16 KiB, less than the weights."""
+    checkpoint, bundle = plain
     before = contents(bundle)
     limit = "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nsize = 16384\n"
     process = start_export(checkpoint, bundle, limit + "resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))")
@@ -187,8 +196,9 @@ def test_export_command_on_a_disk_that_takes_no_more(checkpoint: Path, bundle: P
     assert contents(bundle) == before and not hidden(bundle.parent)
 
 
-def test_export_command_killed(checkpoint: Path, bundle: Path) -> None:
+def test_export_command_killed(plain: tuple[Path, Path]) -> None:
     """SIGKILL in the middle leaves the old bundle whole; the next export removes what the killed one left."""
+    checkpoint, bundle = plain
     before = contents(bundle)
     process = start_export(checkpoint, bundle)
     deadline = time.monotonic() + 60
