@@ -10,6 +10,7 @@ from bilevel.runtime.bundle import Bundle
 from bilevel.runtime.engine_session import EngineSession
 from bilevel.runtime.engines import Engine
 from bilevel.runtime.jobs import SchedulerLimits
+from bilevel.runtime.onnx_cuda import CudaSession
 from bilevel.runtime.session import Session
 
 ROWS = 8  # where nobody says how many
@@ -26,7 +27,8 @@ def choose_limits(session: Session, rows: int | None, capacity: int | None, queu
     if isinstance(session, EngineSession):
         return _engine_limits(bundle, session.engine, rows, capacity, queue)
     rows = rows or ROWS
-    return SchedulerLimits(rows, queue, capacity or default_capacity(bundle, rows), bundle.prefill_chunk)
+    memory = session.device.free_bytes() if isinstance(session, CudaSession) else available_memory()
+    return SchedulerLimits(rows, queue, capacity or default_capacity(bundle, rows, memory), bundle.prefill_chunk)
 
 
 def _engine_limits(bundle: Bundle, engine: Engine, rows: int | None, capacity: int | None, queue: int) -> SchedulerLimits:
@@ -68,9 +70,9 @@ def longest_call(engine: Engine) -> int:
     return reach
 
 
-def default_capacity(bundle: Bundle, rows: int) -> int:
-    """Tokens per row: the model's, or as many as let the caches of all rows lie in a quarter of the memory that can be had."""
-    fitting = available_memory() // 4 // max(1, bundle.state_bytes(rows, bundle.block_size)) * bundle.block_size
+def default_capacity(bundle: Bundle, rows: int, memory: int) -> int:
+    """Tokens per row: the model's, or as many as let the caches of all rows lie in a quarter of the ``memory`` that can be had."""
+    fitting = memory // 4 // max(1, bundle.state_bytes(rows, bundle.block_size)) * bundle.block_size
     return max(1, min(bundle.max_positions, fitting - bundle.block_size))
 
 

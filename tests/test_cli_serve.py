@@ -77,13 +77,12 @@ def test_an_empty_key_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "holds no key; write one on a line" in capsys.readouterr().err
 
 
-def test_the_default_capacity_fits_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_capacity_fits_the_memory(tmp_path: Path) -> None:
     bundle = load_bundle(write_bundle(tmp_path))
-    assert default_capacity(bundle, 8) == MAX_POSITIONS
+    assert default_capacity(bundle, 8, serve_limits.available_memory()) == MAX_POSITIONS
     assert 0 < serve_limits.available_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     whole = bundle.state_bytes(8, bundle.round_up(MAX_POSITIONS))
-    monkeypatch.setattr(serve_limits, "available_memory", lambda: whole)
-    found = default_capacity(bundle, 8)
+    found = default_capacity(bundle, 8, whole)
     assert 1 <= found < MAX_POSITIONS
     assert whole / 8 < bundle.state_bytes(8, bundle.round_up(found + 1)) <= whole / 4
 

@@ -23,6 +23,7 @@ from bilevel.runtime.cli import main
 from bilevel.runtime.generate import Generator
 from bilevel.runtime.onnx_cuda import CudaSession
 from bilevel.runtime.sampling import SamplingParams
+from bilevel.runtime.serve_limits import choose_limits
 from bilevel.runtime.text import BundleTokenizer
 from tests.fake_bundle import write_bundle
 from tests.fake_onnxruntime import FakeOnnxruntime
@@ -79,6 +80,16 @@ def test_rows_routes_and_prefixes(exported: Any, device: FakeDevice, use: Use) -
     np.testing.assert_allclose(every.run(*call), expected.run(*call), rtol=1e-4, atol=1e-5)
     assert every.routes is not None and expected.routes is not None
     np.testing.assert_array_equal(every.routes.blocks, expected.routes.blocks)
+
+
+def test_a_server_asks_for_what_the_gpu_has_room_for(exported: Any, use: Use) -> None:
+    bundle = load_bundle(exported("two_level")[1])
+    use()
+    row = bundle.state_bytes(1, bundle.block_size)
+    for blocks, tokens in ((5, 4 * bundle.block_size), (10**6, bundle.max_positions)):
+        device = FakeDevice(limit=4 * 2 * row * blocks)
+        limits = choose_limits(CudaSession(bundle, 1, device), 2, None, 8)  # type: ignore[arg-type]
+        assert limits.row_tokens == tokens, "a quarter of it, less the block in which idle rows are written"
 
 
 def test_it_never_runs_on_the_cpu_unasked(exported: Any, device: FakeDevice, use: Use) -> None:
