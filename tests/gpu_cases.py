@@ -1,4 +1,4 @@
-"""Calls of the five operators for ``make gpu-test``, made where the generator lives: a GPU or the CPU.
+"""Calls of the operators for ``make gpu-test``, made where the generator lives: a GPU or the CPU.
 
 Whole numbers where a choice is made, so that scores are exact in every type and ties are common; ordinary numbers where something
 is computed. Rows of different lengths, heads that do not nest, head dims that are no power of two, odd blocks.
@@ -144,6 +144,24 @@ class Experts:
         return inputs, {}
 
 
+@dataclass(frozen=True)
+class Cache:
+    """heads: H. width: W; an update takes one program or several. lengths: L of the calls, at most ``capacity``."""
+
+    heads: int
+    width: int
+    capacity: int
+    lengths: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
+
+    def call(self, random: torch.Generator, length: int, dtype: torch.dtype) -> tuple[Inputs, Attributes]:
+        """Rows whose update lies at the cache's beginning, ends where it ends, and reaches over its end."""
+        cache = _normal(random, 3, self.heads, self.capacity, self.width).to(dtype)
+        update = _normal(random, 3, self.heads, length, self.width).to(dtype)
+        end = self.capacity - length
+        return {"cache": cache, "update": update, "start": _int32(random, 0, end, end + (length + 1) // 2)}, {}
+
+
 ATTENTION = (
     Attention((32, 8, 8), 128, 64, 64, 16, (1, 17, 150), ALL),
     Attention((16, 2, 2), 128, 64, 40, 16, (2, 130), (HALF,)),
@@ -172,4 +190,9 @@ EXPERTS = (
     Experts((1, 7, 300, 3000), 8, 64, 512, 256, (HALF, BRAIN)),
     Experts((3, 70), 3, 6, 17, 40, ALL),
     Experts((5, 1100), 2, 5, 96, 80, (SINGLE,)),
+)
+CACHES = (
+    Cache(8, 128, 4096, (1, 70), ALL),
+    Cache(1, 2560, 300, (1, 5), (HALF,)),
+    Cache(3, 5, 40, (2, 40), (SINGLE,)),
 )

@@ -18,7 +18,7 @@ from bilevel.plugins.errors import BilevelError, KernelError
 from bilevel.plugins.kernel_build import build_library
 from bilevel.plugins.kernel_library import Call, DeviceTensor, KernelLibrary
 from bilevel.plugins.tiles import ARCHITECTURES
-from tests.gpu_cases import BRAIN, HALF, SINGLE, Attention, ExpertRoute, Experts, Route
+from tests.gpu_cases import BRAIN, HALF, SINGLE, Attention, Cache, ExpertRoute, Experts, Route
 from tests.gpu_judges import judge
 from tests.gpu_machine import Attributes, Inputs, Machine, choose_cuda, dtype_name, geometry_of
 from tests.gpu_result import Result
@@ -42,6 +42,7 @@ class Cases:
     routes: tuple[Route, ...]
     expert_routes: tuple[ExpertRoute, ...]
     experts: tuple[Experts, ...]
+    caches: tuple[Cache, ...]
     tokens: tuple[int, ...] = (2, 70)
 
     def calls(self, machine: Machine, seed: int = 0) -> Iterator[Made]:
@@ -59,6 +60,9 @@ class Cases:
             for experts in self.experts:
                 for dtype in experts.dtypes:
                     yield Made("RoutedExperts", *experts.call(machine.random(seed), tokens, dtype), tokens)
+            for cache in self.caches:
+                for dtype in cache.dtypes:
+                    yield Made("WriteCache", *cache.call(machine.random(seed), tokens, dtype), tokens)
 
 
 CASES = Cases(
@@ -69,6 +73,7 @@ CASES = Cases(
     (Route((32, 8, 8), 128, 64, 300, 16, (), (HALF,)), Route((6, 3, 2), 20, 5, 20, 9, (), (SINGLE,), init=2, local=3)),
     (ExpertRoute(256, 8, 4, 8, "sigmoid", "top2_sum"),),
     (Experts((), 8, 64, 512, 256, (BRAIN,)), Experts((), 3, 6, 17, 40, (SINGLE,))),
+    (Cache(8, 128, 4096, (), (HALF, BRAIN)), Cache(3, 5, 100, (), (SINGLE,))),
 )
 
 
@@ -130,6 +135,22 @@ def launches(machine: Machine, library: KernelLibrary, calls: Sequence[Made]) ->
         measure, right = placed.judge()
         measure = f"{measure}, workspace {placed.workspace.numel():,} bytes" + ("" if intact else ", WROTE BEHIND A TENSOR")
         yield Result("C interface", _title(made), measure, right and intact)
+
+
+def in_place(machine: Machine, library: KernelLibrary, calls: Sequence[Made]) -> Iterator[Result]:
+    """A cache whose output is itself: what is not updated stays where it is."""
+    for made in calls:
+        if made.name != "WriteCache":
+            continue
+        placed, truth = place(machine, library, made), machine.put(made.inputs["cache"])
+        cache = placed.inputs["cache"]
+        call = replace(placed.call, outputs=[describe(cache)])
+        with machine.stream() as stream:
+            library.launch(call, placed.workspace.data_ptr(), placed.workspace.numel(), stream)
+        intact = machine.intact()
+        measure, right = judge(made.name, [cache], {**placed.inputs, "cache": truth}, made.attributes)
+        measure += "" if intact else ", WROTE BEHIND A TENSOR"
+        yield Result("C interface in place", _title(made), measure, right and intact)
 
 
 def _bad_calls(call: Call) -> Iterator[tuple[str, Call]]:
@@ -230,5 +251,6 @@ def library(machine: Machine, folder: Path, cases: Cases = CASES) -> Iterator[Re
         return
     calls = list(cases.calls(machine))
     yield from launches(machine, made, calls)
+    yield from in_place(machine, made, calls)
     yield from refusals(machine, made, calls)
     yield from graphs(machine, made, cases)

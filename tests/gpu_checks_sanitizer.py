@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from tests import gpu_checks_kernels as kernels
-from tests.gpu_cases import BRAIN, HALF, SINGLE, Attention, ExpertRoute, Experts, Route
+from tests.gpu_cases import BRAIN, HALF, SINGLE, Attention, Cache, ExpertRoute, Experts, Route
 from tests.gpu_checks_library import CASES, build, launches
 from tests.gpu_checks_plugins import plugins
 from tests.gpu_machine import Machine
@@ -26,6 +26,7 @@ def small(machine: Machine, folder: Path) -> Iterator[Result]:
     yield from kernels.routes(machine, _ROUTES)
     yield from kernels.expert_route(machine, (ExpertRoute(8, 4, 3, 4, "sigmoid", "external"),))
     yield from kernels.experts(machine, _EXPERTS)
+    yield from kernels.caches(machine, (Cache(3, 5, 40, (2, 40), (SINGLE,)),))
     if (folder / "library.so").is_file():
         yield from launches(machine, build(machine, CASES, folder / "library.so"), list(CASES.calls(machine)))
         yield from plugins(machine, folder)

@@ -80,6 +80,7 @@ def _group(name: str, folder: Path) -> Iterator[Any]:
     elif name == "experts":
         yield from kernels.experts(machine)
         yield from kernels.expert_route(machine)
+        yield from kernels.caches(machine)
     elif name == "far":
         yield from kernels.far_offsets(machine)
     elif name == "library":

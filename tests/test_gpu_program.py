@@ -28,7 +28,7 @@ from tests import (
 )
 from tests import gpu_checks_kernels as kernels
 from tests.fake_gpu import Gpu, fake_gpu, number_kernels
-from tests.gpu_cases import HALF, SINGLE, Attention, ExpertRoute, Experts, Route
+from tests.gpu_cases import HALF, SINGLE, Attention, Cache, ExpertRoute, Experts, Route
 from tests.gpu_checks_library import Cases, library
 from tests.gpu_checks_plugins import plugins
 from tests.gpu_machine import Machine
@@ -38,11 +38,13 @@ from tests.triton_calls import triton_launch
 ATTENTION = Attention((4, 2, 2), 16, 4, 6, 3, (2, 17), (SINGLE,))
 ROUTES = [Route((2, 1, 1), 3, 4, 6, 2, (2,), (HALF,), candidates=5)]
 CASES_OF_EXPERTS = [Experts((2,), 3, 6, 7, 5, (HALF,))]
+CASES_OF_CACHES = [Cache(2, 5, 9, (1, 4), (HALF,))]
 CASES = Cases(
     (Attention((4, 2, 2), 16, 4, 6, 3, (), (HALF,)),),
     (Route((2, 1, 1), 3, 4, 6, 2, (), (SINGLE,), candidates=5),),
     (ExpertRoute(8, 4, 3, 4, "sigmoid", "external"),),
     (Experts((), 3, 6, 7, 5, (SINGLE,)),),
+    (Cache(2, 5, 9, (), (SINGLE,)),),
     tokens=(2,),
 )
 
@@ -97,12 +99,14 @@ def all_kernels(machine: Machine) -> Iterator[Result]:
     yield from kernels.routes(machine, ROUTES)
     yield from kernels.expert_route(machine, CASES.expert_routes, tokens=3)
     yield from kernels.experts(machine, CASES_OF_EXPERTS)
+    yield from kernels.caches(machine, CASES_OF_CACHES)
 
 
 def test_kernels_pass(machine: HostMachine) -> None:
     found = {result.name for result in right(all_kernels(machine))}
     assert found >= {f"RoutedAttention {plan}" for plan in ("split", "tiles")} | {"FineRoute rows", "ExpertRoute rows"}
     assert found >= {f"CoarseRoute {plan}" for plan in ("split", "tiles")} | {"RoutedExperts pairs", "RoutedExperts tiles"}
+    assert "WriteCache rows" in found
     assert all(result.ok for result in right(kernels.margins(machine, 20, 40, 8)))
 
 
@@ -118,7 +122,8 @@ def test_an_altered_output_is_reported(machine: HostMachine, monkeypatch: pytest
     monkeypatch.setattr(triton_launch, "run_plan", altered)
     found = [next(kernels.attention(machine, [ATTENTION])), next(kernels.expert_route(machine, CASES.expert_routes, tokens=3))]
     found += [next(kernels.experts(machine, CASES_OF_EXPERTS)), *kernels.routes(machine, ROUTES)]
-    assert len(found) == 6 and all(result.ok is False for result in found)
+    found += kernels.caches(machine, CASES_OF_CACHES)
+    assert len(found) == 8 and all(result.ok is False for result in found)
 
 
 def test_a_write_behind_a_tensor_is_reported(machine: HostMachine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,11 +152,11 @@ def test_what_bilevel_ops_gives_is_compared(machine: HostMachine, monkeypatch: p
 def test_the_c_interface_and_the_plugins(machine: HostMachine, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They pass, and a driver that loses launches and a library that refuses nothing are reported."""
     found = right(library(machine, folder, CASES))
-    assert {result.name for result in found} == {"C interface", "C interface refuses", "CUDA graph"}
+    assert {result.name for result in found} == {"C interface", "C interface in place", "C interface refuses", "CUDA graph"}
     assert all(result.ok for result in found)
     has_headers = not isinstance(find_headers(), str)
     found = right(plugins(machine, folder, CASES))
-    assert [result.ok for result in found] == ([True] * 5 if has_headers else [None])
+    assert [result.ok for result in found] == ([True] * 6 if has_headers else [None])
     machine.gpu.driver.fake_configure(13000, 80, 1, 0, None)
     lost = [result for result in library(machine, folder, CASES) if result.name != "C interface refuses"]
     assert lost and all(result.ok is False for result in lost)
@@ -161,7 +166,7 @@ def test_the_c_interface_and_the_plugins(machine: HostMachine, folder: Path, mon
     with monkeypatch.context() as lax:
         lax.setattr(KernelLibrary, "launch", lambda *arguments: None)
         lax_results = [result for result in library(machine, folder, CASES) if result.name == "C interface refuses"]
-    assert len(lax_results) == 5 and all(result.ok is False for result in lax_results)
+    assert len(lax_results) == 6 and all(result.ok is False for result in lax_results)
     assert "accepted (a rank too low)" in lax_results[0].measure
 
 
@@ -204,6 +209,7 @@ def test_every_group_is_wired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "margins",
         "experts",
         "expert_route",
+        "caches",
         "library",
         "plugins",
         "far_offsets",
