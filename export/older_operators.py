@@ -6,6 +6,7 @@ What they mean is ONNX's definition of them; types are left as they are.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -31,7 +32,7 @@ class _Graph:
             self.graph.initializer.append(numpy_helper.from_array(np.array(values, dtype), name))
         return name
 
-    def add(self, op: str, *inputs: str, outputs: Sequence[str] = (), **attributes: object) -> str:
+    def add(self, op: str, *inputs: str, outputs: Sequence[str] = (), **attributes: Any) -> str:
         """A node; the name of its first output."""
         names = list(outputs) or [f"{self.node.output[0]}.{len(self.nodes)}.{op}"]
         self.nodes.append(helper.make_node(op, inputs, names, f"{self.node.name}.{len(self.nodes)}", **attributes))
