@@ -7,6 +7,7 @@ has been measured nowhere, while the CPU has kernels for the same operators whos
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 from dataclasses import dataclass
@@ -24,6 +25,19 @@ AUTO, ONNX, ONNX_CUDA = "auto", "onnx", "onnx-cuda"
 CHOICES = (AUTO, ONNX, ONNX_CUDA, *BACKENDS)
 LIBRARY_VARIABLE, LIBRARY_NAME = "BILEVEL_KERNEL_LIBRARY", "libbilevel_kernels.so"
 _RESERVE = 256 * 2**20  # bytes of a GPU's memory that driver and libraries take for themselves
+
+
+def add_backend_options(parser: argparse.ArgumentParser) -> None:
+    """``--backend`` and ``--library``, for every command that runs a bundle by ``open_session``."""
+    parser.add_argument(
+        "--backend",
+        choices=CHOICES,
+        default=AUTO,
+        help="what runs the bundle; auto takes its best engine that runs here, else ONNX Runtime (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--library", type=Path, metavar="FILE", help="the kernel library for TensorRT's plugins (see bilevel doctor)"
+    )
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bilevel.plugins.errors import RequestError
-from bilevel.runtime.backends import AUTO, CHOICES, ONNX, ONNX_CUDA, open_session
+from bilevel.runtime.backends import ONNX, ONNX_CUDA, add_backend_options, open_session
 from bilevel.runtime.engines import FOLDER
 from bilevel.runtime.generate import Generation, Generator
 from bilevel.runtime.sampling import SamplingParams
@@ -49,15 +49,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prefill-chunk", type=int, metavar="TOKENS", help="prompt tokens per call (default: the bundle's limit)"
     )
-    parser.add_argument(
-        "--backend",
-        choices=CHOICES,
-        default=AUTO,
-        help="what runs the bundle; auto takes its best engine that runs here, else ONNX Runtime (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--library", type=Path, metavar="FILE", help="the kernel library for TensorRT's plugins (see bilevel doctor)"
-    )
+    add_backend_options(parser)
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="0: one per core (default: %(default)s)")
     parser.add_argument("--no-verify", action="store_true", help="skip the comparison of sizes and hashes")
     parser.add_argument("--json", action="store_true", help="print one JSON object: texts, ids, finish reasons, timings")

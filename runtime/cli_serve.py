@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from bilevel.plugins.errors import RequestError, require
-from bilevel.runtime.backends import AUTO, CHOICES
+from bilevel.runtime.backends import add_backend_options
 
 EPILOG = """\
   bilevel serve my-bundle                            http://127.0.0.1:8000: a page to try it, and for programs
@@ -28,15 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="folder written by bilevel export")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="0: any free one (default: %(default)s)")
-    parser.add_argument(
-        "--backend",
-        choices=CHOICES,
-        default=AUTO,
-        help="what runs the bundle; auto takes its best engine that runs here, else ONNX Runtime (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--library", type=Path, metavar="FILE", help="the kernel library for TensorRT's plugins (see bilevel doctor)"
-    )
+    add_backend_options(parser)
     parser.add_argument("--model-name", metavar="NAME", help="what clients call the model (default: the folder's name)")
     parser.add_argument("--max-rows", type=int, metavar="N", help="texts generated at once (default: 8, or the engine's most)")
     parser.add_argument("--max-queue", type=int, default=64, metavar="N", help="texts that may wait (default: %(default)s)")

@@ -16,7 +16,7 @@ from tests.test_cache_writes import CAPACITY, read, run_calls
 
 Exported = Callable[..., tuple[Path, Path]]
 OLD, NEW = Flavour("tensorrt", None, (10, 3)), Flavour("tensorrt", None, (10, 15))
-TENSORRT_10_3 = 20  # "opset 9 to opset 20", documents its parser
+TENSORRT_10_3 = 20  # what the parser of 10.1, its last published predecessor, documents
 
 
 def too_new(model: onnx.ModelProto) -> set[str]:
