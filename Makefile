@@ -4,7 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL := examples/model
 BUNDLE := build/example-bundle
-VIEW := build/view/bilevel
 PROMPT ?= def read_lines(path):
 # Whatever is slow to import stays out of the way of two test processes on two cores.
 export OMP_NUM_THREADS ?= $(if $(filter test pytest,$(MAKECMDGOALS)),1,$(shell nproc 2>/dev/null || echo 2))
@@ -25,9 +24,7 @@ lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(VENV)/dev  ## type-check the folders under their import names
-	rm -rf $(VIEW) && mkdir -p $(VIEW)
-	ln -sfn $(CURDIR)/bilevel/* $(CURDIR)/export $(CURDIR)/plugins $(CURDIR)/runtime $(VIEW)/
+types: $(VENV)/dev  ## type-check the package
 	$(BIN)/mypy
 
 pytest: $(VENV)/dev
@@ -43,7 +40,7 @@ train-two-level: $(VENV)/dev
 train-dense: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/python examples/train.py build/dense --dense --steps 1000
 
-$(BUNDLE)/bundle.json: $(VENV)/run $(MODEL)/model.safetensors $(MODEL)/config.json $(wildcard export/*.py bilevel/*.py plugins/*.py)
+$(BUNDLE)/bundle.json: $(VENV)/run $(MODEL)/model.safetensors $(MODEL)/config.json $(shell find bilevel export plugins -name '*.py')
 	$(BIN)/bilevel export $(MODEL) $(BUNDLE) --force
 
 $(VENV)/bin/python:
@@ -51,7 +48,7 @@ $(VENV)/bin/python:
 	  { echo "bilevel needs Python 3.10 to 3.13; name one with: make PYTHON=python3.12 run"; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 
-$(VENV)/run: $(VENV)/bin/python pyproject.toml constraints.txt $(wildcard plugins/csrc/*)
+$(VENV)/run: $(VENV)/bin/python pyproject.toml constraints.txt $(wildcard plugins/csrc/ort/*)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[cpu,export]'
 	@touch $@
 
@@ -63,7 +60,7 @@ $(VENV)/dev: $(VENV)/run
 GPU_PYTHON ?= $(shell $(BIN)/python -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null && echo $(BIN)/python || echo $(PYTHON))
 
 gpu-test:  ## on a machine with an NVIDIA GPU: kernels, C interface, plugins, memory checker, runtime (no network, about ten minutes)
-	@$(GPU_PYTHON) -m tests.gpu_test
+	@$(GPU_PYTHON) -m tests.gpu.program
 
 gpu-bench:  ## there: routed attention beside PyTorch's dense attention and FlexAttention; options in GPU_BENCH
 	@$(GPU_PYTHON) -c 'import torch' 2>/dev/null || \

@@ -8,11 +8,4 @@ capacity, U pooled key units (one per block here), Hq query heads, Hkv key/value
 key heads, Hs selection heads, D head dim, K blocks kept, E experts in Gp groups, T flattened tokens.
 """
 
-from pathlib import Path as _Path
-
 __version__ = "0.1.0"
-
-# In a source checkout the sibling folders are subpackages (see pyproject.toml).
-_checkout = _Path(__file__).resolve().parent.parent
-if (_checkout / "pyproject.toml").is_file():
-    __path__.append(str(_checkout))

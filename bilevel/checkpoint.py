@@ -20,9 +20,9 @@ from torch import Tensor
 
 from bilevel.config import ModelConfig
 from bilevel.config_json import config_to_dict, load_config
+from bilevel.errors import CheckpointError
 from bilevel.folders import replacing
 from bilevel.model import CausalLM
-from bilevel.plugins.errors import CheckpointError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")

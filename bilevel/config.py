@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from bilevel.plugins.contract import MAX_TOPK
-from bilevel.plugins.errors import ConfigError
+from bilevel.contract import MAX_TOPK
+from bilevel.errors import ConfigError
 
 PRESETS = ("two_level", "moba", "moba_gqa", "dense")
 

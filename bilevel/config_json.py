@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bilevel.config import Experts, ModelConfig, RopeScaling, Routing
-from bilevel.plugins.errors import ConfigError
+from bilevel.errors import ConfigError
 
 # Keys that training or tooling writes and that do not change what the model computes.
 _HARMLESS = frozenset({

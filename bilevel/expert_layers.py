@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from bilevel import ops
 from bilevel.config import Experts, ModelConfig
-from bilevel.experts import weights_of
-from bilevel.precision import wide
+from bilevel.operators.experts import weights_of
+from bilevel.operators.precision import wide
 from bilevel.state import Step, Trace
 from bilevel.word_router import unit
 

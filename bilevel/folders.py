@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from bilevel.plugins.errors import BilevelError
+from bilevel.errors import BilevelError
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bilevel import ops
-from bilevel.attention import dense_attention
 from bilevel.config import ModelConfig
 from bilevel.expert_layers import ExpertMLP
+from bilevel.operators.attention import dense_attention
 from bilevel.rotary import apply_rotary, rotary_angles
 from bilevel.state import DecoderState, LayerState, Step, Trace
 from bilevel.word_router import WordRouter, unit

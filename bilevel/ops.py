@@ -6,7 +6,7 @@ Called eagerly they run the vectorised PyTorch forms (trainable). While ``torch.
 these functions can therefore be exported; nothing needs to be registered or subclassed.
 
 On a GPU the Triton kernels run in place of the PyTorch forms wherever Triton is installed, no gradient is asked of the output
-(routes have none) and the kernels cover the sizes; ``bilevel.plugins.gpu_kernels`` finds them or switches them off. Where a
+(routes have none) and the kernels cover the sizes; ``bilevel.gpu_kernels`` finds them or switches them off. Where a
 gradient is asked, forward and backward are PyTorch's: kernels with a PyTorch backward would compute the forward pass twice.
 """
 
@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import attention, experts, routing
-from bilevel.plugins import contract, gpu_kernels
-from bilevel.plugins.errors import ContractError
-from bilevel.precision import wide
+from bilevel import contract, gpu_kernels
+from bilevel.errors import ContractError
+from bilevel.operators import attention, experts, routing
+from bilevel.operators.precision import wide
 
 _KINDS = {"int": "int", "float": "float", "string": "str"}
 # Output dimensions that an attribute fixes.
@@ -191,7 +191,7 @@ torch.library.register_fake(
 
 
 def gather_blocks(tokens: Tensor, first_block: Tensor, num_blocks: int, block_size: int) -> Tensor:
-    """[B, H, num_blocks, block_size, D]: consecutive blocks of each row's cache (see ``bilevel.routing.gather_blocks``).
+    """[B, H, num_blocks, block_size, D]: consecutive blocks of each row's cache (see ``bilevel.operators.routing.gather_blocks``).
 
     One traced node, because the divisions by block_size on free sizes would cost the tracer seconds per layer.
     """

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bilevel.config import ModelConfig
-from bilevel.precision import wide
+from bilevel.operators.precision import wide
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:

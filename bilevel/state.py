@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bilevel.config import ModelConfig
-from bilevel.plugins.errors import ContractError
+from bilevel.errors import ContractError
 
 
 @dataclass

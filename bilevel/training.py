@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bilevel import ops
+from bilevel.errors import ConfigError
 from bilevel.expert_layers import ExpertMLP
 from bilevel.model import CausalLM
-from bilevel.plugins.errors import ConfigError
-from bilevel.precision import wide
-from bilevel.routing import block_mask, block_scores
+from bilevel.operators.precision import wide
+from bilevel.operators.routing import block_mask, block_scores
 from bilevel.state import Trace
 from bilevel.word_router import unit
 

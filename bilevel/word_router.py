@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bilevel import ops
 from bilevel.config import ModelConfig
-from bilevel.precision import wide
+from bilevel.operators.precision import wide
 from bilevel.state import DecoderState, Trace
 
 

@@ -32,10 +32,10 @@ from typing import Any
 import numpy as np
 from serving_client import Clients, Stream, server
 
-from bilevel.runtime.bundle import load_bundle
-from bilevel.runtime.cli_bench import geometry_bundle
-from bilevel.runtime.generate import Generator
-from bilevel.runtime.sampling import SamplingParams
+from bilevel.bundle.format import load_bundle
+from bilevel.runtime.cli.bench import geometry_bundle
+from bilevel.runtime.generate.generator import Generator
+from bilevel.runtime.generate.sampling import SamplingParams
 
 NUM_CLIENTS, NUM_OTHERS = 8, 4
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bilevel.plugins.errors import ConfigError
+from bilevel.errors import ConfigError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel import ops
-from bilevel.export.module import save_onnx
+from bilevel.export.graph.module import save_onnx
 
 BLOCK, COARSE, KEPT = 8, 6, 3  # tokens per block, level 1's candidates, blocks that each token reads
 

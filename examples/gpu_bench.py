@@ -27,7 +27,7 @@ from gpu_clock import Clock, Timing, ratio
 from gpu_roofline import Roofline, dense_work, find_roofline, routed_work, union_factor
 from gpu_sides import Case, Routed, dense_sides, flex_side, make_tensors
 
-from bilevel.plugins import gpu_kernels
+from bilevel import gpu_kernels
 
 ERROR = {torch.float16: 2e-2, torch.bfloat16: 6e-2, torch.float32: 1e-3}  # of the largest value; more is a wrong result
 _TILE_TOKENS = 16  # positions whose blocks the kernel reads together, where four heads share a choice

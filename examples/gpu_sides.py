@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from bilevel import attention, ops
+from bilevel import ops
+from bilevel.operators import attention
 
 Work = Callable[[], Tensor]
 _BACKENDS = {

@@ -18,8 +18,8 @@ import corpus
 import numpy as np
 from tokenizers import Tokenizer
 
-from bilevel.plugins.errors import BilevelError
-from bilevel.runtime.session import OnnxSession
+from bilevel.errors import BilevelError
+from bilevel.runtime.backend.session import OnnxSession
 
 LENGTHS = (512, 2048)
 TIMED_STEPS = 100

@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from bilevel.checkpoint import CONFIG, INDEX
 from bilevel.config import ModelConfig, Routing
 from bilevel.config_json import config_to_dict
+from bilevel.errors import CheckpointError
 from bilevel.folders import replacing
 from bilevel.model import CausalLM
-from bilevel.plugins.errors import CheckpointError
 
 TOKENIZER = Path(__file__).parent / "model" / "tokenizer.json"
 

@@ -21,11 +21,11 @@ from ray import serve
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from bilevel.runtime.jobs import SchedulerLimits
-from bilevel.runtime.serve_app import create_app
-from bilevel.runtime.serve_server import build
-from bilevel.runtime.serve_service import HttpLimits
-from bilevel.runtime.session import OnnxSession
+from bilevel.runtime.backend.session import OnnxSession
+from bilevel.runtime.schedule.jobs import SchedulerLimits
+from bilevel.runtime.serve.app import create_app
+from bilevel.runtime.serve.server import build
+from bilevel.runtime.serve.service import HttpLimits
 
 
 class Replica:

@@ -141,7 +141,7 @@ class Clients:
 @contextmanager
 def server(bundle: str, *options: str) -> Iterator[tuple[int, int]]:
     """(port, process id) of ``bilevel serve`` on a free port."""
-    command = [sys.executable, "-m", "bilevel.runtime.cli", "serve", bundle, "--port", "0", "--no-verify", *options]
+    command = [sys.executable, "-m", "bilevel.runtime.cli.main", "serve", bundle, "--port", "0", "--no-verify", *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from serving_client import ask, metric, server
 
-from bilevel.runtime.bundle import load_bundle
-from bilevel.runtime.generate import Generator
-from bilevel.runtime.sampling import SamplingParams
+from bilevel.bundle.format import load_bundle
+from bilevel.runtime.generate.generator import Generator
+from bilevel.runtime.generate.sampling import SamplingParams
 
 NUM_CLIENTS, NUM_TEXTS, MOST_TOKENS = 12, 60, 16
 MALFORMED: list[tuple[bytes, int]] = [

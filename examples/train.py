@@ -31,8 +31,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bilevel.checkpoint import save_model
 from bilevel.config import Experts, ModelConfig, Routing
 from bilevel.config_json import load_config
+from bilevel.errors import BilevelError, CheckpointError
 from bilevel.model import CausalLM
-from bilevel.plugins.errors import BilevelError, CheckpointError
 from bilevel.training import LossWeights, heldout_loss, initialise, learning_rate, make_optimizer, train_step
 
 PROBE_STEPS = 8  # timed (after as many to warm up) when the length of the run is given in minutes

@@ -21,8 +21,8 @@ import torch
 
 from bilevel.checkpoint import load_model
 from bilevel.config import Routing
+from bilevel.errors import BilevelError, CheckpointError
 from bilevel.model import CausalLM
-from bilevel.plugins.errors import BilevelError, CheckpointError
 from bilevel.training import candidate_recall, expert_loads, heldout_loss
 
 LENGTHS = (512, 1024, 2048)

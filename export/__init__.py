@@ -3,7 +3,7 @@
 Export any ``nn.Module`` whose ``forward`` calls the operators of ``bilevel.ops``::
 
     from bilevel import ops
-    from bilevel.export.module import save_onnx
+    from bilevel.export.graph.module import save_onnx
 
     class Block(nn.Module):
         def forward(self, q, k, v, block_key, past_len, new_len):
@@ -21,9 +21,7 @@ is a complete one. What a module has to keep to:
 * ``k`` and ``v`` hold a multiple of ``block_size`` tokens (``ops.pad_to_blocks``); ``past_len`` and ``new_len`` say which are valid.
 * Caches are inputs and outputs; ``ops.write_cache`` extends one in place.
 
-The modules: ``module`` (any module to ONNX), ``decoder`` and ``bundle`` (a checkpoint to a bundle), ``schemas`` and ``bodies_*``
-(what the operators are in ONNX), ``guards`` (what is refused), ``emulate`` (16-bit graphs on any CPU). Parity: ``check`` runs it,
-``layered`` is PyTorch and ``graph_parts`` the graph, both part by part, ``replay`` and ``compare`` hold them against each other,
-``choices`` and ``judge`` decide, ``device``, ``end_to_end`` and ``invariants`` try the shipped file on its own, ``failure`` finds where
-it starts, ``report*`` show it. Importing this package imports nothing heavy.
+The rooms: ``graph`` (any module to ONNX), ``decoder`` (a checkpoint to a bundle), ``engine`` (a bundle to a plan of TensorRT), ``check``
+(parity: PyTorch and the graph, both part by part, and the judgement of what they chose and computed), ``report`` (what it found, to
+read), ``cli``. Importing this package imports nothing heavy.
 """

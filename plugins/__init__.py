@@ -1,1 +1,1 @@
-"""The routing operators for devices. ``bilevel.plugins.contract`` is their one declaration (standard library only)."""
+"""The routing operators for devices. ``bilevel.contract`` is their one declaration (standard library only)."""

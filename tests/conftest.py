@@ -31,7 +31,7 @@ def seeded() -> None:
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
     """preset, weights="fp32", precision="fp32" -> (checkpoint, bundle) of a tiny model. Shared by all tests: copy before changing anything."""
-    from tests.tiny_models import export_once
+    from tests.support.tiny_models import export_once
 
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -51,7 +51,7 @@ def copied(exported: Callable[..., tuple[Path, Path]], tmp_path: Path) -> Callab
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The two rates of the planted-fault suite, where it ran (``tests/test_faults.py``)."""
+    """The two rates of the planted-fault suite, where it ran (``tests/export/check/test_faults.py``)."""
     rates = []
     for test, sentence in (
         ("test_fault_", "faults: {} of {} found at the right place"),

@@ -11,55 +11,55 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests import ROOT
+
 FOLDERS = {"bilevel": "bilevel", "export": "bilevel.export", "plugins": "bilevel.plugins", "runtime": "bilevel.runtime"}
-SHARED = (
-    "bilevel.plugins.contract",
-    "bilevel.plugins.cpu_library",
-    "bilevel.plugins.errors",
-    "bilevel.plugins.gpu_kernels",
-    "bilevel.plugins.kernel_library",
-)
 
-PLANNING = tuple(
-    f"bilevel.plugins.{name}"
-    for name in ("contract", "errors", "launches", "plans_caches", "plans_experts", "plans_routing", "tiles")
-)
-
+# What everybody may import, and what needs the standard library only (bilevel.bundle also numpy).
+LEAVES = ("bilevel.contract", "bilevel.errors", "bilevel.folders", "bilevel.machine")
+LIBRARIES = ("bilevel.plugins.library.cpu", "bilevel.plugins.library.gpu")
 SERVING = ("h11", "jinja2", "prometheus_client", "pydantic", "starlette", "uvicorn")
-SERVE_MODULES = sorted(path.stem for path in (ROOT / "runtime").glob("serve_*.py"))
 
-# Module or package -> (what it may import from this repository, what else; None: anything). The longest name applies.
-# "bilevel" alone is the package itself: its docstring and version.
+# Package or module -> (what it may import from this repository, what else; None: anything). The longest name applies. A package's
+# name allows all that is in it, but "bilevel" only what is in the folder bilevel/: the other folders share its name.
 LAW: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
-    "bilevel": (("bilevel", *SHARED), ("torch", "safetensors")),
-    "bilevel.plugins": (("bilevel.plugins",), None),
-    "bilevel.plugins.contract": (("bilevel.plugins.errors",), ()),
-    "bilevel.plugins.cpu_library": (("bilevel.plugins.errors",), ()),
-    "bilevel.plugins.errors": ((), ()),
+    "bilevel": (("bilevel",), ("torch", "safetensors")),
+    "bilevel.contract": (("bilevel.errors",), ()),
+    "bilevel.errors": ((), ()),
+    "bilevel.folders": (("bilevel.errors",), ()),
+    "bilevel.machine": (("bilevel.errors",), ("onnxruntime",)),  # where it is asked for its CUDA provider
+    "bilevel.bundle": ((*LEAVES, "bilevel.bundle"), ("numpy",)),
     # The one door to the kernels: nothing but this module, inside a function, loads PyTorch's and Triton's side of plugins/.
-    "bilevel.plugins.gpu_kernels": (("bilevel.plugins.triton_launch",), ()),
-    "bilevel.plugins.kernel_library": (("bilevel.plugins.contract", "bilevel.plugins.errors"), ()),
+    "bilevel.gpu_kernels": (("bilevel.plugins.kernels.launch",), ()),
     # What describes the kernels' launches is read without PyTorch and Triton too, by whoever writes a launcher in C.
-    "bilevel.plugins.launches": (("bilevel.plugins.contract", "bilevel.plugins.errors", "bilevel.plugins.tiles"), ()),
-    "bilevel.plugins.plans": (PLANNING, ()),
-    "bilevel.plugins.plans_caches": (PLANNING, ()),
-    "bilevel.plugins.plans_experts": (PLANNING, ()),
-    "bilevel.plugins.plans_routing": (PLANNING, ()),
-    "bilevel.plugins.tensorrt_fields": (
-        (*PLANNING, "bilevel.plugins.contract_header", "bilevel.plugins.plans"),
-        (),
+    "bilevel.plugins.launch": ((*LEAVES, "bilevel.plugins.launch"), ()),
+    "bilevel.plugins.kernels": ((*LEAVES, "bilevel.plugins.launch", "bilevel.plugins.kernels"), ("torch", "triton")),
+    "bilevel.plugins.library": (
+        (*LEAVES, "bilevel", "bilevel.plugins.launch", "bilevel.plugins.library", "bilevel.plugins.tensorrt.headers"),
+        ("triton",),
     ),
-    "bilevel.plugins.tensorrt_headers": ((), ()),
-    "bilevel.plugins.tiles": (("bilevel.plugins.errors",), ()),
+    "bilevel.plugins.library.cpu": (LEAVES, ()),
+    "bilevel.plugins.library.gpu": (LEAVES, ()),
+    "bilevel.plugins.tensorrt": (
+        (*LEAVES, "bilevel.plugins.kernels.launch", "bilevel.plugins.launch", "bilevel.plugins.tensorrt"),
+        None,
+    ),
+    "bilevel.plugins.tensorrt.fields": ((*LEAVES, "bilevel.plugins.launch", "bilevel.plugins.tensorrt"), ()),
+    "bilevel.plugins.tensorrt.headers": ((), ()),
     "bilevel.export": (("bilevel", "bilevel.plugins", "bilevel.export"), None),
     "bilevel.runtime": (
-        ("bilevel.runtime", *SHARED),
+        (*LEAVES, *LIBRARIES, "bilevel.bundle", "bilevel.runtime"),
         ("numpy", "onnxruntime", "tokenizers", "rich", "matplotlib", "tensorrt", "cuda"),
     ),
-    # The web server's modules need the extra "serve"; cli_serve loads them, inside a function.
-    "bilevel.runtime.cli_serve": (("bilevel.runtime", *SHARED), SERVING),
-    **{f"bilevel.runtime.{name}": (("bilevel.runtime", *SHARED), ("numpy", *SERVING)) for name in SERVE_MODULES},
+    # The web server needs the extra "serve"; the command loads it inside a function.
+    "bilevel.runtime.serve": ((*LEAVES, "bilevel.bundle", "bilevel.runtime"), ("numpy", *SERVING)),
+    "bilevel.runtime.cli.serve": ((*LEAVES, "bilevel.bundle", "bilevel.runtime"), SERVING),
+}
+# Rooms on one floor or further down: who stands earlier never imports from who stands later.
+FLOORS = {
+    "bilevel.plugins": ("launch", "kernels", "tensorrt", "library"),
+    "bilevel.export": ("graph", "decoder", "engine", "report", "check", "cli"),
+    "bilevel.runtime": ("backend", "generate", "schedule", "serve", "bench", "cli"),
 }
 HEAVY = ("torch", "triton", "tensorrt", "onnx", "onnxruntime", "onnxscript", "safetensors", "tokenizers", "rich", "cuda")
 
@@ -68,7 +68,7 @@ def module_names() -> dict[str, Path]:
     """Import name -> file, for every module of the four folders."""
     names = {}
     for folder, package in FOLDERS.items():
-        for path in sorted((ROOT / folder).rglob("*.py")):
+        for path in sorted((ROOT / folder).rglob("*.py")):  # which does not follow bilevel/'s links to the other folders
             inner = path.relative_to(ROOT / folder).with_suffix("").parts
             names[".".join([package, *(part for part in inner if part != "__init__")])] = path
     return names
@@ -108,20 +108,20 @@ def package_of(module: str, path: Path) -> str:
 def breaches(module: str, names: Iterator[str]) -> list[str]:
     """The names among ``names`` that ``module`` may not import."""
     own, others = LAW[max((name for name in LAW if f"{module}.".startswith(f"{name}.")), key=len)]
-    found = []
+    refused = []
     for name in names:
         top = name.split(".")[0]
         if top != "bilevel":
             allowed = others is None or top in others or top in sys.stdlib_module_names
         elif name == "bilevel":
-            allowed = module not in SHARED
+            allowed = module not in LEAVES
         else:
-            # "bilevel" permits the modules of the folder bilevel/, not the other folders, which share its name.
-            package = max((package for package in FOLDERS.values() if f"{name}.".startswith(f"{package}.")), key=len)
-            allowed = package in own or name in own
+            folder = max((package for package in FOLDERS.values() if f"{name}.".startswith(f"{package}.")), key=len)
+            within = [package for package in own if f"{name}.".startswith(f"{package}.")]
+            allowed = any(package != "bilevel" or folder == "bilevel" for package in within)
         if not allowed:
-            found.append(name)
-    return found
+            refused.append(name)
+    return refused
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -133,27 +133,24 @@ def test_import_law(module: str) -> None:
 @pytest.mark.parametrize(
     "module, source, expected",
     [
-        ("bilevel.plugins.contract", "import json\nfrom .errors import ContractError", []),
-        ("bilevel.plugins.contract", "import numpy", ["numpy"]),
-        ("bilevel.plugins.contract", "import bilevel", ["bilevel"]),
-        ("bilevel.plugins.errors", "from . import contract", ["bilevel.plugins.contract"]),
-        ("bilevel.plugins.plans", "import torch", ["torch"]),
-        (
-            "bilevel.plugins.gpu_kernels",
-            "from bilevel.plugins.triton_compile import Compiled",
-            ["bilevel.plugins.triton_compile"],
-        ),
-        ("bilevel.ops", "from bilevel.plugins import gpu_kernels", []),
-        ("bilevel.ops", "from bilevel.plugins import triton_launch", ["bilevel.plugins.triton_launch"]),
-        ("bilevel.model", "import torch\nfrom bilevel import ops\nfrom bilevel.plugins import contract", []),
-        ("bilevel.model", "from bilevel.export.module import save_onnx", ["bilevel.export.module"]),
+        ("bilevel.contract", "import json\nfrom .errors import ContractError", []),
+        ("bilevel.contract", "import numpy", ["numpy"]),
+        ("bilevel.contract", "import bilevel", ["bilevel"]),
+        ("bilevel.errors", "from . import contract", ["bilevel.contract"]),
+        ("bilevel.bundle.format", "import numpy\nfrom bilevel.config import ModelConfig", ["bilevel.config"]),
+        ("bilevel.plugins.launch.plans", "import torch", ["torch"]),
+        ("bilevel.gpu_kernels", "from bilevel.plugins.library.compile import Compiled", ["bilevel.plugins.library.compile"]),
+        ("bilevel.ops", "from bilevel import gpu_kernels", []),
+        ("bilevel.ops", "from bilevel.plugins.kernels import launch", ["bilevel.plugins.kernels.launch"]),
+        ("bilevel.model", "import torch\nfrom bilevel import ops\nfrom bilevel import contract", []),
+        ("bilevel.model", "from bilevel.export.graph.module import save_onnx", ["bilevel.export.graph.module"]),
         ("bilevel.model", "import onnx", ["onnx"]),
-        ("bilevel.export.module", "import onnx, torch\nimport bilevel.ops", []),
-        ("bilevel.export.module", "from ..runtime import bundle", ["bilevel.runtime.bundle"]),
-        ("bilevel.runtime.bundle", "import bilevel\nfrom bilevel.plugins import contract", []),
-        ("bilevel.runtime.bundle", "def load():\n    from bilevel.config import ModelConfig", ["bilevel.config"]),
-        ("bilevel.runtime.bundle", "require('onnx')", ["onnx"]),
-        ("bilevel.runtime.bundle", "if TYPE_CHECKING:\n    import torch.nn", ["torch.nn"]),
+        ("bilevel.export.graph.module", "import onnx, torch\nimport bilevel.ops", []),
+        ("bilevel.export.graph.module", "from ...runtime.serve import app", ["bilevel.runtime.serve.app"]),
+        ("bilevel.runtime.backend.session", "import bilevel\nfrom bilevel import contract", []),
+        ("bilevel.runtime.backend.session", "def load():\n    from bilevel.config import ModelConfig", ["bilevel.config"]),
+        ("bilevel.runtime.backend.session", "require('onnx')", ["onnx"]),
+        ("bilevel.runtime.backend.session", "if TYPE_CHECKING:\n    import torch.nn", ["torch.nn"]),
     ],
 )
 def test_import_law_notices(module: str, source: str, expected: list[str]) -> None:
@@ -173,9 +170,34 @@ def test_no_import_cycles() -> None:
     graph = load_graph(sources)
     assert "bilevel.config" in graph["bilevel.model"]
     graphlib.TopologicalSorter(graph).prepare()
-    sources["bilevel.plugins.errors"] = ("import bilevel.model", "bilevel.plugins")
+    sources["bilevel.errors"] = ("import bilevel.model", "bilevel")
     with pytest.raises(graphlib.CycleError):
         graphlib.TopologicalSorter(load_graph(sources)).prepare()
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_rooms_import_downwards(package: str) -> None:
+    floors = {f"{package}.{room}": floor for floor, room in enumerate(FLOORS[package])}
+    rooms = {".".join(module.split(".")[:3]) for module in MODULES if module.startswith(f"{package}.")}
+    assert rooms == set(floors)
+    for module, path in MODULES.items():
+        floor = floors.get(".".join(module.split(".")[:3]), len(floors))
+        for name in imported(path.read_text(encoding="utf-8"), package_of(module, path)):
+            assert floors.get(".".join(name.split(".")[:3]), 0) <= floor, f"{module} imports {name}, which stands above it"
+
+
+def test_rooms_are_small_and_say_what_they_are_for() -> None:
+    """At most about 20 source files in a folder, and a sentence in every package."""
+    folders: dict[Path, int] = {}
+    for path in [*MODULES.values(), *(ROOT / "tests").rglob("*.py")]:
+        folders[path.parent] = folders.get(path.parent, 0) + (path.name != "__init__.py")
+    assert {str(folder): count for folder, count in folders.items() if count > 20} == {}
+    silent = [
+        module
+        for module, path in MODULES.items()
+        if path.name == "__init__.py" and not ast.get_docstring(ast.parse(path.read_text()))
+    ]
+    assert silent == []
 
 
 def run_python(program: str) -> list[str]:
@@ -183,15 +205,24 @@ def run_python(program: str) -> list[str]:
     return result.stdout.split()
 
 
-@pytest.mark.parametrize("package", FOLDERS.values())
+@pytest.mark.parametrize("package", [*FOLDERS.values(), "bilevel.bundle", *LEAVES])
 def test_import_is_light(package: str) -> None:
     assert run_python(f"import sys, {package}; print(*(m for m in {HEAVY} if m in sys.modules))") == []
 
 
+def test_help_imports_the_standard_library_only() -> None:
+    program = (
+        "import contextlib, io, sys\nbefore = set(sys.modules)\nfrom bilevel.runtime.cli.main import main\n"
+        "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit): main(['--help'])\n"
+        "print(*(set(sys.modules) - before))"
+    )
+    loaded = {name.split(".")[0] for name in run_python(program)}
+    assert "bilevel" in loaded and loaded <= {"bilevel", *sys.stdlib_module_names}
+
+
 def test_runtime_imports_without_its_optional_packages() -> None:
     """Every module but the web server's loads where only numpy is installed, and loads nothing of the PyTorch side."""
-    web = tuple(f"bilevel.runtime.{name}" for name in SERVE_MODULES)
-    modules = [module for module in MODULES if module.startswith("bilevel.runtime") and module not in web]
+    modules = [m for m in MODULES if m.startswith("bilevel.runtime") and not m.startswith("bilevel.runtime.serve")]
     program = (
         f"import sys, importlib\nsys.modules.update(dict.fromkeys({HEAVY + SERVING}))\n"
         f"for module in {modules}: importlib.import_module(module)\n"

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 import bilevel
-from bilevel.plugins import errors, kernel_build
+from bilevel import errors
+from bilevel.plugins.library import build
+from tests import ROOT
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -27,42 +27,38 @@ def pyproject() -> dict[str, Any]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
-def test_every_package_is_listed(pyproject: dict[str, Any]) -> None:
-    setuptools = pyproject["tool"]["setuptools"]
-    found = {
-        ".".join([name, *init.parent.relative_to(ROOT / folder).parts])
-        for name, folder in setuptools["package-dir"].items()
-        for init in (ROOT / folder).rglob("__init__.py")
-    }
-    assert set(setuptools["packages"]) == found
+def test_every_folder_with_modules_is_a_package() -> None:
+    """What has no ``__init__.py`` is left out of the wheel."""
+    modules = [path for folder in ("bilevel", "export", "plugins", "runtime") for path in (ROOT / folder).rglob("*.py")]
+    assert [str(path) for path in modules if not path.with_name("__init__.py").is_file()] == []
 
 
-def test_every_package_is_imported_from_its_folder(pyproject: dict[str, Any]) -> None:
-    for name, folder in pyproject["tool"]["setuptools"]["package-dir"].items():
-        spec = importlib.util.find_spec(name)
-        assert spec is not None and spec.origin is not None
-        assert Path(spec.origin) == ROOT / folder / "__init__.py"
+@pytest.mark.parametrize("folder", ["export", "plugins", "runtime"])
+def test_every_package_is_imported_from_its_folder(folder: str) -> None:
+    spec = importlib.util.find_spec(f"bilevel.{folder}")
+    assert spec is not None and spec.origin is not None
+    assert Path(spec.origin).resolve() == ROOT / folder / "__init__.py"
+    assert (ROOT / "bilevel" / folder).readlink() == Path("..") / folder
 
 
 def test_package_data_exists(pyproject: dict[str, Any]) -> None:
-    setuptools = pyproject["tool"]["setuptools"]
-    for name, patterns in setuptools["package-data"].items():
+    for name, patterns in pyproject["tool"]["setuptools"]["package-data"].items():
         for pattern in patterns:
-            assert list((ROOT / setuptools["package-dir"][name]).glob(pattern)), pattern
+            assert list((ROOT / name.replace(".", "/")).glob(pattern)), pattern
     assert (ROOT / "bilevel" / "py.typed").is_file()
 
 
 def test_every_source_is_listed_for_the_library_it_belongs_to(pyproject: dict[str, Any]) -> None:
     """What is not listed is not compiled, is missing from the sdist or the wheel, or changes without a rebuild."""
-    setuptools = pyproject["tool"]["setuptools"]
-    (module,) = setuptools["ext-modules"]
-    for_gpu = [path for pattern in setuptools["package-data"]["bilevel.plugins"] for path in (ROOT / "plugins").glob(pattern)]
-    gpu = {path.relative_to(ROOT).as_posix() for path in for_gpu}
-    cpu = {path.relative_to(ROOT).as_posix() for path in (ROOT / "plugins" / "csrc").iterdir()} - gpu
+    (module,) = pyproject["tool"]["setuptools"]["ext-modules"]
+    plugins = ROOT / "bilevel" / "plugins"
+    cpu = {path.relative_to(ROOT).as_posix() for path in (plugins / "csrc" / "ort").iterdir()}
     assert sorted(module["sources"]) == sorted(name for name in cpu if name.endswith(".cpp"))
     assert sorted(module["depends"]) == sorted(name for name in cpu if not name.endswith(".cpp"))
-    compiled = {f"plugins/csrc/{name}" for name in (*kernel_build.SOURCES, *kernel_build.PLUGIN_SOURCES)}
-    assert compiled == {name for name in gpu if name.endswith(".cpp")}
+    patterns = pyproject["tool"]["setuptools"]["package-data"]["bilevel.plugins"]
+    gpu = {path.relative_to(plugins / "csrc").as_posix() for pattern in patterns for path in plugins.glob(pattern)}
+    assert {*build.SOURCES, *build.PLUGIN_SOURCES} == {name for name in gpu if name.endswith(".cpp")}
+    assert len(cpu) + len(gpu) == sum(path.is_file() for path in (plugins / "csrc").rglob("*"))
 
 
 def test_version_is_one(pyproject: dict[str, Any]) -> None:

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from bilevel.checkpoint import load_model
-from bilevel.export.check import check_bundle
+from bilevel.export.check.parity import check_bundle
 from bilevel.model import CausalLM
-from bilevel.runtime.generate import Generator
-from bilevel.runtime.sampling import SamplingParams
+from bilevel.runtime.generate.generator import Generator
+from bilevel.runtime.generate.sampling import SamplingParams
 from bilevel.state import DecoderState
-from tests.tiny_models import BLOCK_SIZE, PREFILL_CHUNK, PRESETS
+from tests.support.tiny_models import BLOCK_SIZE, PREFILL_CHUNK, PRESETS
 
 MAX_TOKENS = 24
 # One token, shorter than a block, a block, one more, and more than a prefill chunk.

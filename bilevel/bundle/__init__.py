@@ -1,0 +1,1 @@
+"""The bundle: the file format between export and runtime. Needs the standard library and numpy only."""

@@ -1,0 +1,198 @@
+"""The bundle, format version 1: a folder that holds everything needed to run one exported model.
+
+    bundle.json       this manifest
+    config.json       the model's configuration in Hugging Face's format, with its "routing" and "experts" sections
+    tokenizer.json    Hugging Face ``tokenizers``
+    model.onnx        the graph; model.data its weights
+    dense.onnx        optional: the dense twin, which has the same weights; bfloat16 bundles have none
+
+``bundle.json`` is one JSON object:
+
+    format, format_version    "bilevel-bundle" and 1; another version is refused
+    created_by                {tool: version}
+    precision                 "float32", "float16" or "bfloat16": the type of caches, of activations and of weights that are floats.
+                              Scores of routers, logits of expert gates and the graph's logits are float32 in all three
+    weights                   optional {"format": "fp32" (the default), "int8" or "int4", ...}: how the matrix products' weights
+                              are stored. fp32: as floats, of the type that precision says. The integer formats go with precision
+                              float32 and also say how many products and which weights stayed floats
+                              {"bits", "block", "activations", "quantised", "kept_fp32": {what for: bytes}}
+    config                    the contents of config.json
+    block_size                R; a cache's capacity is a multiple of it
+    limits                    {"max_positions": tokens a row may hold, "prefill_chunk": most tokens of one call}
+    tokens                    {"bos": id or null, "eos": [ids]}
+    operators                 {operator: version}, those of ``bilevel.contract`` that the graph uses
+    graph.file, graph.opset   the ONNX file and its opset
+    graph.inputs, .outputs    [{"name", "dtype", "shape"}]; a size is a number or one of batch, new_tokens, capacity and
+                              num_blocks (= capacity / block_size)
+    graph.state               [{"input", "output"}]: caches, carried from one call to the next
+    graph.routes              optional {"candidates": output or null, "blocks": [output of each layer], "experts": {layer: output}}:
+                              what the routers of a call chose, int32 [batch, heads, new_tokens, kept] (experts [batch, new_tokens,
+                              kept]), -1 where nothing; present where attention is routed. Nobody has to fetch them
+    dense_twin                optional {"file", "operators", "inputs", "outputs", "state"}: the same weights with ordinary
+                              attention, which ``bilevel bench`` measures the graph against; described like the graph
+    files                     {name: {"sha256", "bytes"}} of every other file in the folder
+    checks                    verdicts that ``bilevel check`` appended
+
+One call of the graph. Rows are right-padded. ``input_ids`` int64 [batch, new_tokens]; ``past_len`` int32 [batch], tokens
+already in each row's caches; ``new_len`` int32 [batch], valid tokens of this call, 0 for an idle row. All new_tokens of every
+row are written at past_len, so past_len + new_tokens <= capacity holds for idle rows too. ``logits`` float32 [batch, vocab]
+belong to each row's last valid token. Caches start as zeros; a cache's input and output are bound to one buffer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bilevel.bundle.tensors import DTYPES, TensorSpec
+from bilevel.bundle.values import FileRecord, Graph, Manifest, RouteOutputs, remedy
+from bilevel.errors import BundleError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """A bundle's manifest, checked. Fields are those of bundle.json (see the module's docstring).
+
+    state pairs each cache's input with the name of its output.
+    """
+
+    folder: Path
+    created_by: Mapping[str, str]
+    precision: str
+    weights: Mapping[str, Any]
+    config: Mapping[str, Any]
+    block_size: int
+    max_positions: int
+    prefill_chunk: int
+    bos: int | None
+    eos: tuple[int, ...]
+    operators: Mapping[str, int]
+    graph_file: str
+    opset: int
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    state: tuple[tuple[TensorSpec, str], ...]
+    vocab_size: int
+    routes: RouteOutputs | None
+    files: Mapping[str, FileRecord]
+    checks: tuple[Mapping[str, Any], ...]
+    twin: Graph | None
+
+    def dense_twin(self) -> Bundle:
+        """This bundle with the dense twin's graph in the place of its own. Raises BundleError where it has none."""
+        if self.twin is None:
+            raise BundleError(f"{self.folder} has no dense twin (bundle.json gives no dense_twin); {self.remedy}")
+        twin = self.twin
+        return dataclasses.replace(
+            self,
+            graph_file=twin.file,
+            operators=twin.operators,
+            inputs=twin.inputs,
+            outputs=twin.outputs,
+            state=twin.state,
+            routes=twin.routes,
+            twin=None,
+        )
+
+    @property
+    def graph_path(self) -> Path:
+        """The ONNX file."""
+        return self.folder / self.graph_file
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The tokenizer's file."""
+        return self.folder / "tokenizer.json"
+
+    def round_up(self, tokens: int) -> int:
+        """The smallest capacity that holds ``tokens``."""
+        return max(1, math.ceil(tokens / self.block_size)) * self.block_size
+
+    def sizes(self, batch: int, capacity: int) -> dict[str, int]:
+        """Values of the symbols that caches use."""
+        return {"batch": batch, "capacity": capacity, "num_blocks": capacity // self.block_size}
+
+    def state_bytes(self, batch: int, capacity: int) -> int:
+        """Memory of all caches for ``batch`` rows of ``capacity`` tokens."""
+        sizes = self.sizes(batch, capacity)
+        return sum(math.prod(spec.resolve(sizes)) * DTYPES[spec.dtype].numpy.itemsize for spec, _ in self.state)
+
+    @property
+    def remedy(self) -> str:
+        """What to do about a damaged bundle."""
+        return remedy(self.folder)
+
+    def file_problem(self, name: str, verify: bool = True) -> str | None:
+        """What is wrong with a listed file ("is missing", ...), or None; its contents are looked at if ``verify``."""
+        path, record = self.folder / name, self.files[name]
+        if not path.is_file():
+            return "is missing"
+        if not verify:
+            return None
+        if (found := path.stat().st_size) != record.num_bytes:
+            return f"holds {found} bytes instead of {record.num_bytes}"
+        return None if _sha256(path) == record.sha256 else "differs from the SHA-256 in bundle.json"
+
+
+def read_manifest(path: str | Path) -> Bundle:
+    """Read and check bundle.json alone, not the files that it lists. Raises BundleError."""
+    manifest = Manifest(Path(path))
+    manifest.check_format()
+    return _parse(manifest)
+
+
+def load_bundle(path: str | Path, verify: bool = True) -> Bundle:
+    """Read and check a bundle folder; the format is described in this module's docstring.
+
+    verify: compare every file's size and SHA-256 with the manifest (that the files exist is checked always).
+    Raises BundleError naming what differs and the command that makes the bundle anew.
+    """
+    bundle = read_manifest(path)
+    for name in bundle.files:
+        if problem := bundle.file_problem(name, verify):
+            raise BundleError(f"{bundle.folder}: {name} {problem}; {bundle.remedy}")
+    return bundle
+
+
+def _parse(manifest: Manifest) -> Bundle:
+    files = manifest.files()
+    graph = manifest.graph("graph", manifest.operators("operators"), files)
+    twin = None
+    if "dense_twin" in manifest.raw:
+        twin = manifest.graph("dense_twin", manifest.operators("dense_twin.operators"), files)
+    return Bundle(
+        folder=manifest.folder,
+        created_by=manifest.get("created_by", dict),
+        precision=manifest.precision(),
+        weights=manifest.weights(),
+        config=manifest.get("config", dict),
+        block_size=manifest.positive("block_size"),
+        max_positions=manifest.positive("limits.max_positions"),
+        prefill_chunk=manifest.positive("limits.prefill_chunk"),
+        bos=manifest.get("tokens.bos", (int, type(None))),
+        eos=manifest.eos(),
+        operators=graph.operators,
+        graph_file=graph.file,
+        opset=manifest.positive("graph.opset"),
+        inputs=graph.inputs,
+        outputs=graph.outputs,
+        state=graph.state,
+        vocab_size=graph.vocab_size,
+        routes=graph.routes,
+        files=files,
+        checks=tuple(manifest.get("checks", list)),
+        twin=twin,
+    )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,58 @@
+"""Attention over the tokens of the routed blocks, vectorised and trainable."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bilevel.operators.precision import wide
+from bilevel.operators.routing import block_mask, head_map
+
+
+def visible_tokens(capacity: int, length: int, past_len: Tensor, new_len: Tensor, causal: bool) -> Tensor:
+    """bool [B, L, M]: the tokens that each position of this call may see; rows at or beyond new_len see none."""
+    token = torch.arange(capacity, device=past_len.device)
+    offset = torch.arange(length, device=past_len.device)
+    end = past_len[:, None] + (offset + 1 if causal else new_len[:, None])
+    return (token < end[..., None]) & (offset < new_len[:, None])[..., None]
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Softmax attention in fp32 (fp64 for fp64 operands); a row whose mask is empty gives 0 (and no NaN gradient).
+
+    q: [B, Hq, L, D]. k, v: [B, Hkv, M, D]. mask: bool [B, 1 or Hq, L, M]. Returns [B, Hq, L, D] in q's dtype.
+    """
+    heads = head_map(q.shape[1], k.shape[1], q.device)
+    empty = ~mask.any(-1, keepdim=True)
+    out = F.scaled_dot_product_attention(wide(q), wide(k)[:, heads], wide(v)[:, heads], attn_mask=mask | empty, scale=scale)
+    return torch.where(empty, 0.0, out).to(q.dtype)
+
+
+def routed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routes: Tensor,
+    past_len: Tensor,
+    new_len: Tensor,
+    *,
+    block_size: int,
+    causal: int,
+    scale: float,
+) -> Tensor:
+    """Softmax attention over the tokens of the routed blocks (see ``bilevel.operators.reference.routed_attention``)."""
+    capacity = k.shape[2]
+    kept = block_mask(routes, capacity // block_size).repeat_interleave(block_size, dim=-1)
+    kept = kept[:, head_map(q.shape[1], routes.shape[1], q.device)] if routes.shape[1] > 1 else kept
+    visible = visible_tokens(capacity, q.shape[2], past_len, new_len, bool(causal))
+    # A garbage token that nobody may see must not poison the sum: 0 * NaN is NaN.
+    reach = torch.arange(capacity, device=k.device) < (past_len + new_len)[:, None]
+    k, v = (torch.where(reach[:, None, :, None], x, 0) for x in (k, v))
+    return masked_attention(q, k, v, kept & visible[:, None], scale)
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, past_len: Tensor, new_len: Tensor, *, scale: float) -> Tensor:
+    """Ordinary causal attention over the cache: what ``routed_attention`` equals when every block is kept."""
+    mask = visible_tokens(k.shape[2], q.shape[2], past_len, new_len, True)
+    return masked_attention(q, k, v, mask[:, None], scale)

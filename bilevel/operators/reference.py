@@ -1,0 +1,212 @@
+"""The operators as loops: the definition that everything fast is tested against.
+
+Read beside ``bilevel/contract.py`` (names, shapes, attributes). Slow on purpose, and without shortcuts: one position, one
+head, one block at a time.
+
+Normative rules kept here:
+
+* A block j holds tokens ``j*R .. (j+1)*R-1``. A position t = past_len + i sees block j when the block's first token is valid
+  and (causal) not after t. A block is *scored* only when its last token is valid and (causal) not after t: no score depends
+  on a token that t may not see.
+* Forced blocks (own, local, init) are kept whatever their score. If they alone exceed K: the own block, then the most recent
+  local ones, then init.
+* Scores are sums of products accumulated in fp32 from the inputs as stored. Order: score descending, index ascending. NaN
+  counts as -inf and -inf is never selected; +inf counts as the largest finite number and so ties by index.
+  In an fp64 model, sums and what is declared float32 are fp64.
+* Routes are ascending, unique, -1 in the unused tail. Rows at or beyond new_len give -1 (routes) and 0 (output).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from bilevel import contract
+from bilevel.operators.precision import wide
+
+_FLOAT_MAX = torch.finfo(torch.float32).max
+
+
+def forced_blocks(own: int, num_visible: int, topk: int, init_blocks: int, local_blocks: int) -> list[int]:
+    """The blocks kept whatever their score, most important first, at most ``topk`` of them."""
+    local = [own - i for i in range(local_blocks) if own - i >= 0]
+    init = [j for j in range(min(init_blocks, num_visible)) if j not in local]
+    return (local + init)[:topk]
+
+
+def _rank(score: float) -> float:
+    """A score as the selection sees it: NaN is -inf, +inf is the largest finite number."""
+    return -math.inf if math.isnan(score) else min(score, _FLOAT_MAX)
+
+
+def _route(
+    query: Tensor, unit_key: Tensor, candidates: Tensor | None, past_len: Tensor, new_len: Tensor, attributes: dict[str, int]
+) -> Tensor:
+    block_size, topk, num_selection_heads = (attributes[n] for n in ("block_size", "topk", "num_selection_heads"))
+    batch, num_route_heads, length, _ = query.shape
+    num_key_heads, num_units = unit_key.shape[1:3]
+    routes = torch.full((batch, num_selection_heads, length, topk), -1, dtype=torch.int32)
+    for b in range(batch):
+        valid = int(past_len[b]) + int(new_len[b])
+        for i in range(int(new_len[b])):
+            position = int(past_len[b]) + i
+            horizon = position + 1 if attributes["causal"] else valid  # tokens that this position may see
+            own = position // block_size
+            num_visible = -(-horizon // block_size)
+            forced = forced_blocks(own, num_visible, topk, attributes["init_blocks"], attributes["local_blocks"])
+            for s in range(num_selection_heads):
+                allowed = list(range(num_units))
+                if candidates is not None:
+                    row = candidates[b, s * candidates.shape[1] // num_selection_heads, i]
+                    allowed = sorted({int(j) for j in row if 0 <= int(j) < num_units})
+                scored = []
+                for j in allowed:
+                    if j in forced or (j + 1) * block_size > horizon:
+                        continue
+                    score = 0.0
+                    for r in range(num_route_heads):
+                        if r * num_selection_heads // num_route_heads == s:
+                            key = unit_key[b, r * num_key_heads // num_route_heads, j]
+                            score += float(wide(query[b, r, i]) @ wide(key))
+                    if _rank(score) > -math.inf:
+                        scored.append((-_rank(score), j))
+                kept = sorted(forced + [j for _, j in sorted(scored)][: topk - len(forced)])
+                routes[b, s, i, : len(kept)] = torch.tensor(kept, dtype=torch.int32)
+    return routes
+
+
+def coarse_route(query: Tensor, unit_key: Tensor, past_len: Tensor, new_len: Tensor, **attributes: int) -> Tensor:
+    """Score every visible block and keep K (contract: CoarseRoute).
+
+    query: [B, Hr, L, Dr]. unit_key: [B, Hk, U, Dr]. past_len, new_len: int32 [B]. Returns int32 [B, Hs, L, K].
+    Route head r reads key head floor(r*Hk/Hr); the Hr/Hs heads of a selection head are summed.
+    """
+    contract.COARSE_ROUTE.check_attributes(attributes)
+    return _route(query, unit_key, None, past_len, new_len, attributes)
+
+
+def fine_route(
+    query: Tensor, unit_key: Tensor, candidates: Tensor, past_len: Tensor, new_len: Tensor, **attributes: int
+) -> Tensor:
+    """The same among the candidates and the forced blocks (contract: FineRoute).
+
+    candidates: int32 [B, Hc, L, K1], a set: order and repetition do not matter, indices out of range are ignored.
+    Selection head s reads candidate head floor(s*Hc/Hs).
+    """
+    contract.FINE_ROUTE.check_attributes(attributes)
+    return _route(query, unit_key, candidates, past_len, new_len, attributes)
+
+
+def routed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routes: Tensor,
+    past_len: Tensor,
+    new_len: Tensor,
+    *,
+    block_size: int,
+    causal: int,
+    scale: float,
+) -> Tensor:
+    """Softmax attention over the tokens of the routed blocks (contract: RoutedAttention).
+
+    q: [B, Hq, L, D]. k, v: [B, Hkv, M, D]. routes: int32 [B, Hs, L, K], a set. Returns [B, Hq, L, D] in q's dtype.
+    Query head h reads selection head floor(h*Hs/Hq) and kv head floor(h*Hkv/Hq). A row without a visible token gives 0.
+    """
+    batch, num_heads = q.shape[:2]
+    num_kv_heads, capacity = k.shape[1:3]
+    out = torch.zeros_like(q)
+    for b in range(batch):
+        valid = int(past_len[b]) + int(new_len[b])
+        for i in range(int(new_len[b])):
+            horizon = int(past_len[b]) + i + 1 if causal else valid
+            for h in range(num_heads):
+                row = routes[b, h * routes.shape[1] // num_heads, i]
+                blocks = sorted({int(j) for j in row if 0 <= int(j) < capacity // block_size})
+                tokens = [t for j in blocks for t in range(j * block_size, (j + 1) * block_size) if t < horizon]
+                if not tokens:
+                    continue
+                keys = wide(k[b, h * num_kv_heads // num_heads, tokens])
+                values = wide(v[b, h * num_kv_heads // num_heads, tokens])
+                probability = torch.softmax(keys @ wide(q[b, h, i]) * scale, dim=0)
+                out[b, h, i] = (probability @ values).to(q.dtype)
+    return out
+
+
+def expert_route(
+    logits: Tensor,
+    group_logits: Tensor,
+    select_bias: Tensor,
+    *,
+    top_k: int,
+    topk_group: int,
+    score_func: str,
+    group_score: str,
+    normalize: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Keep ``topk_group`` groups of experts, then the ``top_k`` best inside them (contract: ExpertRoute).
+
+    logits: fp32 [T, E]. group_logits: fp32 [T, Gp]. select_bias: fp32 [E]. Returns ids int32 [T, top_k], best first, and
+    weights fp32 [T, top_k]; -1 and 0 in the slots for which no finite score is left. The choice uses score + bias, the
+    weights the unbiased score (DeepSeek-V3, arXiv 2412.19437, equations 13 to 16). A group that is not kept counts as -inf.
+    """
+    num_tokens, num_experts = logits.shape
+    num_groups = group_logits.shape[1]
+    size = num_experts // num_groups
+    ids = torch.full((num_tokens, top_k), -1, dtype=torch.int32)
+    weights = logits.new_zeros(num_tokens, top_k)
+    for t in range(num_tokens):
+        scores = torch.sigmoid(logits[t]) if score_func == "sigmoid" else torch.softmax(logits[t], dim=0)
+        choice = [_rank(float(score + bias)) for score, bias in zip(scores, select_bias, strict=True)]
+        groups = []
+        for g in range(num_groups):
+            best = sorted(choice[g * size : (g + 1) * size], reverse=True)
+            value = {
+                "max": best[0],
+                "top2_sum": float(logits.new_tensor(best[:2]).sum()),
+                "external": _rank(float(group_logits[t, g])),
+            }[group_score]
+            groups.append((-_rank(value), g))
+        kept_groups = {g for value, g in sorted(groups)[:topk_group] if value < math.inf}
+        inside = [(-choice[e], e) for e in range(num_experts) if e // size in kept_groups and choice[e] > -math.inf]
+        kept = [e for _, e in sorted(inside)[:top_k]]
+        total = sum(float(scores[e]) for e in kept) + 1e-20 if normalize else 1.0
+        for slot, e in enumerate(kept):
+            ids[t, slot] = e
+            weights[t, slot] = float(scores[e]) / total * scale
+    return ids, weights
+
+
+def routed_experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """The weighted sum of the chosen experts' SwiGLU (contract: RoutedExperts).
+
+    x: [T, d]. ids, weights: [T, k]; ids out of range are ignored. gate_up: [E, 2f, d], gate rows first. down: [E, d, f].
+    Returns [T, d] in x's dtype; the sum over experts is accumulated in fp32.
+    """
+    num_experts, width = down.shape[0], down.shape[2]
+    out = wide(torch.zeros_like(x))
+    for t in range(x.shape[0]):
+        for expert, weight in zip(ids[t].tolist(), weights[t].tolist(), strict=True):
+            if 0 <= expert < num_experts:
+                hidden = gate_up[expert] @ x[t]
+                activated = torch.nn.functional.silu(hidden[:width]) * hidden[width:]
+                out[t] += weight * wide(down[expert] @ activated)
+    return out.to(x.dtype)
+
+
+def write_cache(cache: Tensor, update: Tensor, start: Tensor) -> Tensor:
+    """The cache with the update at each row's start (contract: WriteCache).
+
+    cache: [B, H, M, W]. update: [B, H, L, W]. start: int32 [B]. What would lie outside the cache is left out.
+    """
+    out = cache.clone()
+    for b in range(update.shape[0]):
+        for i in range(update.shape[2]):
+            place = int(start[b]) + i
+            if 0 <= place < cache.shape[2]:
+                out[b, :, place] = update[b, :, i]
+    return out

@@ -1,0 +1,104 @@
+"""What the routers chose among, rebuilt in fp64 from the operands that each side really had."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from bilevel.export.check.judge import UNIT_ROUNDOFF, Array, Choice, dot_bound
+
+
+def as_set(indices: Array, size: int) -> Array:
+    """Indices [..., K] as bool [..., size]; what is out of range is dropped."""
+    mask = np.zeros((*indices.shape[:-1], size + 1), dtype=bool)
+    inside = (indices >= 0) & (indices < size)
+    np.put_along_axis(mask, np.where(inside, indices, size).astype(np.int64), True, axis=-1)
+    return mask[..., :size]
+
+
+def is_proper(routes: Array) -> Array:
+    """bool [...]: whether routes [..., K] are ascending and unique with -1 in the unused tail."""
+    before, after = routes[..., :-1], routes[..., 1:]
+    ordered = np.where(after < 0, after == -1, (before < after) & (before >= 0))
+    return np.asarray(ordered.all(-1) & (routes[..., 0] >= -1))
+
+
+def block_choice(
+    query: Array,
+    unit_key: Array,
+    routes: Array,
+    candidates: Array | None,
+    past_len: Array,
+    new_len: Array,
+    attributes: dict[str, Any],
+) -> Choice:
+    """Choices of CoarseRoute or FineRoute, one row per (valid token, selection head).
+
+    query [B, Hr, L, Dr], unit_key [B, Hk, U, Dr], routes [B, Hs, L, K], candidates [B, Hc, L, K1] or None, as in the contract.
+    """
+    heads, keys = query.shape[1], unit_key.shape[1]
+    batch, selection, length, _ = routes.shape
+    units, width = unit_key.shape[2:]
+    score = np.zeros((batch, selection, length, units))
+    magnitude = np.zeros_like(score)
+    for r in range(heads):
+        q, k = query[:, r].astype(np.float64), unit_key[:, r * keys // heads].astype(np.float64).swapaxes(1, 2)
+        score[:, r * selection // heads] += q @ k
+        magnitude[:, r * selection // heads] += np.abs(q) @ np.abs(k)
+    size = attributes["block_size"]
+    position = (past_len[:, None] + np.arange(length))[:, None, :, None]
+    valid = (past_len + new_len)[:, None, None, None]
+    horizon = np.where(attributes["causal"] == 1, position + 1, valid)
+    block, own = np.arange(units), position // size
+    forced = (block <= own) & (block > own - attributes["local_blocks"]) | (block < attributes["init_blocks"])
+    competes = np.broadcast_to(~forced & ((block + 1) * size <= horizon), score.shape)
+    if candidates is not None:
+        proposed = as_set(candidates, units)
+        competes = competes & proposed[:, np.arange(selection) * proposed.shape[1] // selection]
+    rows = np.broadcast_to(position < valid, (batch, selection, length, 1))[..., 0]
+    bound = dot_bound(magnitude, width * heads // selection)
+    return Choice(score[rows], bound[rows], as_set(routes, units)[rows], competes[rows])
+
+
+def _expert_scores(logits: Array, score_func: str) -> Array:
+    """fp64 scores [T, E] of fp64 logits."""
+    if score_func == "sigmoid":
+        return np.asarray(1 / (1 + np.exp(-logits)))
+    shifted = np.exp(logits - logits.max(1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(1, keepdims=True))
+
+
+def expert_weights(logits: Array, ids: Array, attributes: dict[str, Any]) -> Array:
+    """fp64 weights [T, k] of the experts ``ids`` [T, k] (-1: none), from the logits [T, E] alone."""
+    scores = _expert_scores(logits.astype(np.float64), attributes["score_func"])
+    weights = np.where(ids >= 0, np.take_along_axis(scores, np.maximum(ids, 0).astype(np.int64), 1), 0.0)
+    if attributes["normalize"]:
+        weights = weights / (weights.sum(1, keepdims=True) + 1e-20)
+    return np.asarray(weights * attributes["scale"])
+
+
+def expert_choices(
+    logits: Array, group_logits: Array, bias: Array, ids: Array, attributes: dict[str, Any]
+) -> tuple[Choice, Choice]:
+    """Choices of ExpertRoute, (groups, experts), one row per token. A token's experts compete inside its kept groups."""
+    logits, group_logits = logits.astype(np.float64), group_logits.astype(np.float64)
+    tokens, experts = logits.shape
+    groups = group_logits.shape[1]
+    size = experts // groups
+    choice = _expert_scores(logits, attributes["score_func"]) + bias
+    # exp, division and the sums of a softmax lose a few units in the last place each; experts + 8 covers them all.
+    bound = (experts + 8) * UNIT_ROUNDOFF * (np.abs(choice) + 1)
+    by_group = np.sort(choice.reshape(tokens, groups, size), axis=2)
+    group = {
+        "external": group_logits,
+        "max": by_group[..., -1],
+        "top2_sum": by_group[..., -2:].sum(2),
+    }[attributes["group_score"]]
+    group_bound = (experts + 8) * UNIT_ROUNDOFF * (np.abs(group) + 1)
+    order = np.argsort(-group, axis=1, kind="stable")[:, : attributes["topk_group"]]
+    kept_groups = np.zeros((tokens, groups), dtype=bool)
+    np.put_along_axis(kept_groups, order, True, axis=1)
+    inside = np.repeat(kept_groups, size, axis=1)
+    everything = np.ones((tokens, groups), dtype=bool)
+    return Choice(group, group_bound, kept_groups, everything), Choice(choice, bound, as_set(ids, experts), inside)

@@ -1,0 +1,252 @@
+"""Parity of a bundle with the checkpoint it came from: selection, computation, end to end, and what must hold anyway.
+
+``check_bundle`` returns the report that ``bilevel.export.report.folder`` documents and records the verdict in ``bundle.json``. Nothing of
+the checkpoint is in memory but one part at a time; of the graph, one part at a time and once the whole.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bilevel.bundle.verdicts import read_manifest, record_verdict
+from bilevel.checkpoint import Checkpoint
+from bilevel.config import ModelConfig
+from bilevel.config_json import config_to_dict
+from bilevel.errors import BundleError, RequestError
+from bilevel.export.check import end_to_end
+from bilevel.export.check.compare import Comparison
+from bilevel.export.check.device import Device
+from bilevel.export.check.effect import judge_rounding
+from bilevel.export.check.failure import first_failing, where_it_starts
+from bilevel.export.check.graph_parts import GraphParts
+from bilevel.export.check.invariants import check_invariants
+from bilevel.export.check.judge import Array, Selection
+from bilevel.export.check.layered import LayeredModel, Passage
+from bilevel.export.check.replay import Replay
+from bilevel.export.check.structure import structure_differences
+from bilevel.export.check.text import BACKENDS, Request, make_text, open_tokenizer, token_ids
+from bilevel.export.check.word_states import WordStates
+from bilevel.export.decoder.bundle import GRAPH_FILE, describe_file
+from bilevel.export.graph.quantise import FORMATS
+from bilevel.export.report.schema import SCHEMA_VERSION
+from bilevel.plugins.library.cpu import find_cpu_library
+
+Stage = Callable[[str], None]
+
+
+def _silent(stage: str) -> None:
+    pass
+
+
+def _verify(bundle: Path, manifest: dict[str, Any], config: ModelConfig) -> None:
+    """The bundle's files must be the ones that were exported, and from a model of this shape."""
+    for name, entry in manifest["files"].items():
+        path = bundle / name
+        if not path.is_file() or describe_file(path) != entry:
+            raise BundleError(f"{path} is missing or not the file that was exported; export the bundle again with --force")
+    if manifest["config"] != json.loads(json.dumps(config_to_dict(config))):
+        raise BundleError(f"{bundle} was exported from a model of another configuration; give the checkpoint that it came from")
+
+
+def check_bundle(
+    bundle: Path,
+    checkpoint: Path,
+    *,
+    data: Path | None = None,
+    tokens: int | None = None,
+    cuts: Sequence[int] | None = None,
+    row_order: Sequence[int] | None = None,
+    backend: str = "all",
+    precision: str | None = None,
+    shrink: bool = True,
+    on_stage: Stage = _silent,
+) -> dict[str, Any]:
+    """Compare ``bundle`` with ``checkpoint`` and record the verdict in the bundle; returns the report.
+
+    The arguments are those of :class:`Request`. precision: refuse a bundle of another one. Raises BilevelError when the comparison
+    could not run; a parity failure is a report with ``passed`` False.
+    """
+    started = time.perf_counter()
+    request = Request(Path(bundle), Path(checkpoint), data, tokens, cuts, row_order, backend, shrink)
+    manifest = read_manifest(request.bundle)
+    if precision is not None and manifest["precision"] != precision:
+        raise RequestError(
+            f"{bundle} is of precision {manifest['precision']}, not {precision}; give that one, or export the checkpoint again "
+            "with --precision"
+        )
+    on_stage("reading the checkpoint's headers")
+    source = Checkpoint(request.checkpoint)
+    _verify(request.bundle, manifest, source.config)
+    check = _Check(request, manifest, source, on_stage)
+    report = check.report()
+    report["seconds"] = time.perf_counter() - started
+    record_verdict(request.bundle, manifest, report)
+    return report
+
+
+def _weights(bundle: Path, manifest: dict[str, Any]) -> str:
+    """The format of the bundle's weights; bundles from before there was a choice do not say."""
+    entry = manifest.get("weights", {"format": "fp32"})
+    found = entry.get("format") if isinstance(entry, dict) else entry
+    if found not in FORMATS:
+        raise BundleError(f"{bundle} says its weights are {found!r}, this bilevel knows {', '.join(FORMATS)}; export it again")
+    return str(found)
+
+
+class _Check:
+    """One run."""
+
+    def __init__(self, request: Request, manifest: dict[str, Any], source: Checkpoint, on_stage: Stage) -> None:
+        self.request, self.manifest, self.source, self.config = request, manifest, source, source.config
+        self.precision, self.weights = str(manifest["precision"]), _weights(request.bundle, manifest)
+        self.path, self._on_stage = request.bundle / GRAPH_FILE, on_stage
+        self.longest = int(manifest.get("limits", {}).get("prefill_chunk", 512))
+        self.ids, self.data_source = token_ids(request, self.config)
+        self.text = make_text(request, self.ids, self.config, self.longest)
+        self.plain = LayeredModel(source, self.precision, weights=self.weights)
+        self.exact = LayeredModel(source, self.precision, exact=True, weights=self.weights)
+        on_stage("cutting the graph into parts")
+        self.executions = self._executions()
+        self.parts = GraphParts(self.path, self.config, self.executions, self.precision)
+
+    def _executions(self) -> dict[str, Path | None]:
+        """Both executions of the one file: what any ONNX Runtime does with it, and what this machine's users get."""
+        library, backend = find_cpu_library(), self.request.backend
+        if backend not in BACKENDS:
+            raise RequestError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+        if backend == "kernels" and library is None:
+            raise RequestError(
+                "the CPU kernels are not installed here; reinstall bilevel where there is a C++ compiler, or use --backend portable"
+            )
+        has_kernels = library is not None and backend != "portable" and not self.config.routing.is_dense
+        executions: dict[str, Path | None] = {} if backend == "kernels" and has_kernels else {"bodies": None}
+        return {**executions, "CPU kernels": library} if has_kernels else executions
+
+    def report(self) -> dict[str, Any]:
+        """Run every judgement."""
+        words = WordStates(self.text)
+        comparison = Comparison(self.config, self.precision, words.add)
+        replay = Replay(self.plain, self.exact, self.parts, comparison, self._on_stage)
+        with torch.no_grad():
+            passages = replay.run(self.text)
+        entries = comparison.entries
+        structure = structure_differences(self.config, self.parts.nodes)
+        excused = any(entry.judged.excused for entry in entries if isinstance(entry.judged, Selection))
+        try:
+            ends, invariants = self._alone(passages, excused)
+        except BundleError as error:
+            if first_failing(entries) is None and not structure:
+                raise
+            ends, invariants = end_to_end.could_not_run(str(error))
+        order = replay.order_invariant()
+        invariants += [order] if order is not None else []
+        rounding = self._rounding() if ends["teacher_forced"]["tokens"] else {}
+        selection = [entry.as_dict() for entry in entries if isinstance(entry.judged, Selection)]
+        computation = [entry.as_dict() for entry in entries if not isinstance(entry.judged, Selection)]
+        verdicts = {
+            "structure": not structure,
+            "selection": all(entry["passed"] for entry in selection),
+            "computation": all(entry["passed"] for entry in computation),
+            "end_to_end": ends["teacher_forced"]["passed"] and ends["greedy"]["passed"],
+            "invariants": all(entry["passed"] for entry in invariants),
+        }
+        if rounding:
+            verdicts["activations"] = rounding["activations"]["passed"]
+        return {
+            **self._head(verdicts),
+            "structure": structure,
+            "selection": selection,
+            "computation": computation,
+            "end_to_end": ends,
+            "invariants": invariants,
+            **rounding,
+            "words": words.as_list(self._decode),
+            "failure": self._failure(replay, structure),
+        }
+
+    def _head(self, verdicts: dict[str, bool]) -> dict[str, Any]:
+        """What was compared with what."""
+        import onnxruntime
+
+        routing, experts = self.config.routing, self.config.experts
+        return {
+            "schema": SCHEMA_VERSION,
+            "passed": all(verdicts.values()),
+            "verdicts": verdicts,
+            "bundle": str(self.request.bundle),
+            "against": str(self.request.checkpoint),
+            "model_sha256": self.manifest["files"][GRAPH_FILE]["sha256"],
+            "checkpoint_sha256": _checkpoint_hash(self.request.checkpoint),
+            "precision": self.precision,
+            "weights": self.weights,
+            "backend": f"ONNX Runtime {onnxruntime.__version__} on CPU, PyTorch {torch.__version__}",
+            "executions": list(self.executions),
+            "model": {
+                "layers": self.config.num_hidden_layers,
+                "expert_layers": sorted(experts.layers) if experts else [],
+                "preset": routing.preset,
+                "block_size": routing.block_size,
+                "coarse_topk": routing.coarse_topk if routing.is_two_level else None,
+                "topk": routing.topk,
+            },
+            "data": {
+                "source": self.data_source,
+                "tokens": int(self.text.lengths.sum()),
+                "rows": len(self.text.ids),
+                "calls": self.text.sizes,
+            },
+        }
+
+    def _alone(self, passages: list[Passage], excused: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The shipped graph on its own: next token, greedy text, invariants."""
+        self._on_stage("the whole graph on its own: next token")
+        library = self.executions.get("CPU kernels")
+        device, head = Device(self.path, self.config, self.precision, library=library), end_to_end.Head(self.parts)
+        with torch.no_grad():
+            models, hidden = (self.plain, self.exact), [passage.x for passage in passages]
+            forced = end_to_end.next_token(device, head, self.text, models, self.precision, hidden=hidden, excused=excused)
+            self._on_stage("the whole graph on its own: greedy text")
+            size, longest = self.config.routing.block_size, self.config.max_position_embeddings
+            wanted = int(self.text.lengths.sum())
+            prompts, count = end_to_end.greedy_prompts(self.ids, wanted, size, longest)
+            greedy = end_to_end.greedy(models, device, head, prompts, count, self.longest, self.precision, excused=excused)
+        # As far as every invariant has something to say; the longest texts only take longer.
+        ids = self.ids[: min(int(self.text.lengths.max()), self.longest, 16 * size)]
+        invariants = check_invariants(device, self.plain, ids, self.precision, forced["limit"], self._on_stage)
+        return end_to_end.as_report(forced, greedy), invariants
+
+    def _rounding(self) -> dict[str, Any]:
+        if self.weights == "fp32":
+            return {}
+        self._on_stage("the shipped graph against the checkpoint as it was trained")
+        shipped = Device(self.path, self.config, self.precision, fp32_activations=False)
+        row, sizes = int(self.text.lengths.argmax()), self.text.sizes
+        with torch.no_grad():
+            activations, effect = judge_rounding(
+                self.source, self.weights, shipped, self.parts, self.text.ids[row], sizes, self.longest
+            )
+        return {"activations": activations, "effect": effect}
+
+    def _decode(self, ids: Array) -> str:
+        if not hasattr(self, "_tokens"):
+            self._tokens = open_tokenizer(self.request.bundle)
+        return str(self._tokens.decode([int(token) for token in ids], skip_special_tokens=False))
+
+    def _failure(self, replay: Replay, structure: list[dict[str, Any]]) -> dict[str, Any] | None:
+        if first_failing(replay.comparison.entries) is not None:
+            self._on_stage("looking for the smallest input that shows the difference")
+        with torch.no_grad():
+            return where_it_starts(replay, self.text, structure, self._decode, shrink=self.request.shrink)
+
+
+def _checkpoint_hash(checkpoint: Path) -> str:
+    """SHA-256 of the weight file, or of its index where the weights are sharded."""
+    single = checkpoint / "model.safetensors"
+    path = single if single.is_file() else checkpoint / "model.safetensors.index.json"
+    return str(describe_file(path)["sha256"])

@@ -1,0 +1,1 @@
+"""The commands that need the exporter: export, check, kernels, build."""

@@ -1,0 +1,110 @@
+"""``bilevel export CHECKPOINT BUNDLE``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from bilevel.errors import ExportError, require
+from bilevel.export.graph.precision import PRECISIONS, check_precision
+
+EPILOG = """\
+CHECKPOINT is a Hugging Face folder (config.json, model.safetensors, tokenizer.json): a dense Llama or Qwen3 as it is, or one
+whose config.json has a "routing" section (and "experts"). BUNDLE is the folder to write.
+
+  bilevel export my-model my-bundle
+  bilevel check my-bundle --against my-model
+  bilevel run my-bundle "Once upon a time"
+
+--weights int8 and int4 make the matrix products smaller (blocks of 32 weights share a scale) and faster on a CPU, through ONNX
+Runtime's MatMulNBits. Routers, the embedding table, norms and the experts' weights stay in fp32. bilevel check then compares
+with PyTorch over the same rounded weights, and reports apart from that what the rounding changed.
+
+--precision fp16 and bf16 store weights, activations and caches in 16 bits, for devices that compute in them (TensorRT takes the graph
+as it is). Routers' scores and expert gates' logits stay fp32, and so do the sums inside softmax and norms. ONNX Runtime's CPU provider
+runs fp16 by casting, slower than fp32, and bf16 not at all.
+
+An export that is interrupted leaves an existing bundle as it was.
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = "Export a PyTorch checkpoint to a bundle: one ONNX file that runs with or without TensorRT plugins."
+    parser.epilog = EPILOG
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder of the trained model")
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder to write")
+    parser.add_argument("--force", action="store_true", help="replace BUNDLE if it exists")
+    parser.add_argument(
+        "--prefill-chunk", type=int, default=512, metavar="N", help="tokens the runtime prefills per call (default 512)"
+    )
+    parser.add_argument(
+        "--weights",
+        default="fp32",
+        metavar="FORMAT",
+        help="fp32, int8 or int4 (default fp32); int8 and int4 need ONNX Runtime on the device, TensorRT cannot read them",
+    )
+    parser.add_argument(
+        "--precision",
+        default="fp32",
+        metavar="TYPE",
+        help="fp32, fp16 or bf16 (default fp32): the type of weights, activations and caches; not together with --weights",
+    )
+    parser.add_argument(
+        "--triton-repository",
+        type=Path,
+        metavar="DIR",
+        help="also write a model repository of Triton Inference Server into DIR",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
+    check_precision(args.precision, args.weights)
+    if not args.checkpoint.is_dir():
+        raise ExportError(f"{args.checkpoint} is no folder; give the folder that holds config.json and model.safetensors")
+    for name in ("torch", "onnx", "onnxscript", "safetensors"):
+        require(name)
+    from bilevel.export.decoder.bundle import export_bundle
+    from bilevel.export.graph.quantise import describe
+
+    console = require("rich.console").Console(stderr=True)
+    started = time.perf_counter()
+    with console.status("starting") as status:
+        report = export_bundle(
+            args.checkpoint,
+            args.bundle,
+            force=args.force,
+            prefill_chunk=args.prefill_chunk,
+            weights=args.weights,
+            precision=args.precision,
+            on_stage=lambda stage: status.update(stage),
+        )
+        repository = None
+        if args.triton_repository is not None:
+            from bilevel.export.decoder.triton_repository import write_repository
+
+            status.update("writing the model repository")
+            repository = write_repository(report.path, args.triton_repository)
+    seconds = time.perf_counter() - started
+    if args.json:
+        content = {"bundle": str(report.path), "bytes": report.size_bytes, "operators": report.operators}
+        formats = {"precision": PRECISIONS[args.precision], "weights": report.weights}
+        place = {} if repository is None else {"triton_repository": str(repository)}
+        print(json.dumps({**content, **formats, **place, "seconds": seconds}))
+        return 0
+    nodes = ", ".join(f"{count} {name}" for name, count in report.operators.items()) or "none (a dense model)"
+    print(f"wrote {report.path} ({report.size_bytes / 1e6:.1f} MB) in {seconds:.1f} s")
+    print(f"routed nodes: {nodes}")
+    if args.precision != "fp32":
+        print(f"weights, activations and caches: {PRECISIONS[args.precision]}")
+    if args.weights != "fp32":
+        print(f"weights: {describe(report.weights)}")
+    if repository is not None:
+        print(f"Triton Inference Server's model: {repository}")
+    print(f"next: bilevel check {report.path} --against {args.checkpoint}")
+    return 0

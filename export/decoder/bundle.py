@@ -1,0 +1,221 @@
+"""Checkpoint folder -> bundle folder: the graph, its weights, config and tokenizer, and ``bundle.json`` that describes them.
+
+The format is specified in ``bilevel/bundle/format.py``, which reads it. A bundle is written under a temporary name and renamed when
+complete: an interrupted export leaves what was there before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+import bilevel
+from bilevel.bundle.values import FORMAT, FORMAT_VERSION, MANIFEST
+from bilevel.checkpoint import load_model
+from bilevel.config import ModelConfig
+from bilevel.config_json import config_to_dict, load_config
+from bilevel.contract import BY_NAME
+from bilevel.errors import ExportError
+from bilevel.export.decoder.decoder import route_outputs, save_decoder, state_tensors
+from bilevel.export.decoder.dense_twin import dense_config, save_dense_twin
+from bilevel.export.decoder.dense_twin_kv8 import cache_ranges, save_int8_cache
+from bilevel.export.graph.nodes import routed_nodes
+from bilevel.export.graph.precision import PRECISIONS, TWIN_PRECISIONS, check_precision
+from bilevel.export.graph.quantise import check_format, quantise_graph
+from bilevel.export.graph.schemas import ONNX_OPSET
+from bilevel.export.graph.shared_weights import share_weights
+from bilevel.folders import replacing
+from bilevel.model import CausalLM
+
+GRAPH_FILE = "model.onnx"
+TWIN_FILE = "dense.onnx"
+_DTYPES = {
+    onnx.TensorProto.FLOAT: "float32",
+    onnx.TensorProto.FLOAT16: "float16",
+    onnx.TensorProto.BFLOAT16: "bfloat16",
+    onnx.TensorProto.INT8: "int8",
+    onnx.TensorProto.INT32: "int32",
+    onnx.TensorProto.INT64: "int64",
+}
+_CALIBRATION = 512  # tokens that the range of an int8 cache is taken from
+# Copied as they are where the checkpoint has them.
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export did: where the bundle lies, how large it is, and how many nodes of each operator its graph has.
+
+    weights: the manifest's entry of that name (``bilevel.export.graph.quantise``).
+    """
+
+    path: Path
+    size_bytes: int
+    operators: dict[str, int]
+    weights: dict[str, Any]
+
+
+def export_bundle(
+    checkpoint: Path,
+    bundle: Path,
+    *,
+    force: bool = False,
+    prefill_chunk: int = 512,
+    weights: str = "fp32",
+    precision: str = "fp32",
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> ExportReport:
+    """Export the model in ``checkpoint`` to ``bundle``. Raises BilevelError; an existing bundle is replaced only with force.
+
+    prefill_chunk: tokens that the runtime prefills per call unless told otherwise. weights: fp32, int8 or int4
+    (``bilevel.export.graph.quantise`` says what is rounded). precision: fp32, fp16 or bf16, the type of weights, activations and caches;
+    routers' scores, expert gates' logits, softmax and norms are accumulated in fp32 in every one, and the logits are fp32.
+    on_stage: told what is being done.
+    """
+    checkpoint, bundle = Path(checkpoint), Path(bundle)
+    check_format(weights)
+    check_precision(precision, weights)
+    _check_target(bundle, force)
+    if prefill_chunk < 1:
+        raise ExportError(f"prefill_chunk={prefill_chunk} must be at least 1")
+    config = load_config(checkpoint)
+    tokenizer = _read_tokenizer(checkpoint)
+    on_stage(f"loading {checkpoint}")
+    model = load_model(checkpoint, dtype=getattr(torch, PRECISIONS[precision]))
+    with replacing(bundle, ExportError) as folder:
+        graphs, stored = _save_graphs(model, folder, weights, precision in TWIN_PRECISIONS, on_stage)
+        on_stage("writing the bundle")
+        for name, contents in tokenizer.items():
+            (folder / name).write_bytes(contents)
+        _write_json(folder / "config.json", config_to_dict(config))
+        manifest = _manifest(graphs[GRAPH_FILE], config, _end_tokens(checkpoint, config), prefill_chunk)
+        if TWIN_FILE in graphs:
+            twin = graphs[TWIN_FILE]
+            manifest["dense_twin"] = {**_ports(TWIN_FILE, twin, dense_config(config)), "operators": _versions(twin)}
+        manifest |= {"precision": PRECISIONS[precision], "weights": stored}
+        manifest["files"] = {path.name: describe_file(path) for path in sorted(folder.iterdir())}
+        _write_json(folder / MANIFEST, manifest)
+    counts: dict[str, int] = {}
+    for node in routed_nodes(graphs[GRAPH_FILE].graph):
+        counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    return ExportReport(bundle, sum(entry["bytes"] for entry in manifest["files"].values()), counts, stored)
+
+
+def _save_graphs(
+    model: CausalLM, folder: Path, weights: str, takes_twin: bool, on_stage: Callable[[str], None]
+) -> tuple[dict[str, onnx.ModelProto], dict[str, Any]]:
+    """Write the routed graph and, where there is one, its dense twin; returns them by file, and the manifest's ``weights``."""
+    on_stage("tracing and translating to ONNX")
+    graphs = {GRAPH_FILE: save_decoder(model, folder / GRAPH_FILE)}
+    if takes_twin and not model.config.routing.is_dense:
+        on_stage("tracing the dense twin")
+        graphs[TWIN_FILE] = save_dense_twin(model, folder / TWIN_FILE)
+    on_stage("storing the weights")
+    stored = {name: quantise_graph(folder / name, weights) for name in graphs}[GRAPH_FILE]
+    share_weights(folder, list(graphs))
+    if TWIN_FILE in graphs and weights != "fp32":
+        graphs[TWIN_FILE] = _with_small_cache(folder / TWIN_FILE, model.config)
+    return graphs, stored
+
+
+def _with_small_cache(twin: Path, config: ModelConfig) -> onnx.ModelProto:
+    """Give the twin of a quantised model int8 caches too, the best that the engine has; their range is that of random tokens."""
+    length = min(_CALIBRATION, config.max_position_embeddings)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, length)
+    return save_int8_cache(twin, twin, cache_ranges(twin, tokens))
+
+
+def _check_target(bundle: Path, force: bool) -> None:
+    if not bundle.exists():
+        return
+    if not force:
+        raise ExportError(f"{bundle} exists; choose another folder or replace it with --force")
+    if not bundle.is_dir() or (any(bundle.iterdir()) and not (bundle / MANIFEST).is_file()):
+        raise ExportError(f"{bundle} exists and is no bundle (no {MANIFEST}), so --force does not replace it; move it away")
+
+
+def _read_tokenizer(checkpoint: Path) -> dict[str, bytes]:
+    if not (checkpoint / "tokenizer.json").is_file():
+        raise ExportError(
+            f"{checkpoint} holds no tokenizer.json, which the runtime reads; write it with transformers: "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
+    return {name: (checkpoint / name).read_bytes() for name in _TOKENIZER_FILES if (checkpoint / name).is_file()}
+
+
+def _end_tokens(checkpoint: Path, config: ModelConfig) -> list[int]:
+    """Ids that end a text: the generation config's where there is one (Hugging Face lists more there), else the model's."""
+    path = checkpoint / "generation_config.json"
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    except (ValueError, AttributeError):
+        raise ExportError(f"{path} is not valid JSON; write it anew or delete it") from None
+    if listed is None:
+        return list(config.eos_token_ids)
+    return list(listed) if isinstance(listed, list) else [listed]
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """SHA-256 and size in bytes of one file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}
+
+
+def _specs(values: Any) -> list[dict[str, Any]]:
+    """Name, dtype and shape (free sizes by name) of graph inputs or outputs."""
+    return [
+        {
+            "name": value.name,
+            "dtype": _DTYPES[value.type.tensor_type.elem_type],
+            "shape": [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim],
+        }
+        for value in values
+    ]
+
+
+def _ports(file: str, graph: onnx.ModelProto, config: ModelConfig) -> dict[str, Any]:
+    """How bundle.json describes a graph: its file, inputs, outputs, and the caches and routers' choices among them."""
+    routes = route_outputs(config)
+    return {
+        "file": file,
+        "inputs": _specs(graph.graph.input),
+        "outputs": _specs(graph.graph.output),
+        "state": [{"input": f"past.{t.name}", "output": f"present.{t.name}"} for t in state_tensors(config)],
+        **({} if routes is None else {"routes": routes}),
+    }
+
+
+def _versions(graph: onnx.ModelProto) -> dict[str, int]:
+    """The contract's operators that a graph uses, and their versions."""
+    return {name: BY_NAME[name].version for name in sorted({node.op_type for node in routed_nodes(graph.graph)})}
+
+
+def _manifest(graph: onnx.ModelProto, config: ModelConfig, end_tokens: list[int], prefill_chunk: int) -> dict[str, Any]:
+    """``bundle.json`` without its ``files``, ``precision``, ``weights`` and ``dense_twin``."""
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "created_by": {"bilevel": bilevel.__version__, "torch": torch.__version__, "onnx": onnx.__version__},
+        "config": config_to_dict(config),
+        "block_size": config.routing.block_size,
+        "limits": {"max_positions": config.max_position_embeddings, "prefill_chunk": prefill_chunk},
+        "tokens": {"bos": config.bos_token_id, "eos": end_tokens},
+        "operators": _versions(graph),
+        "graph": {**_ports(GRAPH_FILE, graph, config), "opset": ONNX_OPSET},
+        "checks": [],
+    }

@@ -1,0 +1,1 @@
+"""A bundle to an engine of TensorRT or TensorRT-RTX."""

@@ -1,0 +1,256 @@
+"""A bundle to an engine: ``engines/NAME.plan`` and its manifest ``NAME.json``, whose format ``bilevel/bundle/engines.py`` specifies.
+
+The build itself runs in a process of its own (``worker``). Nothing appears in ``engines/`` before it is complete.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+import bilevel
+from bilevel.errors import EngineError
+from bilevel.export.engine.cache_writes import write_in_place
+from bilevel.export.engine.memory import Estimate
+from bilevel.export.engine.network import Limits
+from bilevel.export.engine.older_operators import lower_operators
+from bilevel.export.engine.plugins import Plugins
+from bilevel.export.engine.versions import (
+    Flavour,
+    builds_ahead_of_time,
+    crashes_on_short_updates,
+    has_cache_layer,
+    must_strip_functions,
+)
+from bilevel.export.engine.worker import NO_PLUGINS, Job
+from bilevel.export.graph.nodes import routed_nodes
+
+FORMAT, FORMAT_VERSION = "bilevel-engine", 1
+FOLDER = "engines"
+_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH")  # what a reproducible build keeps
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to build. bundle: the folder; manifest: its bundle.json; archs: what for, as in 89. timings: where measurements are kept."""
+
+    bundle: Path
+    manifest: Mapping[str, Any]
+    flavour: Flavour
+    archs: tuple[int, ...]
+    limits: Limits
+    plugins: Plugins
+    estimate: Estimate
+    timings: Path | None = None
+    weight_streaming: bool = False
+    reproducible: bool = False
+
+    @property
+    def graph(self) -> Path:
+        """The ONNX file."""
+        return self.bundle / str(self.manifest["graph"]["file"])
+
+    @property
+    def name(self) -> str:
+        """The same for the same options, so that an engine is replaced by its like and by nothing else."""
+        rows, least = self.limits.batch, self.limits.batch_least
+        archs = "-".join(f"sm{arch}" for arch in self.archs)
+        batch = str(rows) if least == rows else f"{least}to{rows}"
+        marks = ("-portable" if self.plugins.source == NO_PLUGINS else "") + ("-streaming" if self.weight_streaming else "")
+        sizes = f"capacity{self.limits.capacity}-chunk{self.limits.chunk}-batch{batch}"
+        return f"{self.flavour.backend}-{archs}-{self.manifest['precision']}-{sizes}{marks}"
+
+
+def build_engine(plan: Plan, on_progress: Progress = lambda phase, done, total: None) -> Path:
+    """Build, and put plan and manifest into the bundle; the manifest's path. Raises EngineError; then nothing has changed.
+
+    on_progress(phase, done, all): called often; all is 0 where a phase has no steps.
+    """
+    folder = plan.bundle / FOLDER
+    with _scratch_folder(folder, plan.name) as scratch:
+        model, nodes = _prepare_model(plan, scratch)
+        built = scratch / "plan"
+        # Files by their places in the bundle: a plan's bytes depend on the lengths of paths.
+        job = Job(
+            model=str(model.relative_to(plan.bundle)),
+            graph=str(plan.graph.relative_to(plan.bundle)),
+            nodes=nodes if plan.plugins.source != NO_PLUGINS else 0,
+            backend=plan.flavour.backend,
+            archs=plan.archs if builds_ahead_of_time(plan.flavour) else (),
+            limits=plan.limits,
+            plugins=plan.plugins.source,
+            out=str(built.relative_to(plan.bundle)),
+            timings="" if plan.timings is None else str(plan.timings.absolute()),
+            weight_streaming=plan.weight_streaming,
+            reproducible=plan.reproducible,
+        )
+        result = _run(job, plan.bundle, scratch / "log", on_progress)
+        manifest = describe_engine(plan, nodes, built, result["version"])
+        (scratch / "json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        target = folder / f"{plan.name}.json"
+        # A manifest stands for a whole plan, at every moment.
+        target.unlink(missing_ok=True)
+        os.replace(built, folder / f"{plan.name}.plan")
+        os.replace(scratch / "json", target)
+        return target
+
+
+@contextmanager
+def _scratch_folder(folder: Path, name: str) -> Iterator[Path]:
+    """A hidden folder beside the engines, gone afterwards; what killed builds have left goes as well. Raises EngineError."""
+    scratch = folder / f".{name}.building"
+    try:
+        folder.mkdir(exist_ok=True)
+        for left in folder.glob(".*.building"):
+            if _is_free(left):
+                shutil.rmtree(left, ignore_errors=True)
+        if scratch.exists():
+            raise EngineError(f"another process is building {name} in {folder} now; wait for it, or stop it")
+        scratch.mkdir()
+        with (scratch / "lock").open("wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until this process lets go or dies
+            try:
+                yield scratch
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as error:
+        raise EngineError(
+            f"{folder} could not be written ({error.strerror or error}); free some space and try again"
+        ) from error
+
+
+def _is_free(scratch: Path) -> bool:
+    """Whether nobody works in a scratch folder."""
+    try:
+        with (scratch / "lock").open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # killed before there was a lock
+    return True
+
+
+def _prepare_model(plan: Plan, scratch: Path) -> tuple[Path, int]:
+    """(the ONNX file to parse, its nodes that are to be plugins): caches written in place; no functions where they would win over plugins."""
+    model = onnx.load(str(plan.graph), load_external_data=False)
+    limits = plan.limits
+    sizes = {name: limits.sizes(limits.batch, 1)[name] for name in ("capacity", "num_blocks")}
+    if limits.batch_least == limits.batch:
+        sizes["batch"] = limits.batch
+    write_in_place(
+        model,
+        plan.manifest["graph"]["state"],
+        sizes,
+        by_plugin=not has_cache_layer(plan.flavour),
+        with_long_updates=crashes_on_short_updates(plan.flavour),
+    )
+    lower_operators(model, plan.flavour)
+    if plan.plugins.source != NO_PLUGINS and must_strip_functions(plan.flavour):
+        del model.functions[:]
+    path = scratch / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    return path, len(routed_nodes(model.graph))
+
+
+@contextmanager
+def _worker(job: Job, bundle: Path, log: Path) -> Iterator[subprocess.Popen[str]]:
+    """The process that builds; killed when it is left before its end. A signal to this program's group does not reach it."""
+    command = [sys.executable, "-m", "bilevel.export.engine.worker", job.to_json()]
+    # The worker finds bilevel where this process found it. A plan's bytes depend on the length of the environment as well.
+    paths = os.pathsep.join([str(Path(bilevel.__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    names = _ENVIRONMENT if job.reproducible else os.environ
+    environment = {name: os.environ[name] for name in names if name in os.environ}
+    with log.open("wb") as errors:
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            encoding="utf-8",
+            start_new_session=True,
+            cwd=bundle,
+            env={**environment, "PYTHONPATH": paths},
+        )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        if process.stdout:
+            process.stdout.close()
+
+
+def _run(job: Job, bundle: Path, log: Path, on_progress: Progress) -> dict[str, Any]:
+    """The worker's result. Raises EngineError with its sentence, or with what is known of its end."""
+    result: dict[str, Any] = {}
+    with _worker(job, bundle, log) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            event = json.loads(line)
+            if "error" in event:
+                raise EngineError(event["error"])
+            if "phase" in event:
+                on_progress(event["phase"], event["step"], event["steps"])
+            else:
+                result = event
+        status = process.wait()
+    if status == 0 and result:
+        return result
+    said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    hint = "it may have run out of memory" if status == -signal.SIGKILL else said[-1][:300] if said else "it gave no reason"
+    raise EngineError(f"the process that builds {how} ({hint}); try a smaller --capacity or --batch, or --plugins none")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def describe_engine(plan: Plan, nodes: int, built: Path, version: str) -> dict[str, Any]:
+    """The engine's manifest."""
+    limits, estimate, size = plan.limits, plan.estimate, built.stat().st_size
+    profiles: Sequence[tuple[dict[str, int], ...]] = list(limits.profiles().values())
+    has_plugins = plan.plugins.source != NO_PLUGINS
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "created_by": {"bilevel": bilevel.__version__, plan.flavour.backend: version, "python": platform.python_version()},
+        "backend": plan.flavour.backend,
+        "version": version,
+        "platform": platform.machine() if plan.flavour.backend == "tensorrt" else None,
+        "architectures": list(plan.archs),
+        "precision": plan.manifest["precision"],
+        "capacity": limits.capacity,
+        "batch": [limits.batch_least, limits.batch],
+        "new_tokens": [[calls[0]["new_tokens"], calls[-1]["new_tokens"]] for calls in profiles],
+        "plugins": {"nodes": nodes, "library": plan.plugins.sha256} if has_plugins else None,
+        "weight_streaming": plan.weight_streaming,
+        "graph_sha256": _sha256(plan.graph),
+        # A plan holds weights in the order in which they are read, some of them more than once.
+        "memory_bytes": {
+            "weights": max(size, estimate.weights),
+            "activations": estimate.activations,
+            "caches": estimate.caches,
+        },
+        "plan": {"file": f"{plan.name}.plan", "sha256": _sha256(built), "bytes": size},
+    }

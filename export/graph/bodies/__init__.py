@@ -1,0 +1,1 @@
+"""The operators in standard ONNX operators: the portable execution of a graph."""

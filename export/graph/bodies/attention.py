@@ -1,0 +1,198 @@
+"""Portable body of ``RoutedAttention`` in standard ONNX operators: exact, and its work grows with the kept blocks.
+
+A long call is dispatched: (token, block) pairs are sorted by block, each block's list is padded to tiles, one batched matrix
+product serves all tiles, and the partial softmaxes of a token's blocks are merged by log-sum-exp. The number of tiles has a
+static bound, so no shape depends on data. A short call gathers each token's blocks directly.
+
+"Virtual heads" V = the query heads that share one kv head and one selection head; P = B * V lists of queries.
+"""
+
+from __future__ import annotations
+
+from onnxscript import script
+from onnxscript.values import Opset
+
+from bilevel.contract import DOMAIN
+from bilevel.export.graph.bodies.routes import horizons, joint_heads, positions
+from bilevel.export.graph.schemas import ONNX_OPSET
+
+op = Opset("", ONNX_OPSET)
+_bilevel = Opset(DOMAIN, 1)
+_private = Opset("bilevel.private", 1)
+
+
+@script(_private, default_opset=op)
+def spread_routes(routes, virtual):
+    """int64 [B, V, L, K]: each virtual head's routes."""
+    batch = op.Shape(routes, start=0, end=1)
+    selection = op.Shape(routes, start=1, end=2)
+    rest = op.Shape(routes, start=2, end=4)
+    shape = op.Concat(batch, selection, op.Div(virtual, selection), rest, axis=0)
+    wide = op.Expand(op.Unsqueeze(op.Cast(routes, to=7), [2]), shape)
+    return op.Reshape(wide, op.Concat(batch, virtual, rest, axis=0))
+
+
+@script(_private, default_opset=op)
+def first_rows(k, virtual, num_blocks):
+    """int64 [B, V, 1, 1]: row of each virtual head's first block in k.reshape(B * Hkv * N, R * D)."""
+    batch = op.Shape(k, start=0, end=1)
+    kv_heads = op.Shape(k, start=1, end=2)
+    head = op.Div(op.Range(0, op.Squeeze(virtual), 1) * kv_heads, virtual)
+    row = op.Unsqueeze(op.Range(0, op.Squeeze(batch), 1) * kv_heads, [1])
+    return op.Unsqueeze((op.Unsqueeze(head, [0]) + row) * num_blocks, [2, 3])
+
+
+@script(_private, default_opset=op)
+def group_queries(q, virtual):
+    """[B, V, L, Gv, D]: the query heads of one virtual head side by side."""
+    shape = op.Concat(
+        op.Shape(q, start=0, end=1),
+        virtual,
+        op.Div(op.Shape(q, start=1, end=2), virtual),
+        op.Shape(q, start=2, end=4),
+        axis=0,
+    )
+    return op.Transpose(op.Reshape(q, shape), perm=[0, 1, 3, 2, 4])
+
+
+@script(_private, default_opset=op)
+def attend_gathered(q, k, v, blocks, visible, rows, horizon, size, scale):
+    """Gather each token's blocks: q [B, V, L, Gv, D], blocks int64 and visible bool [B, V, L, K] -> like q, fp32."""
+    num_kept = op.Shape(blocks, start=3, end=4)
+    width = op.Shape(k, start=3, end=4)
+    # A block named twice counts once.
+    earlier = op.Range(0, op.Squeeze(num_kept), 1)
+    before = op.Unsqueeze(earlier, [0]) < op.Unsqueeze(earlier, [1])
+    same = op.Equal(op.Unsqueeze(blocks, [3]), op.Unsqueeze(blocks, [4]))
+    repeated = op.ReduceMax(op.Cast(op.And(same, before), to=6), [4], keepdims=0) > 0
+    used = op.And(visible, op.Not(repeated))
+    index = op.Where(used, blocks, 0) + rows
+    flat = op.Concat([-1], size * width, axis=0)
+    shape = op.Concat(op.Shape(blocks, start=0, end=3), num_kept * size, width, axis=0)
+    keys = op.Cast(op.Reshape(op.Gather(op.Reshape(k, flat), index, axis=0), shape), to=1)
+    values = op.Cast(op.Reshape(op.Gather(op.Reshape(v, flat), index, axis=0), shape), to=1)
+    scores = op.MatMul(op.Cast(q, to=1), op.Transpose(keys, perm=[0, 1, 2, 4, 3])) * scale
+    token = op.Unsqueeze(blocks * size, [4]) + op.Range(0, op.Squeeze(size), 1)
+    seen = op.And(op.Unsqueeze(used, [4]), token < op.Unsqueeze(horizon, [4]))
+    seen = op.Reshape(seen, op.Concat(op.Shape(blocks, start=0, end=3), [1], num_kept * size, axis=0))
+    lowest = op.Constant(value_float=-3.4028234663852886e38)
+    probability = op.Softmax(op.Where(seen, scores, lowest), axis=-1)
+    any_seen = op.ReduceMax(op.Cast(seen, to=6), [4], keepdims=1) > 0
+    return op.Where(any_seen, op.MatMul(probability, values), op.Constant(value_float=0.0))
+
+
+@script(_private, default_opset=op)
+def pair_slots(blocks, visible, num_blocks, tile):
+    """Where each (token, block) pair goes when pairs are sorted by block and every block's list is padded to tiles.
+
+    blocks int64, visible bool [P, S, K]. Returns slot int64 [P, S, K], and which pairs are the one that stands for a
+    block named several times.
+    """
+    lists = op.Shape(blocks, start=0, end=1)
+    length = op.Shape(blocks, start=1, end=2)
+    num_kept = op.Shape(blocks, start=2, end=3)
+    column = op.Where(visible, blocks, num_blocks)  # pairs that are not used go to a dummy column
+    number = op.Expand(op.Range(1, op.Squeeze(num_kept + 1), 1), op.Shape(blocks))
+    empty = op.Expand(op.Constant(value_int=0), op.Concat(lists, length, num_blocks + 1, axis=0))
+    winner = op.ScatterElements(empty, column, number, axis=2)
+    used = op.And(visible, op.Equal(op.GatherElements(winner, column, axis=2), number))
+    kept = op.Cast(winner > 0, to=6)
+    order = op.CumSum(kept, op.Constant(value_int=1))
+    count = op.Squeeze(op.Slice(order, [-1], [9223372036854775807], [1]), [1])
+    tiles = op.Div(op.Cast(count, to=7) + (tile - 1), tile)
+    # The dummy column's tiles are not laid out.
+    tiles = op.Slice(tiles, [0], [-1], [1])
+    last = op.CumSum(op.Reshape(tiles, [-1]), op.Constant(value_int=0))
+    first = op.Pad(op.Reshape(last, op.Shape(tiles)) - tiles, [0, 0, 0, 1])
+    flat = op.Reshape(column, op.Concat(lists, [-1], axis=0))
+    start = op.Reshape(op.GatherElements(first, flat, axis=1), op.Shape(blocks))
+    rank = op.Cast(op.GatherElements(order, column, axis=2), to=7) - 1
+    return start * tile + rank, used
+
+
+@script(_private, default_opset=op)
+def attend_dispatched(q, k, v, blocks, visible, rows, horizon, size, scale):
+    """The same by dispatch to tiles; shapes as in ``attend_gathered``."""
+    tile = op.Constant(value_ints=[16])
+    width = op.Shape(k, start=3, end=4)
+    num_kept = op.Shape(blocks, start=3, end=4)
+    length = op.Shape(blocks, start=2, end=3)
+    heads = op.Shape(q, start=3, end=4)
+    lists = op.Shape(blocks, start=0, end=1) * op.Shape(blocks, start=1, end=2)
+    num_blocks = op.Div(op.Shape(k, start=2, end=3), size)
+    num_pairs = lists * length * num_kept
+    # A list of c pairs takes ceil(c / tile) tiles; summed over lists that is at most this many.
+    num_tiles = op.Div(num_pairs + (tile - 1), tile) + op.Min(lists * num_blocks, num_pairs)
+
+    shape = op.Concat(lists, length, num_kept, axis=0)
+    block = op.Reshape(blocks, shape)
+    slot, used = pair_slots(block, op.Reshape(visible, shape), num_blocks, tile)
+    num_slots = num_tiles * tile
+    slot = op.Reshape(op.Where(used, slot, num_slots), [-1])  # unused pairs share one dummy slot at the end
+    query_row = op.Expand(op.Reshape(op.Range(0, op.Squeeze(lists * length), 1), op.Concat(lists, length, [1], axis=0)), shape)
+    nothing = op.Expand(op.Constant(value_int=0), num_slots + 1)
+    slot_query = op.Slice(op.ScatterElements(nothing, slot, op.Reshape(query_row, [-1]), axis=0), [0], [-1], [0])
+    kv_row = op.Reshape(op.Where(visible, blocks, 0) + rows, [-1])
+    tile_kv = op.ScatterElements(op.Expand(op.Constant(value_int=0), num_tiles + 1), op.Div(slot, tile), kv_row, axis=0)
+    tile_kv = op.Slice(tile_kv, [0], [-1], [0])
+
+    flat_queries = op.Reshape(q, op.Concat(lists * length, heads * width, axis=0))
+    tile_rows = op.Concat(num_tiles, tile * heads, width, axis=0)
+    queries = op.Cast(op.Reshape(op.Gather(flat_queries, slot_query, axis=0), tile_rows), to=1)
+    flat = op.Concat([-1], size * width, axis=0)
+    tile_keys = op.Concat(num_tiles, size, width, axis=0)
+    keys = op.Cast(op.Reshape(op.Gather(op.Reshape(k, flat), tile_kv, axis=0), tile_keys), to=1)
+    values = op.Cast(op.Reshape(op.Gather(op.Reshape(v, flat), tile_kv, axis=0), tile_keys), to=1)
+
+    # How many tokens of its block each slot's query sees.
+    wide_horizon = op.Expand(horizon, op.Concat(op.Shape(blocks, start=0, end=3), [1], axis=0))
+    slot_horizon = op.Reshape(op.Gather(op.Reshape(wide_horizon, [-1]), slot_query, axis=0), op.Concat(num_tiles, tile, axis=0))
+    room = slot_horizon - op.Unsqueeze(op.Mod(tile_kv, num_blocks) * size, [1])
+    seen = op.Unsqueeze(room, [2, 3]) > op.Range(0, op.Squeeze(size), 1)
+    scores = op.MatMul(queries, op.Transpose(keys, perm=[0, 2, 1])) * scale
+    lowest = op.Constant(value_float=-3.4028234663852886e38)
+    by_head = op.Reshape(scores, op.Concat(num_tiles, tile, heads, size, axis=0))
+    masked = op.Reshape(op.Where(seen, by_head, lowest), op.Shape(scores))
+    peak = op.ReduceMax(masked, [2], keepdims=1)
+    weight = op.Exp(masked - peak)
+    total = op.ReduceSum(weight, [2], keepdims=1)
+    partial = op.MatMul(weight, values)
+
+    # Merge each token's blocks; the dummy slot weighs nothing.
+    slot_heads = op.Concat(num_slots, heads, axis=0)
+    one = op.Constant(value_ints=[1])
+    padded = op.Concat([0, 0], one, [0], axis=0)
+    flat_partial = op.Pad(op.Reshape(partial, op.Concat(num_slots, heads * width, axis=0)), padded)
+    flat_peak = op.Pad(op.Reshape(peak, slot_heads), padded, lowest)
+    flat_total = op.Pad(op.Reshape(total, slot_heads), padded)
+    per_pair = op.Concat(lists * length, num_kept, heads, [-1], axis=0)
+    pair_peak = op.Reshape(op.Gather(flat_peak, slot, axis=0), per_pair)
+    pair_total = op.Reshape(op.Gather(flat_total, slot, axis=0), per_pair)
+    pair_out = op.Reshape(op.Gather(flat_partial, slot, axis=0), per_pair)
+    factor = op.Exp(pair_peak - op.ReduceMax(pair_peak, [1], keepdims=1))
+    numerator = op.ReduceSum(factor * pair_out, [1], keepdims=0)
+    denominator = op.ReduceSum(factor * pair_total, [1], keepdims=0)
+    out = op.Where(denominator > 0.0, numerator / denominator, op.Constant(value_float=0.0))
+    return op.Reshape(out, op.Shape(q))
+
+
+@script(_bilevel, default_opset=op)
+def RoutedAttention(q, k, v, routes, past_len, new_len, block_size: int, causal: int, scale: float):
+    """Softmax attention over the tokens of the routed blocks: [B, Hq, L, D] like q."""
+    size = op.Reshape(op.Constant(value_int=block_size), [1])
+    factor = op.Constant(value_float=scale)
+    length = op.Shape(q, start=2, end=3)
+    kv_heads = op.Shape(k, start=1, end=2)
+    virtual = joint_heads(op.Shape(routes, start=1, end=2), kv_heads, op.Shape(q, start=1, end=2))
+    num_blocks = op.Div(op.Shape(k, start=2, end=3), size)
+    blocks = spread_routes(routes, virtual)
+    horizon = horizons(positions(past_len, length), past_len, new_len, op.Constant(value_int=causal))
+    visible = op.And(op.And(blocks >= 0, blocks < num_blocks), blocks * size < horizon)
+    rows = first_rows(k, virtual, num_blocks)
+    queries = group_queries(q, virtual)
+    if op.Squeeze(length) <= 8:
+        out = attend_gathered(queries, k, v, blocks, visible, rows, horizon, size, factor)
+    else:
+        out = attend_dispatched(queries, k, v, blocks, visible, rows, horizon, size, factor)
+    heads_first = op.Transpose(out, perm=[0, 1, 3, 2, 4])
+    return op.CastLike(op.Reshape(heads_first, op.Shape(q)), q)

@@ -1,0 +1,150 @@
+"""Portable bodies of ``ExpertRoute`` and ``RoutedExperts`` in standard ONNX operators (semantics: ``bilevel.operators.reference``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from onnxscript import OnnxFunction, script
+from onnxscript.values import Opset
+
+from bilevel.contract import DOMAIN
+from bilevel.export.graph.bodies.attention import pair_slots
+from bilevel.export.graph.bodies.routes import selectable
+from bilevel.export.graph.schemas import ONNX_OPSET
+
+op = Opset("", ONNX_OPSET)
+_bilevel = Opset(DOMAIN, 1)
+_private = Opset("bilevel.private", 1)
+
+
+@script(_private, default_opset=op)
+def sigmoid_scores(logits):
+    return op.Sigmoid(logits)
+
+
+@script(_private, default_opset=op)
+def softmax_scores(logits):
+    return op.Softmax(logits, axis=-1)
+
+
+@script(_private, default_opset=op)
+def external_groups(grouped, group_logits):
+    return selectable(group_logits)
+
+
+@script(_private, default_opset=op)
+def max_groups(grouped, group_logits):
+    return op.ReduceMax(grouped, [2], keepdims=0)
+
+
+@script(_private, default_opset=op)
+def top2_groups(grouped, group_logits):
+    count = op.Min(op.Shape(grouped, start=2, end=3), op.Constant(value_ints=[2]))
+    best, _ = op.TopK(grouped, count, axis=-1, largest=1, sorted=1)
+    return selectable(op.ReduceSum(best, [2], keepdims=0))
+
+
+_SCORES = {"sigmoid": sigmoid_scores, "softmax": softmax_scores}
+_GROUPS = {"external": external_groups, "max": max_groups, "top2_sum": top2_groups}
+
+
+def expert_route_body(score_func: str, group_score: str) -> OnnxFunction[..., Any]:
+    """The body for one way of scoring: ONNX cannot branch on a string attribute, so it is chosen when the body is written."""
+    score_experts, score_groups = _SCORES[score_func], _GROUPS[group_score]
+
+    @script(_bilevel, default_opset=op)
+    def ExpertRoute(
+        logits,
+        group_logits,
+        select_bias,
+        top_k: int,
+        topk_group: int,
+        score_func: str,
+        group_score: str,
+        normalize: int,
+        scale: float,
+    ):
+        num_kept = op.Reshape(op.Constant(value_int=top_k), [1])
+        num_groups = op.Shape(group_logits, start=1, end=2)
+        lowest = op.Constant(value_float=float("-inf"))
+        scores = score_experts(logits)
+        choice = selectable(scores + select_bias)
+        shape = op.Concat(op.Shape(logits, start=0, end=1), num_groups, [-1], axis=0)
+        grouped = op.Reshape(choice, shape)
+        group = score_groups(grouped, group_logits)
+        best_group, index = op.TopK(group, op.Reshape(op.Constant(value_int=topk_group), [1]), axis=-1, largest=1, sorted=1)
+        none = op.Expand(op.Constant(value_float=0.0), op.Shape(group))
+        keep = op.ScatterElements(none, index, op.Cast(best_group > lowest, to=1), axis=1) > 0.0
+        inside = op.Reshape(op.Where(op.Unsqueeze(keep, [2]), grouped, lowest), op.Shape(logits))
+        best, ids = op.TopK(inside, num_kept, axis=-1, largest=1, sorted=1)
+        chosen = best > lowest
+        raw = op.Where(chosen, op.GatherElements(scores, ids, axis=1), op.Constant(value_float=0.0))
+        total = op.ReduceSum(raw, [1], keepdims=1) + op.Constant(value_float=1e-20)
+        divisor = op.Where(op.Equal(op.Constant(value_int=normalize), 1), total, op.Constant(value_float=1.0))
+        weights = raw / divisor * op.Constant(value_float=scale)
+        return op.Cast(op.Where(chosen, ids, -1), to=6), weights
+
+    return ExpertRoute
+
+
+@script(_private, default_opset=op)
+def swiglu(x, gate_up, down):
+    """x [n, t, d], gate_up [n, 2f, d], down [n, d, f] -> [n, t, d]."""
+    hidden = op.MatMul(x, op.Transpose(gate_up, perm=[0, 2, 1]))
+    gate, up = op.Split(hidden, axis=-1, num_outputs=2)
+    return op.MatMul(gate * op.Sigmoid(gate) * up, op.Transpose(down, perm=[0, 2, 1]))
+
+
+@script(_private, default_opset=op)
+def experts_gathered(x, expert, used, weights, gate_up, down):
+    """One expert gathered per (token, slot): for a few tokens. expert int64, used bool, weights [T, k] -> fp32 [T, d]."""
+    flat = op.Reshape(expert, [-1])
+    shape = op.Concat(op.Shape(expert), op.Shape(x, start=1, end=2), axis=0)
+    rows = op.Reshape(op.Expand(op.Unsqueeze(x, [1]), shape), op.Concat([-1, 1], op.Shape(x, start=1, end=2), axis=0))
+    out = op.Cast(swiglu(rows, op.Gather(gate_up, flat, axis=0), op.Gather(down, flat, axis=0)), to=1)
+    weight = op.Where(used, weights, op.Constant(value_float=0.0))
+    return op.ReduceSum(op.Reshape(out, shape) * op.Unsqueeze(weight, [2]), [1], keepdims=0)
+
+
+@script(_private, default_opset=op)
+def experts_dispatched(x, expert, used, weights, gate_up, down):
+    """Tokens sorted by expert and padded to tiles, one batched product for all tiles (as in RoutedAttention's body)."""
+    tile = op.Constant(value_ints=[32])
+    tokens = op.Shape(x, start=0, end=1)
+    num_kept = op.Shape(expert, start=1, end=2)
+    num_experts = op.Shape(down, start=0, end=1)
+    num_pairs = tokens * num_kept
+    num_tiles = op.Div(num_pairs + (tile - 1), tile) + op.Min(num_experts, num_pairs)
+    num_slots = num_tiles * tile
+    # Every (token, slot) pair is a token of its own here: naming an expert twice counts twice.
+    column = op.Reshape(expert, op.Concat([1], num_pairs, [1], axis=0))
+    flat_used = op.Reshape(used, op.Shape(column))
+    slot, stands = pair_slots(column, flat_used, num_experts, tile)
+    slot = op.Reshape(op.Where(stands, slot, num_slots), [-1])
+    token = op.Div(op.Range(0, op.Squeeze(num_pairs), 1), num_kept)
+    nothing = op.Expand(op.Constant(value_int=0), num_slots + 1)
+    slot_token = op.Slice(op.ScatterElements(nothing, slot, token, axis=0), [0], [-1], [0])
+    empty = op.Expand(op.Constant(value_int=0), num_tiles + 1)
+    tile_expert = op.ScatterElements(empty, op.Div(slot, tile), op.Reshape(expert, [-1]), axis=0)
+    tile_expert = op.Slice(tile_expert, [0], [-1], [0])
+    shape = op.Concat(num_tiles, tile, op.Shape(x, start=1, end=2), axis=0)
+    rows = op.Reshape(op.Gather(x, slot_token, axis=0), shape)
+    out = op.Cast(swiglu(rows, op.Gather(gate_up, tile_expert, axis=0), op.Gather(down, tile_expert, axis=0)), to=1)
+    flat_out = op.Reshape(out, op.Concat(num_slots, op.Shape(x, start=1, end=2), axis=0))
+    per_pair = op.Concat(tokens, num_kept, op.Shape(x, start=1, end=2), axis=0)
+    pair_out = op.Reshape(op.Gather(op.Pad(flat_out, [0, 0, 1, 0]), slot, axis=0), per_pair)
+    weight = op.Where(used, weights, op.Constant(value_float=0.0))
+    return op.ReduceSum(pair_out * op.Unsqueeze(weight, [2]), [1], keepdims=0)
+
+
+@script(_bilevel, default_opset=op)
+def RoutedExperts(x, ids, weights, gate_up, down):
+    """The chosen experts' SwiGLU, weighted: [T, d] like x; ids out of range are ignored."""
+    given = op.Cast(ids, to=7)
+    used = op.And(given >= 0, given < op.Shape(down, start=0, end=1))
+    expert = op.Where(used, given, 0)
+    if op.Squeeze(op.Shape(x, start=0, end=1)) <= 4:
+        out = experts_gathered(x, expert, used, weights, gate_up, down)
+    else:
+        out = experts_dispatched(x, expert, used, weights, gate_up, down)
+    return op.CastLike(out, x)

@@ -1,0 +1,21 @@
+"""The float types that a bundle may have. Imports nothing heavy: the command line checks its options with it."""
+
+from __future__ import annotations
+
+from bilevel.errors import ExportError
+
+# What the command line calls it -> what bundle.json, NumPy (ml_dtypes) and PyTorch call it.
+PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+# ONNX Runtime's fused attention has CPU kernels for these; a bundle of another type has no dense twin.
+TWIN_PRECISIONS = ("fp32", "fp16")
+
+
+def check_precision(precision: str, weights: str) -> None:
+    """Raise ExportError for a precision that there is not, or that does not go with the format ``weights``."""
+    if precision not in PRECISIONS:
+        raise ExportError(f"precision={precision!r} is no float type of a bundle; use one of {', '.join(PRECISIONS)}")
+    if precision != "fp32" and weights != "fp32":
+        raise ExportError(
+            f"--weights {weights} and --precision {precision} exclude each other, because integer weights are multiplied with "
+            "fp32 activations; leave one of them out"
+        )

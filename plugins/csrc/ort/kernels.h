@@ -1,0 +1,87 @@
+// The routing operators on a CPU, fp32: what the kernels take. Letters and semantics: bilevel/contract.py, bilevel/operators/reference.py.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace bilevel {
+
+// Runs fn(data, i) for every i in [0, total), possibly at the same time.
+struct Parallel {
+  void (*run)(void* context, void (*fn)(void*, size_t), size_t total, void* data);
+  void* context;
+
+  template <typename Function>
+  void each(size_t total, const Function& function) const {
+    run(context, [](void* data, size_t i) { (*static_cast<const Function*>(data))(i); }, total,
+        const_cast<void*>(static_cast<const void*>(&function)));
+  }
+};
+
+// CoarseRoute (candidates null) and FineRoute.
+struct RouteArguments {
+  const float* query;         // [B, Hr, L, Dr]
+  const float* unit_key;      // [B, Hk, U, Dr]
+  const int32_t* candidates;  // [B, Hc, L, K1] or null
+  const int32_t* past_len;    // [B]
+  const int32_t* new_len;     // [B]
+  int32_t* routes;            // [B, Hs, L, K]
+  int64_t batch, route_heads, length, width, key_heads, units, candidate_heads, candidates_kept;
+  int64_t selection_heads, block_size, topk, init_blocks, local_blocks;
+  bool causal;
+};
+
+struct AttentionArguments {
+  const float* q;           // [B, Hq, L, D]
+  const float* k;           // [B, Hkv, M, D]
+  const float* v;           // [B, Hkv, M, D]
+  const int32_t* routes;    // [B, Hs, L, K]
+  const int32_t* past_len;  // [B]
+  const int32_t* new_len;   // [B]
+  float* out;               // [B, Hq, L, D]
+  int64_t batch, heads, length, width, kv_heads, capacity, selection_heads, kept, block_size;
+  bool causal;
+  float scale;
+};
+
+enum class GroupScore { kMax, kTop2Sum, kExternal };
+
+struct ExpertRouteArguments {
+  const float* logits;        // [T, E]
+  const float* group_logits;  // [T, Gp]
+  const float* select_bias;   // [E]
+  int32_t* ids;               // [T, k]
+  float* weights;             // [T, k]
+  int64_t tokens, experts, groups, top_k, topk_group;
+  bool is_softmax, normalize;
+  GroupScore group_score;
+  float scale;
+};
+
+// RoutedExperts.
+struct ExpertsArguments {
+  const float* x;        // [T, d]
+  const int32_t* ids;    // [T, k]
+  const float* weights;  // [T, k]
+  const float* gate_up;  // [E, 2f, d]
+  const float* down;     // [E, d, f]
+  float* out;            // [T, d]
+  int64_t tokens, kept, experts, width, hidden;
+};
+
+// One implementation per instruction set; the library takes the best one that this CPU has.
+struct Kernels {
+  const char* name;
+  void (*route)(const RouteArguments&, const Parallel&);
+  void (*attention)(const AttentionArguments&, const Parallel&);
+  void (*expert_route)(const ExpertRouteArguments&, const Parallel&);
+  void (*experts)(const ExpertsArguments&, const Parallel&);
+};
+
+#if defined(__x86_64__)
+namespace avx512 { extern const Kernels kernels; }
+namespace avx2 { extern const Kernels kernels; }
+#endif
+namespace baseline { extern const Kernels kernels; }
+
+}  // namespace bilevel

@@ -1,0 +1,289 @@
+// The operators as an ONNX Runtime custom-op library: domain "bilevel", CPU, fp32.
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "abi.h"
+#include "context.h"
+
+namespace {
+
+using ort::Context;
+using ort::require;
+
+// The best kernels that this CPU has, or those that BILEVEL_CPU_ISA names (for tests; ignored where the CPU lacks them).
+const bilevel::Kernels& best_kernels() {
+  const bilevel::Kernels* usable[3];
+  int count = 0;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool is_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (is_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"))
+    usable[count++] = &bilevel::avx512::kernels;
+  if (is_avx2) usable[count++] = &bilevel::avx2::kernels;
+#endif
+  usable[count++] = &bilevel::baseline::kernels;
+  const char* wanted = std::getenv("BILEVEL_CPU_ISA");
+  for (int i = 0; wanted && i < count; ++i)
+    if (!std::strcmp(wanted, usable[i]->name)) return *usable[i];
+  return *usable[0];
+}
+
+// past_len and new_len [B]: how many tokens each row's cache holds, and how many of the L tokens of this call are its own.
+void require_lengths(const ort::Context& context, size_t first, int64_t batch, int64_t length, const int32_t*& past_len,
+                     const int32_t*& new_len) {
+  std::vector<int64_t> past, added;
+  past_len = context.input<int32_t>(first, past);
+  new_len = context.input<int32_t>(first + 1, added);
+  require(past == std::vector<int64_t>{batch} && added == past, "past_len and new_len must be [B]; export the model anew");
+  for (int64_t b = 0; b < batch; ++b)
+    require(past_len[b] >= 0 && new_len[b] >= 0 && new_len[b] <= length,
+            "past_len must be at least 0 and new_len lie between 0 and L; correct the lengths of the call");
+}
+
+struct Kernel {
+  Kernel(const ort::Api& api, const ort::KernelInfo* info) : api(api), info(info) {}
+  virtual ~Kernel() = default;
+  virtual void compute(Context& context) const = 0;
+
+  int64_t integer(const char* name, int64_t least = 0) const {
+    int64_t value = 0;
+    ort::check(api, api.call(ort::kKernelInfoGetAttributeInt64, info, name, &value));
+    if (value < least || value > INT32_MAX)
+      throw ort::Failure(std::string(name) + " is out of range; export the model anew");
+    return value;
+  }
+  float number(const char* name) const {
+    float value = 0;
+    ort::check(api, api.call(ort::kKernelInfoGetAttributeFloat, info, name, &value));
+    return value;
+  }
+  std::string text(const char* name) const {
+    size_t size = 0;  // with the closing zero
+    ort::Status* too_small = api.call(ort::kKernelInfoGetAttributeString, info, name, static_cast<char*>(nullptr), &size);
+    if (too_small) api.call<void>(ort::kReleaseStatus, too_small);
+    std::string value(size, 0);
+    ort::check(api, api.call(ort::kKernelInfoGetAttributeString, info, name, &value[0], &size));
+    value.resize(std::strlen(value.c_str()));
+    return value;
+  }
+
+  const ort::Api& api;
+  const ort::KernelInfo* info;
+  const bilevel::Kernels& kernels = best_kernels();
+};
+
+struct Route : Kernel {
+  Route(const ort::Api& api, const ort::KernelInfo* info, bool is_fine) : Kernel(api, info), is_fine(is_fine) {
+    a.block_size = integer("block_size", 1);
+    a.topk = integer("topk", 1);
+    a.selection_heads = integer("num_selection_heads", 1);
+    a.init_blocks = integer("init_blocks");
+    a.local_blocks = integer("local_blocks");
+    a.causal = integer("causal") != 0;
+  }
+
+  void compute(Context& context) const override {
+    bilevel::RouteArguments call = a;
+    std::vector<int64_t> query, keys, candidates;
+    size_t next = 0;
+    call.query = context.input<float>(next++, query);
+    call.unit_key = context.input<float>(next++, keys);
+    call.candidates = is_fine ? context.input<int32_t>(next++, candidates) : nullptr;
+    require(query.size() == 4 && keys.size() == 4 && query[0] == keys[0] && query[3] == keys[3] && keys[1] > 0,
+            "a route's query [B, Hr, L, Dr] and unit_key [B, Hk, U, Dr] do not fit together; export the model anew");
+    call.batch = query[0], call.route_heads = query[1], call.length = query[2], call.width = query[3];
+    call.key_heads = keys[1], call.units = keys[2];
+    if (is_fine) {
+      require(candidates.size() == 4 && candidates[0] == call.batch && candidates[1] > 0 && candidates[2] == call.length,
+              "FineRoute's candidates [B, Hc, L, K1] do not fit its query; export the model anew");
+      call.candidate_heads = candidates[1], call.candidates_kept = candidates[3];
+      static const int32_t none = -1;
+      if (!call.candidates) call.candidates = &none;  // an empty tensor; null would mean CoarseRoute
+    }
+    require_lengths(context, next, call.batch, call.length, call.past_len, call.new_len);
+    call.routes = context.output<int32_t>(0, {call.batch, call.selection_heads, call.length, call.topk});
+    kernels.route(call, context.parallel());
+  }
+
+  bilevel::RouteArguments a{};
+  bool is_fine;
+};
+
+struct Attention : Kernel {
+  Attention(const ort::Api& api, const ort::KernelInfo* info) : Kernel(api, info) {
+    a.block_size = integer("block_size", 1);
+    a.causal = integer("causal") != 0;
+    a.scale = number("scale");
+  }
+
+  void compute(Context& context) const override {
+    bilevel::AttentionArguments call = a;
+    std::vector<int64_t> q, k, v, routes;
+    call.q = context.input<float>(0, q);
+    call.k = context.input<float>(1, k);
+    call.v = context.input<float>(2, v);
+    call.routes = context.input<int32_t>(3, routes);
+    require(q.size() == 4 && k.size() == 4 && k == v && routes.size() == 4 && q[0] == k[0] && q[3] == k[3] &&
+                routes[0] == q[0] && routes[1] > 0 && routes[2] == q[2] && k[1] > 0 && k[2] % call.block_size == 0,
+            "RoutedAttention's q, k, v and routes do not fit together; export the model anew");
+    call.batch = q[0], call.heads = q[1], call.length = q[2], call.width = q[3];
+    call.kv_heads = k[1], call.capacity = k[2], call.selection_heads = routes[1], call.kept = routes[3];
+    require_lengths(context, 4, call.batch, call.length, call.past_len, call.new_len);
+    call.out = context.output<float>(0, q);
+    kernels.attention(call, context.parallel());
+  }
+
+  bilevel::AttentionArguments a{};
+};
+
+struct ExpertRoute : Kernel {
+  ExpertRoute(const ort::Api& api, const ort::KernelInfo* info) : Kernel(api, info) {
+    a.top_k = integer("top_k");
+    a.topk_group = integer("topk_group");
+    a.normalize = integer("normalize") != 0;
+    a.scale = number("scale");
+    a.is_softmax = text("score_func") == "softmax";
+    const std::string group = text("group_score");
+    a.group_score = group == "max"        ? bilevel::GroupScore::kMax
+                    : group == "top2_sum" ? bilevel::GroupScore::kTop2Sum
+                                          : bilevel::GroupScore::kExternal;
+  }
+
+  void compute(Context& context) const override {
+    bilevel::ExpertRouteArguments call = a;
+    std::vector<int64_t> logits, groups, bias;
+    call.logits = context.input<float>(0, logits);
+    call.group_logits = context.input<float>(1, groups);
+    call.select_bias = context.input<float>(2, bias);
+    require(logits.size() == 2 && groups.size() == 2 && bias.size() == 1 && bias[0] == logits[1] && groups[0] == logits[0] &&
+                groups[1] > 0 && logits[1] % groups[1] == 0,
+            "ExpertRoute's logits [T, E], group_logits [T, Gp] and select_bias [E] do not fit together; export the model anew");
+    call.tokens = logits[0], call.experts = logits[1], call.groups = groups[1];
+    call.ids = context.output<int32_t>(0, {call.tokens, call.top_k});
+    call.weights = context.output<float>(1, {call.tokens, call.top_k});
+    kernels.expert_route(call, context.parallel());
+  }
+
+  bilevel::ExpertRouteArguments a{};
+};
+
+struct Experts : Kernel {
+  using Kernel::Kernel;
+
+  void compute(Context& context) const override {
+    bilevel::ExpertsArguments call{};
+    std::vector<int64_t> x, ids, weights, gate_up, down;
+    call.x = context.input<float>(0, x);
+    call.ids = context.input<int32_t>(1, ids);
+    call.weights = context.input<float>(2, weights);
+    call.gate_up = context.input<float>(3, gate_up);
+    call.down = context.input<float>(4, down);
+    require(x.size() == 2 && ids.size() == 2 && ids == weights && gate_up.size() == 3 && down.size() == 3 && ids[0] == x[0] &&
+                gate_up[0] == down[0] && gate_up[2] == x[1] && down[1] == x[1] && gate_up[1] == 2 * down[2],
+            "RoutedExperts' x, ids, weights, gate_up and down do not fit together; export the model anew");
+    call.tokens = x[0], call.width = x[1], call.kept = ids[1], call.experts = down[0], call.hidden = down[2];
+    call.out = context.output<float>(0, x);
+    kernels.experts(call, context.parallel());
+  }
+};
+
+enum class Operator { kCoarseRoute, kFineRoute, kRoutedAttention, kExpertRoute, kRoutedExperts };
+
+// An operator's declaration: "T" is fp32 here, 'i' int32.
+struct Op : ort::CustomOp {
+  Operator which;
+  const char* title;
+  const char* inputs;   // one letter per input: f or i
+  const char* outputs;
+};
+
+const Op& self(const ort::CustomOp* op) { return *static_cast<const Op*>(op); }
+ort::ElementType element(char letter) { return letter == 'i' ? ort::kInt32 : ort::kFloat; }
+
+ort::Status* create(const ort::CustomOp* op, const ort::Api* api, const ort::KernelInfo* info, void** kernel) {
+  try {
+    std::unique_ptr<Kernel> made;
+    switch (self(op).which) {
+      case Operator::kCoarseRoute: made = std::make_unique<Route>(*api, info, false); break;
+      case Operator::kFineRoute: made = std::make_unique<Route>(*api, info, true); break;
+      case Operator::kRoutedAttention: made = std::make_unique<Attention>(*api, info); break;
+      case Operator::kExpertRoute: made = std::make_unique<ExpertRoute>(*api, info); break;
+      case Operator::kRoutedExperts: made = std::make_unique<Experts>(*api, info); break;
+    }
+    *kernel = made.release();
+    return nullptr;
+  } catch (const std::exception& error) {
+    return api->call(ort::kCreateStatus, ort::kInvalidArgument, error.what());
+  }
+}
+
+ort::Status* compute(void* kernel, ort::KernelContext* context) {
+  const auto& made = *static_cast<const Kernel*>(kernel);
+  try {
+    Context call(made.api, context);
+    made.compute(call);
+    return nullptr;
+  } catch (const std::exception& error) {
+    return made.api.call(ort::kCreateStatus, ort::kFail, error.what());
+  }
+}
+
+Op declare(Operator which, const char* title, const char* inputs, const char* outputs) {
+  Op op{};
+  op.version = ort::kApiVersion;
+  op.which = which, op.title = title, op.inputs = inputs, op.outputs = outputs;
+  op.name = [](const ort::CustomOp* o) { return self(o).title; };
+  op.provider = [](const ort::CustomOp*) -> const char* { return nullptr; };  // the CPU's
+  op.input_type = [](const ort::CustomOp* o, size_t i) { return element(self(o).inputs[i]); };
+  op.input_count = [](const ort::CustomOp* o) { return std::string(self(o).inputs).size(); };
+  op.output_type = [](const ort::CustomOp* o, size_t i) { return element(self(o).outputs[i]); };
+  op.output_count = [](const ort::CustomOp* o) { return std::string(self(o).outputs).size(); };
+  op.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+  op.input_characteristic = [](const ort::CustomOp*, size_t) { return ort::kRequired; };
+  op.output_characteristic = [](const ort::CustomOp*, size_t) { return ort::kRequired; };
+  op.input_memory = [](const ort::CustomOp*, size_t) { return ort::kDefaultMemory; };
+  op.create_v2 = create;
+  op.compute_v2 = compute;
+  op.start_version = [](const ort::CustomOp*) { return 1; };
+  op.end_version = [](const ort::CustomOp*) { return 1; };
+  return op;
+}
+
+}  // namespace
+
+extern "C" {
+
+// ONNX Runtime calls this from SessionOptions.register_custom_ops_library.
+__attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::SessionOptions* options, const ort::ApiBase* base) {
+  static const Op operators[] = {
+      declare(Operator::kCoarseRoute, "CoarseRoute", "ffii", "i"),
+      declare(Operator::kFineRoute, "FineRoute", "ffiii", "i"),
+      declare(Operator::kRoutedAttention, "RoutedAttention", "fffiii", "f"),
+      declare(Operator::kExpertRoute, "ExpertRoute", "fff", "if"),
+      declare(Operator::kRoutedExperts, "RoutedExperts", "fifff", "f"),
+  };
+  const ort::Api* api = base->get_api(ort::kApiVersion);
+  if (!api) return nullptr;  // older than 1.17: the graph's own bodies run
+  static std::mutex mutex;  // sessions may be opened by several threads at once
+  const std::lock_guard<std::mutex> lock(mutex);
+  static ort::Domain* domain = nullptr;  // lives as long as the library: sessions refer to it
+  if (!domain) {
+    ort::Domain* made = nullptr;
+    if (ort::Status* status = api->call(ort::kCreateCustomOpDomain, "bilevel", &made)) return status;
+    for (const Op& op : operators)
+      if (ort::Status* status = api->call(ort::kCustomOpDomainAdd, made, static_cast<const ort::CustomOp*>(&op))) return status;
+    domain = made;
+  }
+  return api->call(ort::kAddCustomOpDomain, options, domain);
+}
+
+// The instruction set whose kernels this CPU gets: "avx512", "avx2" or "baseline".
+__attribute__((visibility("default"))) const char* bilevel_instruction_set() { return best_kernels().name; }
+}

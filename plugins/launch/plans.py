@@ -1,0 +1,56 @@
+"""The plans of each operator: geometry -> kernels, constants, arguments, grids, workspace (standard library only).
+
+``plans(op, geometry, dtype, arch)`` is the entry; ``plugins/launch/launches.py`` explains what a plan holds. Geometry: the attributes, and
+every size of the contract except those of RUNTIME_SIZES, which belong to a call.
+"""
+
+from __future__ import annotations
+
+from bilevel import contract
+from bilevel.errors import ContractError
+from bilevel.plugins.launch import caches as plans_caches
+from bilevel.plugins.launch import experts as plans_experts
+from bilevel.plugins.launch import routing as plans_routing
+from bilevel.plugins.launch.launches import Geometry, Plan
+from bilevel.plugins.launch.tiles import ARCHITECTURES, DTYPE_BYTES, shared_limit
+
+RUNTIME_SIZES = ("B", "L", "U", "M", "T")
+# A program holds a position's whole choice, a row of a head and a token's expert scores in registers.
+LIMITS = {"K": 128, "topk": 128, "D": 256, "E": 1024, "top_k": 128}
+_MAKERS = {
+    "CoarseRoute": plans_routing.coarse_route,
+    "FineRoute": plans_routing.fine_route,
+    "RoutedAttention": plans_routing.routed_attention,
+    "ExpertRoute": plans_experts.expert_route,
+    "RoutedExperts": plans_experts.routed_experts,
+    "WriteCache": plans_caches.write_cache,
+}
+
+
+def plans(op: contract.Op, geometry: Geometry, dtype: str, arch: int) -> tuple[Plan, ...]:
+    """How ``op`` runs for a geometry, a data type ("float16", "bfloat16", "float32") and an architecture as in 87.
+
+    Raises ContractError for what the kernels do not cover.
+    """
+    shared_limit(arch)
+    if dtype not in DTYPE_BYTES:
+        raise ContractError(f"{op.name}: the kernels know no {dtype}; give {', '.join(DTYPE_BYTES)}")
+    for name, most in LIMITS.items():
+        if geometry.get(name, 0) > most:
+            raise ContractError(
+                f"{op.name}: the kernels take {name} up to {most}, not {geometry[name]}; the PyTorch form has no limit"
+            )
+    return _MAKERS[op.name](geometry, dtype, arch)
+
+
+def plans_everywhere(op: contract.Op, geometry: Geometry, dtype: str) -> dict[int, tuple[Plan, ...]]:
+    """Architecture -> plans, for every architecture that has the shared memory. Raises ContractError where none does."""
+    found, problem = {}, None
+    for arch in ARCHITECTURES:
+        try:
+            found[arch] = plans(op, geometry, dtype, arch)
+        except ContractError as error:
+            problem = error
+    if problem is not None and not found:
+        raise problem
+    return found

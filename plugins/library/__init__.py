@@ -1,0 +1,1 @@
+"""Shared libraries of kernels: built, described, found and opened."""

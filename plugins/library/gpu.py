@@ -1,0 +1,174 @@
+"""A library that ``bilevel kernels build`` made, from Python: ``csrc/bilevel_kernels.h`` by ctypes (standard library only).
+
+``KernelLibrary.info`` is the library's own description (``read_info`` finds it in a library for another machine too):
+library: "bilevel kernels" · abi: int · bilevel: version that built it · target: "x86_64" or "aarch64" · operators: {name: version} · architectures:
+{"87": CUDA version of its machine code, as in "12.6"} · variants: list of {op, dtype, geometry: {size or attribute: value}} ·
+tensorrt: version of the headers that its TensorRT plugins were built with, None where it has none.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bilevel import contract
+from bilevel.errors import KernelError
+
+ABI, MARK = 1, "bilevel kernels"
+_REMEDY = "build one: bilevel kernels build --geometry BUNDLE"
+DTYPES = {"float16": 1, "bfloat16": 2, "float32": 3, "int32": 4}  # bilevel_dtype
+STATUSES = (
+    "OK",
+    "BAD_ARGUMENT",
+    "NOT_BUILT",
+    "NO_DRIVER",
+    "NO_ARCHITECTURE",
+    "WORKSPACE_TOO_SMALL",
+    "CUDA_ERROR",
+    "OUT_OF_MEMORY",
+)
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("dims", ctypes.POINTER(ctypes.c_int64)),
+        ("rank", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+    ]
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = [("name", ctypes.c_char_p), ("number", ctypes.c_double), ("text", ctypes.c_char_p)]
+
+
+class _Call(ctypes.Structure):
+    _fields_ = [
+        ("size", ctypes.c_size_t),
+        ("op", ctypes.c_char_p),
+        ("num_inputs", ctypes.c_int32),
+        ("inputs", ctypes.POINTER(_Tensor)),
+        ("num_outputs", ctypes.c_int32),
+        ("outputs", ctypes.POINTER(_Tensor)),
+        ("num_attributes", ctypes.c_int32),
+        ("attributes", ctypes.POINTER(_Attribute)),
+    ]
+
+
+@dataclass(frozen=True)
+class DeviceTensor:
+    """A contiguous tensor in a GPU's memory; ``address`` is a multiple of 16. dtype: "float16", "bfloat16", "float32", "int32"."""
+
+    address: int
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an operator: its tensors in the contract's order, all of its attributes."""
+
+    op: contract.Op
+    inputs: Sequence[DeviceTensor]
+    outputs: Sequence[DeviceTensor]
+    attributes: Mapping[str, int | float | str]
+
+
+def _tensors(tensors: Sequence[DeviceTensor]) -> Any:
+    made = (_Tensor * len(tensors))()
+    for place, tensor in zip(made, tensors, strict=True):
+        dims = (ctypes.c_int64 * len(tensor.shape))(*tensor.shape)
+        place.data, place.rank, place.dtype = tensor.address or None, len(tensor.shape), DTYPES.get(tensor.dtype, 0)
+        place.dims = ctypes.cast(dims, ctypes.POINTER(ctypes.c_int64))
+    return made
+
+
+def _attributes(values: Mapping[str, int | float | str]) -> Any:
+    made = (_Attribute * len(values))()
+    for place, (name, value) in zip(made, values.items(), strict=True):
+        place.name = name.encode()
+        if isinstance(value, str):
+            place.text = value.encode()
+        else:
+            place.number = value
+    return made
+
+
+def read_info(path: Path) -> dict[str, Any]:
+    """The description in a library's file, which is read, not loaded. Raises KernelError."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise KernelError(f"{path} cannot be read ({error.strerror}); {_REMEDY}") from None
+    start = content.find(b'{"library": "%s", "abi": ' % MARK.encode())
+    if start < 0:
+        raise KernelError(f"{path} is no kernel library; {_REMEDY}")
+    return dict(json.loads(content[start : content.index(b"\0", start)]))
+
+
+def needed_versions(path: Path) -> dict[str, str]:
+    """The oldest glibc and libstdc++ symbol versions that a library's file runs with: {"GLIBC": "2.34", "GLIBCXX": "3.4.29"}."""
+    content = path.read_bytes()
+    found = {}
+    for name in ("GLIBC", "GLIBCXX"):
+        versions = re.findall(rb"\0%s_([0-9.]+)(?=\0)" % name.encode(), content)
+        if versions:
+            found[name] = max((version.decode() for version in versions), key=lambda v: [int(part) for part in v.split(".")])
+    return found
+
+
+class KernelLibrary:
+    """An opened library. Raises KernelError for a file that is none, or is of another version."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._library = ctypes.CDLL(str(path))
+            self._library.bilevel_library_info.restype = ctypes.c_char_p
+            self._library.bilevel_last_error.restype = ctypes.c_char_p
+            abi = int(self._library.bilevel_abi_version())
+        except (OSError, AttributeError) as error:
+            raise KernelError(f"{path} is no kernel library for this machine ({error}); {_REMEDY}") from None
+        if abi != ABI:
+            raise KernelError(f"{path} has interface version {abi}, this bilevel reads {ABI}; {_REMEDY}")
+        self.info: dict[str, Any] = json.loads(self._library.bilevel_library_info())
+
+    def _check(self, status: int) -> None:
+        if status:
+            sentence = self._library.bilevel_last_error().decode(errors="replace")
+            raise KernelError(f"{self.path.name}: {sentence} ({STATUSES[status]})")
+
+    @staticmethod
+    def _call(call: Call) -> _Call:
+        parts = (_tensors(call.inputs), _tensors(call.outputs), _attributes(call.attributes))
+        inputs, outputs, attributes = parts
+        made = _Call(ctypes.sizeof(_Call), call.op.name.encode())
+        made.num_inputs, made.inputs = len(inputs), ctypes.cast(inputs, ctypes.POINTER(_Tensor))
+        made.num_outputs, made.outputs = len(outputs), ctypes.cast(outputs, ctypes.POINTER(_Tensor))
+        made.num_attributes, made.attributes = len(attributes), ctypes.cast(attributes, ctypes.POINTER(_Attribute))
+        return made
+
+    def workspace_size(self, call: Call, arch: int = 0) -> int:
+        """Bytes that suffice for this call and every smaller one on ``arch`` (0: on any). Raises KernelError."""
+        size = ctypes.c_size_t()
+        self._check(self._library.bilevel_workspace_size(ctypes.byref(self._call(call)), arch, ctypes.byref(size)))
+        return size.value
+
+    def prepare(self, call: Call) -> None:
+        """Load what calls of this geometry need into the current GPU. Raises KernelError."""
+        self._check(self._library.bilevel_prepare(ctypes.byref(self._call(call))))
+
+    def launch(self, call: Call, workspace: int = 0, workspace_bytes: int = 0, stream: int = 0) -> None:
+        """Enqueue the call; workspace: an address that is a multiple of 256. Raises KernelError."""
+        status = self._library.bilevel_launch(
+            ctypes.byref(self._call(call)),
+            ctypes.c_void_p(workspace or None),
+            ctypes.c_size_t(workspace_bytes),
+            ctypes.c_void_p(stream or None),
+        )
+        self._check(status)

@@ -1,0 +1,94 @@
+"""The graph in ONNX Runtime on a GPU: its portable bodies on the CUDA provider, its rows in ``device_caches``.
+
+The routed operators' library is for CPUs, so it is not registered; what the provider has no kernel for, ONNX Runtime runs on the CPU
+and copies to and fro. What must not happen silently, and does by default, is that all of it runs there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bilevel.bundle.format import Bundle
+from bilevel.bundle.tensors import DTYPES, TensorSpec
+from bilevel.errors import EngineError
+from bilevel.machine import find_provider_problem, preload_cuda
+from bilevel.runtime.backend.device_caches import DeviceCaches
+from bilevel.runtime.backend.device_memory import Device
+from bilevel.runtime.backend.session import OnnxGraph, translated
+
+PROVIDER = "CUDAExecutionProvider"
+
+
+class CudaSession(OnnxGraph):
+    """A bundle opened in ONNX Runtime on the current GPU. Raises EngineError where its CUDA provider does not load.
+
+    threads: of the nodes that stay on the CPU.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int = 0, device: Device | None = None) -> None:
+        self.device = Device() if device is None else device
+        super().__init__(bundle, threads)
+        present = {name for _, name in bundle.state}
+        self.results = tuple(spec for spec in bundle.outputs if spec.name not in present)
+        self.only_read: tuple[TensorSpec, ...] = ()
+        self.longest = bundle.prefill_chunk
+
+    def _open_graph(self, options: Any) -> Any:
+        ort, bundle = self._ort, self.bundle
+        preload_cuda(ort)
+        # Our stream: copies and calls are in order without waiting. Products in fp32 as the CPU makes them, not in tf32.
+        own = {"device_id": "0", "user_compute_stream": str(self.device.stream), "use_tf32": "0"}
+        if PROVIDER not in ort.get_available_providers():
+            raise EngineError(find_provider_problem())
+        ort.set_default_logger_severity(4)  # why the provider does not load is said below
+        with translated(f"{bundle.graph_path} cannot be opened by ONNX Runtime on the GPU", "bilevel run --backend onnx"):
+            # Otherwise a provider that fails is replaced by the CPU, at opening and in any later call.
+            session = ort.InferenceSession(
+                bundle.graph_path, options, providers=[(PROVIDER, own), "CPUExecutionProvider"], enable_fallback=0
+            )
+        ort.set_default_logger_severity(3)
+        if PROVIDER not in session.get_providers():
+            raise EngineError(find_provider_problem() or f"ONNX Runtime left out {PROVIDER}; bilevel doctor tells what is here")
+        return session
+
+    def allocate(self, batch: int, capacity: int) -> CudaCaches:
+        """See ``Session.allocate``. Raises RequestError where the sizes are wrong, EngineError where the memory is not there."""
+        self._check_sizes(batch, capacity)
+        return CudaCaches(self, self._session, batch, capacity)
+
+
+class CudaCaches(DeviceCaches):
+    """See ``DeviceCaches``. A binding serves all calls of one length: single tokens keep theirs, pieces of prompts share another."""
+
+    def __init__(
+        self,
+        session: CudaSession,
+        graph: Any,
+        batch: int,
+        capacity: int,
+        whole: CudaCaches | None = None,
+        first: int = 0,
+    ) -> None:
+        super().__init__(session, batch, capacity, whole, first)
+        self._cuda_session, self._graph = session, graph
+        self._bindings: dict[int, Any] = {}
+
+    def rows(self, first: int, count: int) -> CudaCaches:
+        """See ``Caches.rows``. Raises RequestError where a row of a cache does not begin where a GPU reads."""
+        return CudaCaches(self._cuda_session, self._graph, count, self.capacity, self, first)
+
+    def _prepare(self, length: int) -> None:
+        if length in self._bindings:
+            return
+        self._bindings = {kept: binding for kept, binding in self._bindings.items() if kept == 1}
+        binding, addresses = self._graph.io_binding(), self.addresses(length)
+        sizes = {**self._bundle.sizes(self.batch, self.capacity), "new_tokens": length}
+        for specs, bind in ((self._bundle.inputs, binding.bind_input), (self._bundle.outputs, binding.bind_output)):
+            for spec in specs:
+                kind = DTYPES[spec.dtype].onnx_type
+                bind(spec.name, "cuda", 0, kind, spec.resolve(sizes), addresses[spec.name])
+        self._bindings[length] = binding
+
+    def _execute(self, length: int) -> None:
+        with translated("ONNX Runtime could not run the graph on the GPU", "use fewer or shorter prompts, or a smaller chunk"):
+            self._graph.run_with_iobinding(self._bindings[length])

@@ -1,0 +1,229 @@
+"""Which backend runs a bundle on this machine, and why the others do not.
+
+A bundle's graph runs in ONNX Runtime anywhere; its engines run where their TensorRT, their GPU and their kernel library are. ``choose``
+takes the best, and says so. ONNX Runtime on the GPU is never taken unasked: the graph's portable bodies run there, whose speed on a GPU
+has been measured nowhere, while the CPU has kernels for the same operators whose speed is known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import bilevel
+from bilevel.bundle.engines import BACKENDS, FOLDER, Engine, find_engines
+from bilevel.bundle.format import Bundle, load_bundle
+from bilevel.errors import EngineError, KernelError, RequestError
+from bilevel.machine import Machine, is_loaded, look
+from bilevel.plugins.library.gpu import read_info
+from bilevel.runtime.backend.session import OnnxSession, Session
+
+AUTO, ONNX, ONNX_CUDA = "auto", "onnx", "onnx-cuda"
+CHOICES = (AUTO, ONNX, ONNX_CUDA, *BACKENDS)
+LIBRARY_VARIABLE, LIBRARY_NAME = "BILEVEL_KERNEL_LIBRARY", "libbilevel_kernels.so"
+_RESERVE = 256 * 2**20  # bytes of a GPU's memory that driver and libraries take for themselves
+
+
+def add_backend_options(parser: argparse.ArgumentParser) -> None:
+    """``--backend`` and ``--library``, for every command that runs a bundle by ``open_session``."""
+    parser.add_argument(
+        "--backend",
+        choices=CHOICES,
+        default=AUTO,
+        help="what runs the bundle; auto takes its best engine that runs here, else ONNX Runtime (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--library", type=Path, metavar="FILE", help="the kernel library for TensorRT's plugins (see bilevel doctor)"
+    )
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to run a bundle. problem: why it does not run here, "" where it does; one sentence with the remedy."""
+
+    backend: str
+    name: str
+    problem: str
+    engine: Engine | None = None
+    library: Path | None = None
+
+    @property
+    def does_run(self) -> bool:
+        """Whether nothing is in its way."""
+        return not self.problem
+
+
+def library_places(bundle: Path | None, machine: Machine, named: Path | None) -> list[tuple[str, Path]]:
+    """Where the kernel library is looked for, in this order: the argument, the bundle, the environment, the package."""
+    places = [("argument", named)] if named else []
+    if bundle is not None:
+        places.append(("bundle", bundle / "kernels" / machine.machine / LIBRARY_NAME))
+    if os.environ.get(LIBRARY_VARIABLE):
+        places.append(("environment", Path(os.environ[LIBRARY_VARIABLE])))
+    places.append(("package", Path(bilevel.__file__).parent / "plugins" / LIBRARY_NAME))
+    return [(where, path) for where, path in places if path is not None]
+
+
+def find_library(bundle: Path, machine: Machine, named: Path | None = None) -> Path | None:
+    """The first kernel library that is there. Raises KernelError where ``named`` is no file."""
+    if named is not None and not named.is_file():
+        raise KernelError(f"{named} is no file; build it: bilevel kernels build --geometry {bundle} --out {named}")
+    return next((path for _, path in library_places(bundle, machine, named) if path.is_file()), None)
+
+
+def library_problem(library: Path, machine: Machine) -> str:
+    """Why TensorRT cannot use a kernel library here; "" where it can."""
+    try:
+        info: dict[str, Any] = read_info(library)
+    except KernelError as error:
+        return str(error)
+    archs = ",".join(f"sm_{arch}" for arch in sorted(machine.architectures)) or "sm_NN"
+    remedy = f"bilevel kernels build --geometry BUNDLE --arch {archs}"
+    if info["target"] != machine.machine:
+        return f"{library} is for {info['target']}, this machine is {machine.machine}; build one: {remedy} --target {machine.machine}"
+    if info.get("tensorrt") is None:
+        return f"{library} was built without TensorRT's headers and has no plugins; build it again with them: {remedy}"
+    held = {int(arch) for arch in info["architectures"]}
+    if machine.architectures and not any(_runs(held, capability) for capability in machine.architectures):
+        return f"{library} holds no kernels for this GPU; build one: {remedy}"
+    return ""
+
+
+def _runs(held: set[int], capability: int) -> bool:
+    """As csrc/kernel_library.cpp says: code for sm_80 runs on 86 and 89, all other code on its own GPU only."""
+    return capability in held or (capability in (86, 89) and bool(held & {80, 86} & set(range(80, capability))))
+
+
+def engine_problem(engine: Engine, bundle: Bundle, machine: Machine, library: Path | None, verify: bool = False) -> str:
+    """Why an engine does not run here; "" where it does. verify: compare its plan with its hash, which opening it does anyway."""
+    module = BACKENDS[engine.backend]
+    installed = machine.packages.get(module)
+    if engine.platform not in (None, machine.machine):
+        return f"it was built on {engine.platform}, this machine is {machine.machine}; {engine.remedy}"
+    if machine.driver_problem:
+        return machine.driver_problem
+    if not machine.architectures & set(engine.architectures):
+        built = ", ".join(f"sm_{arch}" for arch in engine.architectures)
+        here = ", ".join(f"sm_{gpu.capability} ({gpu.name})" for gpu in machine.gpus)
+        return f"it was built for {built}, this machine has {here}; {_rebuild(engine, machine)}"
+    if not is_loaded(installed):
+        return f"the Python module {module} is {installed or 'not installed'}; install version {engine.version}"
+    if installed != engine.version:
+        return f"it was built by {module} {engine.version}, installed is {installed}; {engine.remedy}"
+    if machine.packages.get("cuda.bindings") is None:
+        return "cuda.bindings is not installed; pip install cuda-bindings"
+    graph = bundle.files[bundle.graph_file].sha256
+    if engine.graph_sha256 != graph:
+        return f"it was built from another graph than {bundle.graph_file}; {engine.remedy}"
+    return _plugin_problem(engine, machine, library) or _memory_problem(engine, machine) or engine.plan_problem(verify)
+
+
+def _rebuild(engine: Engine, machine: Machine) -> str:
+    """How to make an engine for this machine's GPU."""
+    folder = engine.path.parent.parent
+    if engine.backend == "tensorrt-rtx":
+        supported = sorted(machine.architectures & {75, 80, 86, 89, 120, 121})
+        if not supported:
+            return f"TensorRT-RTX does not serve this GPU, TensorRT does: bilevel build {folder} --backend tensorrt"
+        return f"build one: bilevel build {folder} --backend tensorrt-rtx --sm {','.join(map(str, supported))}"
+    return f"build one on this machine: bilevel build {folder} --backend tensorrt"
+
+
+def _plugin_problem(engine: Engine, machine: Machine, library: Path | None) -> str:
+    if engine.plugins is None:
+        return ""
+    remedy = "bilevel kernels build --geometry " + str(engine.path.parent.parent)
+    if library is None:
+        return f"it needs a kernel library, and there is none; build one: {remedy}"
+    wanted = engine.plugins.get("library")
+    if wanted and hashlib.sha256(library.read_bytes()).hexdigest() != wanted:
+        return f"{library} is another kernel library than the one it was built with; give that one, or {engine.remedy}"
+    return library_problem(library, machine)
+
+
+def _memory_problem(engine: Engine, machine: Machine) -> str:
+    needed = engine.device_bytes
+    largest = max(gpu.memory_bytes for gpu in machine.gpus) - _RESERVE
+    if needed <= largest:
+        return ""
+    return f"it needs {needed / 2**20:.0f} MiB, the GPU has {largest / 2**20:.0f} MiB to give; build it with a smaller --capacity or --batch"
+
+
+def list_ways(bundle: Bundle, machine: Machine, named: Path | None = None, verify: bool = False) -> list[Way]:
+    """Every way to run a bundle, the best first: engines of TensorRT, of TensorRT-RTX, then ONNX Runtime on the CPU, on the GPU."""
+    library = find_library(bundle.folder, machine, named)
+    engines, problems = find_engines(bundle.folder)
+    ways = [
+        Way(
+            each.backend,
+            each.name,
+            engine_problem(each, bundle, machine, library, verify),
+            each,
+            library if each.plugins else None,
+        )
+        for each in engines
+    ]
+    ways.sort(key=lambda way: (list(BACKENDS).index(way.backend), -(way.engine.capacity if way.engine else 0)))
+    ways += [Way("engine", "unreadable", str(problem)) for problem in problems]
+    for backend, name, problem in (
+        (ONNX, "on the CPU", _onnx_problem(machine, "cpu")),
+        (ONNX_CUDA, "on the GPU (portable bodies, of unknown speed)", _cuda_problem(machine)),
+    ):
+        ways.append(Way(backend, f"{bundle.graph_file} in ONNX Runtime {name}", problem))
+    return ways
+
+
+def _onnx_problem(machine: Machine, extra: str) -> str:
+    installed = machine.packages.get("onnxruntime")
+    return "" if is_loaded(installed) else f"onnxruntime is {installed or 'not installed'}; pip install 'bilevel[{extra}]'"
+
+
+def _cuda_problem(machine: Machine) -> str:
+    """Why ONNX Runtime does not run on the GPU here; "" where it does."""
+    if problem := _onnx_problem(machine, "gpu") or machine.driver_problem or machine.cuda_provider_problem:
+        return problem
+    return (
+        "" if is_loaded(machine.packages.get("cuda.bindings")) else "cuda.bindings is not installed; pip install cuda-bindings"
+    )
+
+
+def choose(ways: list[Way], backend: str = AUTO) -> tuple[Way, str]:
+    """(the best way that runs, one line on which and why). Raises EngineError where the backend asked for has none."""
+    asked = [way for way in ways if backend in (AUTO, way.backend)]
+    passed: list[str] = []
+    for way in asked:
+        if way.does_run:
+            return way, way.name + (f" (not {'; not '.join(passed)})" if passed else "")
+        passed.append(f"{way.name}: {way.problem}")
+    if not asked:
+        raise EngineError(f"the bundle has no engine of {backend}; build one: bilevel build BUNDLE --backend {backend}")
+    raise EngineError(f"nothing runs this bundle here: {passed[0]}")
+
+
+def open_session(
+    path: str | Path, backend: str = ONNX, *, verify: bool = True, threads: int = 0, library: Path | None = None
+) -> tuple[Session, str]:
+    """(the bundle at ``path`` on a backend of CHOICES, one line on which and why).
+
+    library: the kernel library for TensorRT's plugins (None: ``library_places`` says where it is looked for). threads: of ONNX Runtime.
+    """
+    if backend not in CHOICES:
+        raise RequestError(f"there is no backend {backend!r}; take {', '.join(CHOICES)}")
+    bundle = load_bundle(path, verify)
+    # Nothing is asked of the machine where there is nothing to choose from.
+    if backend == ONNX or (backend == AUTO and not any((bundle.folder / FOLDER).glob("*.json"))):
+        return OnnxSession(bundle, threads), "ONNX Runtime on the CPU"
+    way, why = choose(list_ways(bundle, look(), library), backend)
+    if way.backend == ONNX:
+        return OnnxSession(bundle, threads), why
+    if way.engine is None:
+        from bilevel.runtime.backend.onnx_cuda import CudaSession
+
+        return CudaSession(bundle, threads), why
+    from bilevel.runtime.backend.engine import EngineSession
+
+    return EngineSession(bundle, way.engine, way.library), why

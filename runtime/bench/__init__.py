@@ -1,0 +1,1 @@
+"""Speed and memory against context length, beside a dense twin."""

@@ -1,0 +1,169 @@
+"""One side of a measurement, the routed graph or its dense twin: filled caches, timed steps, logits to compare, memory.
+
+What is timed is the runtime's own loop (``bilevel.runtime.generate.generator``): token selection and text included.
+"""
+
+from __future__ import annotations
+
+import resource
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bilevel.bundle.format import load_bundle
+from bilevel.bundle.tensors import decode, encode
+from bilevel.errors import BundleError
+from bilevel.runtime.backend.session import OnnxCaches, OnnxSession
+from bilevel.runtime.bench.profile import read_profile
+from bilevel.runtime.generate.generator import Generation
+from bilevel.runtime.generate.rows import Row
+from bilevel.runtime.generate.sampling import Sampler, SamplingParams
+from bilevel.runtime.generate.text import BundleTokenizer, TextStream
+
+
+@dataclass(frozen=True)
+class SideSpec:
+    """Which graph to open and for how many tokens. capacity: a multiple of the block size. profile: record every node."""
+
+    bundle: Path
+    is_twin: bool
+    threads: int
+    capacity: int
+    profile: bool = False
+
+
+class _TimedEngine:
+    """ONNX Runtime's session with the seconds spent in its run call."""
+
+    def __init__(self, session: Any) -> None:
+        self._session, self.seconds = session, 0.0
+
+    def run_with_iobinding(self, binding: Any) -> None:
+        start = time.perf_counter()
+        self._session.run_with_iobinding(binding)
+        self.seconds += time.perf_counter() - start
+
+
+class Side:
+    """An opened graph with caches for one row. Every method is called through ``worker.Worker``."""
+
+    def __init__(self, spec: SideSpec) -> None:
+        self.spec = spec
+        bundle = load_bundle(spec.bundle, verify=False)
+        self.bundle = bundle.dense_twin() if spec.is_twin else bundle
+        self._folder = tempfile.TemporaryDirectory(prefix="bilevel-bench-") if spec.profile else None
+        prefix = Path(self._folder.name) / "profile" if self._folder else None
+        self._session = OnnxSession(self.bundle, spec.threads, prefix)
+        self._caches: OnnxCaches = self._session.allocate(1, spec.capacity)
+        self._engine = _TimedEngine(self._caches._session)
+        self._caches._session = self._engine
+        self._tokenizer = BundleTokenizer(bundle.tokenizer_path)
+        self._generation: Generation | None = None
+
+    def cpu_library(self) -> str | None:
+        """The routed operators' CPU library that this side uses, None where the portable bodies run."""
+        library = self._session.cpu_library
+        return None if library is None else str(library)
+
+    def fill(self, context: int, seed: int) -> None:
+        """Fill the caches as if ``context`` tokens had been read; the next decode continues there.
+
+        Keys and values are normal numbers (int8 caches: any numbers), block keys their fp32 means, tokens random. Level 1's block
+        descriptors are random vectors of length 1, not those of the tokens: which blocks become candidates differs, what they
+        cost does not. Blocks that later calls touch are computed by the graph.
+        """
+        random = np.random.default_rng(seed)
+        state, size = self._caches.state, self.bundle.block_size
+        dtypes = {spec.name: spec.dtype for spec, _ in self.bundle.state}
+        for name, cache in state.items():
+            kind = name.split(".")[1]
+            if kind in ("key", "value"):
+                _fill_vectors(random, cache, context, dtypes[name])
+            elif kind == "token_ids":
+                cache[:, :context] = random.integers(0, self.bundle.vocab_size, (1, context))
+            elif kind == "word_block_key":
+                vectors = random.standard_normal(cache.shape, dtype=np.float32)
+                cache[:] = encode(vectors / np.linalg.norm(vectors, axis=-1, keepdims=True), dtypes[name])
+            elif kind != "block_key":
+                raise BundleError(f"bilevel bench cannot fill the cache {name}; measure with a bundle of this bilevel's export")
+        for name, cache in state.items():
+            if name.split(".")[1] == "block_key":
+                for head, blocks in enumerate(cache[0]):
+                    keys = decode(state[name.replace("block_key", "key")][0, head], dtypes[name])
+                    blocks[:] = encode(keys.reshape(-1, size, keys.shape[-1]).mean(1), dtypes[name])
+        self._generation = self._start(context, int(random.integers(self.bundle.vocab_size)))
+
+    def _row(self, prompt: list[int]) -> Row:
+        params = SamplingParams(max_tokens=self.spec.capacity)
+        sampler = Sampler(params, self.bundle.vocab_size)
+        return Row(0, prompt, sampler, TextStream(self._tokenizer, ()), (), self.spec.capacity)
+
+    def _start(self, context: int, token: int) -> Generation:
+        """A generation whose row has ``context`` tokens cached and ``token`` to read."""
+        row = self._row([*[0] * context, token])
+        row.num_cached = context
+        return Generation([row], self._caches, self.bundle.prefill_chunk, time.perf_counter(), None, None)
+
+    def decode(self, steps: int) -> list[tuple[float, float]]:
+        """Generate ``steps`` tokens behind what is cached: (seconds, of which inside ONNX Runtime) of each."""
+        assert self._generation is not None
+        times = []
+        for _ in range(steps):
+            before, start = self._engine.seconds, time.perf_counter()
+            next(self._generation)
+            times.append((time.perf_counter() - start, self._engine.seconds - before))
+        return times
+
+    def prefill(self, tokens: list[int]) -> dict[str, float]:
+        """Read ``tokens`` from nothing, in the bundle's chunks, and choose one token."""
+        start, before = time.perf_counter(), self._engine.seconds
+        row = self._row(tokens)
+        generation = Generation([row], self._caches, self.bundle.prefill_chunk, start, None, None)
+        next(generation)
+        first = generation.stats.first_token_seconds
+        assert first is not None
+        return {"seconds": first, "engine_seconds": self._engine.seconds - before}
+
+    def logits(self, tokens: list[int], past: int, chunk: int) -> NDArray[np.float32]:
+        """Logits [vocab] after reading ``tokens`` behind ``past`` cached ones, ``chunk`` at a time. Decode is not disturbed."""
+        result = np.zeros(0, np.float32)
+        for first in range(0, len(tokens), chunk):
+            piece = np.array([tokens[first : first + chunk]], np.int64)
+            lengths = np.array([past + first], np.int32), np.array([piece.shape[1]], np.int32)
+            result = self._caches.run(piece, *lengths)[0].copy()
+        return result
+
+    def peak_memory(self) -> int:
+        """Most bytes that this process had resident since it started (Linux: VmHWM)."""
+        try:
+            for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+        except OSError:
+            pass
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def state_bytes(self) -> int:
+        """Bytes of the caches."""
+        return self.bundle.state_bytes(1, self.spec.capacity)
+
+    def end_profiling(self, discard: int) -> list[dict[str, float]]:
+        """Seconds by part (``profile``) of every call but the first ``discard``."""
+        path = self._session.end_profiling()
+        return read_profile(path)[discard:]
+
+
+def _fill_vectors(random: np.random.Generator, cache: NDArray[Any], context: int, dtype: str) -> None:
+    """Random numbers in the first ``context`` tokens of a cache [1, H, M, D], without a second copy of it."""
+    for vectors in cache[0, :, :context]:
+        if dtype == "float32":
+            random.standard_normal(out=vectors, dtype=np.float32)
+        elif dtype == "int8":
+            vectors[:] = random.integers(-127, 128, vectors.shape, np.int8)
+        else:
+            vectors[:] = encode(random.standard_normal(vectors.shape, dtype=np.float32), dtype)

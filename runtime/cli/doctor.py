@@ -1,0 +1,119 @@
+"""``bilevel doctor``: what this machine can run, and what to do about the rest. Needs nothing but Python and numpy."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bilevel.bundle.format import read_manifest
+from bilevel.errors import KernelError
+from bilevel.machine import Machine, look
+from bilevel.plugins.library.gpu import read_info
+from bilevel.runtime.backend.select import LIBRARY_VARIABLE, library_places, library_problem, list_ways
+
+EPILOG = """\
+Without a bundle: the machine, its GPU and driver, the packages that backends need, and the kernel library. With one: also which of its
+engines run here, and for each that does not, the command that mends it.
+
+The kernel library for TensorRT's plugins is looked for in this order: the argument, BUNDLE/kernels/MACHINE, the environment's
+BILEVEL_KERNEL_LIBRARY, the package; the first that is there is taken, and an engine that was built with another refuses it.
+Exit status: 0 when something runs the bundle here, else 1.
+
+--json prints one object: "machine" {system, machine, python, memory_bytes, gpus [{name, capability, memory_bytes, is_integrated}],
+driver_cuda (null: none), driver_problem, jetpack, packages {module: version, null, or why it does not load}, cuda_provider_problem};
+"libraries", in their order [{from, path, found, is_taken, sha256, architectures, problem}]; and with a bundle "bundle" and "ways", the
+best first [{backend, name, runs, problem}]. A problem is a sentence with its remedy, "" where there is none.
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path, nargs="?", help="folder written by bilevel export")
+    parser.add_argument("--library", metavar="FILE", type=Path, help="the kernel library to look at first")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print what was found; 1 when nothing runs the bundle."""
+    machine = look()
+    facts = describe(machine, args.bundle, args.library)
+    print(json.dumps(facts, indent=2) if args.json else "\n".join(_lines(facts)))
+    return 0 if args.bundle is None or any(way["runs"] for way in facts["ways"]) else 1
+
+
+def describe(machine: Machine, folder: Path | None, library: Path | None) -> dict[str, Any]:
+    """Everything that ``--json`` prints."""
+    facts: dict[str, Any] = {"machine": asdict(machine), "libraries": _libraries(machine, folder, library)}
+    if folder is not None:
+        bundle = read_manifest(folder)
+        facts["bundle"] = str(folder)
+        facts["ways"] = [
+            {"backend": way.backend, "name": way.name, "runs": way.does_run, "problem": way.problem}
+            for way in list_ways(bundle, machine, library, verify=True)
+        ]
+    return facts
+
+
+def _libraries(machine: Machine, folder: Path | None, library: Path | None) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for where, path in library_places(folder, machine, library):
+        entry: dict[str, Any] = {"from": where, "path": str(path), "found": path.is_file(), "is_taken": False}
+        entry |= {"sha256": None, "architectures": [], "problem": ""}
+        if path.is_file():
+            entry["is_taken"] = not any(each["found"] for each in found)
+            entry["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+            entry["problem"] = library_problem(path, machine)
+            try:
+                entry["architectures"] = sorted(map(int, read_info(path)["architectures"]))
+            except KernelError:
+                pass  # the problem says so
+        found.append(entry)
+    return found
+
+
+def _lines(facts: dict[str, Any]) -> list[str]:
+    machine = facts["machine"]
+    rows = [
+        (
+            "system",
+            f"{machine['system']} {machine['machine']}, {machine['memory_bytes'] / 2**30:.1f} GiB, Python {machine['python']}",
+        ),
+        ("board", machine["jetpack"] or "not a Jetson"),
+        ("driver", f"CUDA {machine['driver_cuda']}" if machine["driver_cuda"] else machine["driver_problem"]),
+    ]
+    for gpu in machine["gpus"]:
+        shared = ", shared with the host" if gpu["is_integrated"] else ""
+        rows.append(("GPU", f"{gpu['name']}, sm_{gpu['capability']}, {gpu['memory_bytes'] / 2**30:.1f} GiB{shared}"))
+    lines = ["machine", *_table(rows), "", "packages"]
+    lines += _table([(name, version or "not installed") for name, version in machine["packages"].items()])
+    lines += ["", "kernel library, in the order in which it is looked for"]
+    lines += _table([(each["from"], _library_state(each)) for each in facts["libraries"]])
+    if not any(each["found"] for each in facts["libraries"]):
+        lines.append(f"  (none; only engines with plugins need one: bilevel kernels build, or set {LIBRARY_VARIABLE})")
+    if "ways" in facts:
+        lines += ["", f"{facts['bundle']}"]
+        lines += _table([("runs" if way["runs"] else "does not", _way(way)) for way in facts["ways"]])
+    return lines
+
+
+def _way(way: dict[str, Any]) -> str:
+    return f"{way['name']} ({way['backend']})" + (f": {way['problem']}" if way["problem"] else "")
+
+
+def _library_state(library: dict[str, Any]) -> str:
+    if not library["found"]:
+        return f"{library['path']}: not there"
+    kernels = ", ".join(f"sm_{arch}" for arch in library["architectures"])
+    state = library["problem"] or f"{library['path']}: kernels for {kernels}"
+    return f"{state} [SHA-256 {library['sha256'][:12]}{', taken' if library['is_taken'] else ''}]"
+
+
+def _table(rows: list[tuple[str, str]]) -> list[str]:
+    width = max((len(name) for name, _ in rows), default=0)
+    return [f"  {name:{width}}  {value}" for name, value in rows]

@@ -1,0 +1,77 @@
+"""``bilevel serve``: a bundle over HTTP, many users on one device."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from bilevel.errors import RequestError, require
+from bilevel.runtime.backend.select import add_backend_options
+
+EPILOG = """\
+  bilevel serve my-bundle                            http://127.0.0.1:8000: a page to try it, and for programs
+                                                       /v1   OpenAI's API (models, completions, chat/completions)
+                                                       /v2   Open Inference Protocol (KServe, Triton's clients)
+                                                       /metrics for Prometheus, /openapi.json
+  bilevel serve my-bundle --host 0.0.0.0 --api-key-file keys.txt     reachable from other machines, with a key
+
+One key a line; lines that begin with # are comments. Ctrl-C, or SIGTERM, refuses new requests and lets running answers finish for
+--grace seconds; a second one ends at once. The server speaks plain HTTP: put a proxy that does TLS in front of it.
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="folder written by bilevel export")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)")
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help="0: any free one (default: %(default)s)")
+    add_backend_options(parser)
+    parser.add_argument("--model-name", metavar="NAME", help="what clients call the model (default: the folder's name)")
+    parser.add_argument("--max-rows", type=int, metavar="N", help="texts generated at once (default: 8, or the engine's most)")
+    parser.add_argument("--max-queue", type=int, default=64, metavar="N", help="texts that may wait (default: %(default)s)")
+    parser.add_argument(
+        "--capacity",
+        type=int,
+        metavar="TOKENS",
+        help="prompt and text of one row (default: the engine's, or the model's if a quarter of the free memory holds it)",
+    )
+    parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="ask for one of these keys (default: open to all)")
+    parser.add_argument("--max-body", type=int, default=4 << 20, metavar="BYTES", help="longest request (default: %(default)s)")
+    parser.add_argument(
+        "--grace", type=float, default=30.0, metavar="SECONDS", help="for running answers (default: %(default)g)"
+    )
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="0: one per core (default: %(default)s)")
+    parser.add_argument("--no-verify", action="store_true", help="skip the comparison of sizes and hashes")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Serve until told to stop."""
+    _check(args)
+    for name in ("starlette", "uvicorn", "pydantic", "prometheus_client", "jinja2"):
+        require(name)
+    from bilevel.runtime.serve.server import serve
+
+    return serve(args)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What can be refused before anything is opened."""
+    for name, least, most in (
+        ("port", 0, 65535),
+        ("max_rows", 1, 1024),
+        ("max_queue", 0, 1 << 20),
+        ("capacity", 1, 1 << 30),
+        ("max_body", 1, 1 << 40),
+        ("grace", 0, 1e9),
+        ("threads", 0, 4096),
+    ):
+        value = getattr(args, name)
+        if value is not None and not least <= value <= most:
+            raise RequestError(f"--{name.replace('_', '-')} {value} must lie between {least} and {most:g}")
+    if args.api_key_file is not None and not os.access(args.api_key_file, os.R_OK):
+        raise RequestError(
+            f"--api-key-file {args.api_key_file} cannot be read; write a key into it: openssl rand -hex 24 > FILE"
+        )

@@ -1,0 +1,1 @@
+"""Prompts to text on a backend: rows, sampling, text in and out."""

@@ -1,0 +1,248 @@
+"""Prompts to tokens: chunked prefill, decode, and a stream of events, for a batch of rows of different lengths.
+
+generator = Generator.open("my-bundle")
+print(generator.texts(["def add(a, b):"])[0])
+
+for event in generator.generate(["def add(a, b):"], SamplingParams(temperature=0.8, seed=1)):
+    print(event.text, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from bilevel.errors import RequestError
+from bilevel.runtime.backend.session import Caches, Logits, OnnxSession, Session
+from bilevel.runtime.generate.rows import Completion, Event, Row
+from bilevel.runtime.generate.sampling import Sampler, SamplingParams
+from bilevel.runtime.generate.text import BundleTokenizer, NoTokenizer, TextStream, Tokenizer, decode_utf8
+
+Prompt = str | bytes | Sequence[int]
+Progress = Callable[[int, int], None]
+
+
+class Flag(Protocol):
+    """Anything like ``threading.Event``."""
+
+    def is_set(self) -> bool:
+        """Whether the flag is up."""
+
+
+@dataclass
+class Stats:
+    """Times and counts of one generation, all rows together.
+
+    Calls that still read some row's prompt count as prefill, the others as decode; what the consumer of the events does
+    between two calls counts as neither. first_token_seconds: from the request to the first token of any row.
+    """
+
+    num_prompt_tokens: int = 0
+    num_new_tokens: int = 0
+    num_decode_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    first_token_seconds: float | None = None
+
+    @property
+    def prefill_tokens_per_second(self) -> float | None:
+        """Prompt tokens read per second; None before the first call."""
+        return self.num_prompt_tokens / self.prefill_seconds if self.prefill_seconds else None
+
+    @property
+    def decode_tokens_per_second(self) -> float | None:
+        """Tokens generated per second once every prompt was read; None where there were none."""
+        return self.num_decode_tokens / self.decode_seconds if self.num_decode_tokens else None
+
+
+class Generator:
+    """Generates text from an opened bundle; one generator serves any number of requests.
+
+    tokenizer: None is enough for prompts of token ids; the events then carry no text.
+    """
+
+    def __init__(self, session: Session, tokenizer: Tokenizer | None) -> None:
+        self.session = session
+        self.tokenizer: Tokenizer = NoTokenizer() if tokenizer is None else tokenizer
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify: bool = True, threads: int = 0) -> Generator:
+        """Open the bundle at ``path`` on ONNX Runtime. Raises BundleError, or MissingDependency."""
+        session = OnnxSession.open(path, verify=verify, threads=threads)
+        return cls(session, BundleTokenizer(session.bundle.tokenizer_path))
+
+    def texts(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None) -> list[str]:
+        """The generated texts, one per prompt."""
+        return [completion.text for completion in self.generate(prompts, params).finish()]
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        capacity: int | None = None,
+        prefill_chunk: int | None = None,
+        on_progress: Progress | None = None,
+        cancel: Flag | None = None,
+    ) -> Generation:
+        """Start a generation; iterating over it does the work and gives its events.
+
+        prompts: texts, UTF-8 bytes or token ids, one row each. params: one for all rows (row i then draws from stream i of
+        the seed), or one per row (each row is what it would be alone). capacity: tokens that a row's caches hold, rounded up
+        to whole blocks (None: as many as the prompts and max_tokens need). prefill_chunk: most prompt tokens of one call
+        (None: the bundle's limit). on_progress(read, all): called with prompt tokens after each call of the prefill.
+        cancel: looked at before each call; once set, the rows end as "cancelled" and keep their text.
+        Raises RequestError when a prompt is empty, too long or not text, or an argument is out of range.
+        """
+        start = time.perf_counter()
+        settings = self._settings(prompts, params)
+        chunk = self._chunk(prefill_chunk)
+        ids = [self._encode(prompt, f"prompt {index}") for index, prompt in enumerate(prompts)]
+        limit = self._limit(capacity, ids, settings)
+        is_shared = params is None or isinstance(params, SamplingParams)
+        bundle = self.session.bundle
+        rows = [
+            Row(
+                index,
+                tokens,
+                Sampler(setting, bundle.vocab_size, tokens, stream=index if is_shared else 0),
+                TextStream(self.tokenizer, setting.stop),
+                bundle.eos,
+                limit,
+            )
+            for index, (tokens, setting) in enumerate(zip(ids, settings, strict=True))
+        ]
+        caches = self.session.allocate(len(rows), bundle.round_up(limit))
+        return Generation(rows, caches, chunk, start, on_progress, cancel)
+
+    def _settings(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[SamplingParams]:
+        """One SamplingParams per prompt."""
+        if isinstance(prompts, (str, bytes)) or not prompts:
+            raise RequestError(f"prompts={prompts!r} must be a list that holds at least one prompt")
+        if params is None or isinstance(params, SamplingParams):
+            settings = [params or SamplingParams()] * len(prompts)
+        else:
+            settings = list(params)
+        if len(settings) != len(prompts):
+            raise RequestError(
+                f"{len(settings)} sampling settings were given for {len(prompts)} prompts; give one, or one each"
+            )
+        if isinstance(self.tokenizer, NoTokenizer) and any(setting.stop for setting in settings):
+            raise RequestError("stop texts need a tokenizer; give one to Generator")
+        return settings
+
+    def _chunk(self, prefill_chunk: int | None) -> int:
+        most = self.session.bundle.prefill_chunk
+        chunk = most if prefill_chunk is None else prefill_chunk
+        if not 1 <= chunk <= most:
+            raise RequestError(f"prefill_chunk={chunk} must lie between 1 and this bundle's limit of {most}")
+        return chunk
+
+    def _encode(self, prompt: Prompt, name: str) -> list[int]:
+        """Token ids of a prompt, checked."""
+        if isinstance(prompt, str):
+            # A str may hold lone surrogates, which are no text; encoded like this, decode_utf8 refuses them.
+            prompt = prompt.encode("utf-8", "surrogatepass")
+        ids = self.tokenizer.encode(decode_utf8(prompt, name)) if isinstance(prompt, bytes) and prompt else list(prompt)
+        if not ids:
+            raise RequestError(f"{name} is empty; give at least one character")
+        vocab_size = self.session.bundle.vocab_size
+        for token in ids:
+            if not isinstance(token, (int, np.integer)) or not 0 <= token < vocab_size:
+                raise RequestError(f"{name} holds the token {token!r}; this model's tokens are 0 to {vocab_size - 1}")
+        return [int(token) for token in ids]
+
+    def _limit(self, capacity: int | None, ids: list[list[int]], settings: list[SamplingParams]) -> int:
+        """Tokens that each row's caches may hold."""
+        bundle = self.session.bundle
+        if capacity is None:
+            limit = max(len(tokens) + setting.max_tokens for tokens, setting in zip(ids, settings, strict=True))
+        elif 1 <= capacity <= bundle.round_up(bundle.max_positions):
+            limit = bundle.round_up(capacity)
+        else:
+            raise RequestError(f"capacity={capacity} must lie between 1 and this model's {bundle.max_positions} positions")
+        limit = min(limit, bundle.max_positions)
+        for index, tokens in enumerate(ids):
+            if len(tokens) > limit:
+                raise RequestError(
+                    f"prompt {index} has {len(tokens)} tokens, but a row holds {limit}; shorten it"
+                    + (f" or raise the capacity (at most {bundle.max_positions})" if limit < bundle.max_positions else "")
+                )
+        return limit
+
+
+class Generation(Iterator[Event]):
+    """A generation under way: an iterator of events. It may be left and taken up again.
+
+    stats and completions cover every call made so far, events not yet fetched included.
+    """
+
+    def __init__(
+        self, rows: list[Row], caches: Caches, chunk: int, start: float, on_progress: Progress | None, cancel: Flag | None
+    ) -> None:
+        self.stats = Stats(num_prompt_tokens=sum(row.completion.num_prompt_tokens for row in rows))
+        self._rows, self._caches, self._chunk, self._start = rows, caches, chunk, start
+        self._on_progress, self._cancel = on_progress, cancel
+        self._events: deque[Event] = deque()
+
+    @property
+    def completions(self) -> list[Completion]:
+        """What each row has generated so far."""
+        return [row.completion for row in self._rows]
+
+    def finish(self) -> list[Completion]:
+        """Generate to the end."""
+        deque(self, maxlen=0)
+        return self.completions
+
+    def __next__(self) -> Event:
+        while not self._events:
+            active = [row for row in self._rows if row.is_active]
+            if not active:
+                raise StopIteration
+            if self._cancel is not None and self._cancel.is_set():
+                self._events.extend(row.cancel() for row in active)
+            else:
+                self._step(active)
+        return self._events.popleft()
+
+    def _step(self, active: list[Row]) -> None:
+        """One call of the graph. A row with a short prompt generates while a longer one is still being read."""
+        start, is_prefill = time.perf_counter(), any(row.is_reading for row in active)
+        logits = self._run(active)
+        events = [row.extend(logits[row.index]) for row in active if not row.num_pending]
+        now = time.perf_counter()
+        stats = self.stats
+        stats.num_new_tokens += len(events)
+        if is_prefill:
+            stats.prefill_seconds += now - start
+        else:
+            stats.decode_seconds += now - start
+            stats.num_decode_tokens += len(events)
+        if events and stats.first_token_seconds is None:
+            stats.first_token_seconds = now - self._start
+        self._events.extend(events)
+        if is_prefill and self._on_progress is not None:
+            self._on_progress(sum(row.num_prompt_read for row in self._rows), stats.num_prompt_tokens)
+
+    def _run(self, active: list[Row]) -> Logits:
+        """Feed every active row its next tokens; logits [B, vocab]. Finished rows are idle, at past_len 0."""
+        # The graph writes all L columns of every row. They fit: the row with most to read has been given L tokens in every
+        # call so far, so no row has more cached than it has.
+        length = min(self._chunk, max(row.num_pending for row in active))
+        input_ids = np.zeros((self._caches.batch, length), np.int64)
+        past_len, new_len = np.zeros((2, self._caches.batch), np.int32)
+        for row in active:
+            past_len[row.index] = row.num_cached
+            tokens = row.take(length)
+            new_len[row.index] = len(tokens)
+            input_ids[row.index, : len(tokens)] = tokens
+        return self._caches.run(input_ids, past_len, new_len)

@@ -1,0 +1,160 @@
+"""Text in and out: bytes to text, text to tokens, and tokens to text as they arrive."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from bilevel.errors import BundleError, RequestError, require
+
+_REPLACEMENT = "\ufffd"  # what decoding gives for bytes that are not (yet) a character
+
+
+def decode_utf8(data: bytes, source: str) -> str:
+    """``data`` as text. Raises RequestError naming ``source`` and the offending byte."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"{source} is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}; convert it, for example with iconv"
+        ) from None
+
+
+class Tokenizer(Protocol):
+    """What generation needs of a tokenizer."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, with the special tokens that the tokenizer puts around it."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out; bytes that form no character become U+FFFD."""
+
+
+class BundleTokenizer:
+    """A ``tokenizer.json`` read by Hugging Face ``tokenizers``. Raises BundleError when it cannot be read."""
+
+    def __init__(self, path: Path) -> None:
+        tokenizers = require("tokenizers")
+        try:
+            self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise BundleError(f"{path} cannot be read ({error}); make the bundle anew with bilevel export") from error
+        # A prompt is never cut or padded, whatever the tokenizer was trained with.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+    def encode(self, text: str) -> list[int]:
+        """See ``Tokenizer.encode``."""
+        return list(self._tokenizer.encode(text).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See ``Tokenizer.decode``."""
+        return str(self._tokenizer.decode(list(ids)))
+
+
+class NoTokenizer:
+    """Stands in where only token ids go in and out."""
+
+    def encode(self, text: str) -> list[int]:
+        """Raises RequestError."""
+        raise RequestError("a prompt of text needs a tokenizer; give token ids, or a tokenizer to Generator")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """No text."""
+        return ""
+
+
+class Detokenizer:
+    """Token ids to text, piece by piece; the pieces joined are ``decode`` of all ids.
+
+    A character may be spread over several tokens. Text is held back while it ends in U+FFFD, which the next token may turn
+    into a character. Only the tokens since the last whole character are decoded again, behind those of the piece before
+    them, because some decoders treat the start of a text differently.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._context: list[int] = []
+        self._pending: list[int] = []
+        self._num_emitted = 0  # characters of decode(context + pending) that are out
+
+    def push(self, token: int) -> str:
+        """The text that ``token`` completes."""
+        self._pending.append(token)
+        text = self._tokenizer.decode(self._context + self._pending)
+        # A character has at most 4 bytes, so at most 3 replacements can still change.
+        num_open = min(3, len(text) - len(text.rstrip(_REPLACEMENT)))
+        piece = self._emit(text, len(text) - num_open)
+        if piece and not num_open:
+            self._context, self._pending = self._pending, []
+            self._num_emitted = len(self._tokenizer.decode(self._context))
+        return piece
+
+    def flush(self) -> str:
+        """What was held back, as it is."""
+        text = self._tokenizer.decode(self._context + self._pending)
+        return self._emit(text, len(text))
+
+    def _emit(self, text: str, end: int) -> str:
+        piece = text[self._num_emitted : end]
+        self._num_emitted = max(self._num_emitted, end)
+        return piece
+
+
+class StopFilter:
+    """Text up to the first stop text, found across pieces; what may begin a stop text is held back.
+
+    The match that ends first counts (of those, the one that starts first), so the result does not depend on how the text is
+    cut into pieces.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.is_stopped = False
+
+    def push(self, text: str) -> str:
+        """The text that is certain not to belong to a stop text."""
+        if self.is_stopped:
+            return ""
+        held = self._held + text
+        matches = [(start + len(stop), start) for stop in self._stops if (start := held.find(stop)) >= 0]
+        if matches:
+            self.is_stopped, self._held = True, ""
+            return held[: min(matches)[1]]
+        cut = len(held) - self._num_open(held)
+        self._held = held[cut:]
+        return held[:cut]
+
+    def flush(self) -> str:
+        """What was held back, when no more text follows."""
+        held, self._held = self._held, ""
+        return held
+
+    def _num_open(self, text: str) -> int:
+        """Length of the longest end of ``text`` that begins a stop text."""
+        longest = max((len(stop) - 1 for stop in self._stops), default=0)
+        lengths = range(min(longest, len(text)), 0, -1)
+        return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)
+
+
+class TextStream:
+    """One row's text: detokenised, and ended at the first stop text."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+        self._detokenizer = Detokenizer(tokenizer)
+        self._filter = StopFilter(stops)
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a stop text was found."""
+        return self._filter.is_stopped
+
+    def push(self, token: int) -> str:
+        """The text that ``token`` makes certain."""
+        return self._filter.push(self._detokenizer.push(token))
+
+    def flush(self) -> str:
+        """The rest, when no more tokens follow."""
+        return self._filter.push(self._detokenizer.flush()) + self._filter.flush()

@@ -1,0 +1,1 @@
+"""Many jobs on one device: rows join and leave a running batch."""

@@ -1,0 +1,146 @@
+"""What a client asked for, what it is told, the queue in which it waits, and who counts along."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bilevel.runtime.backend.session import Routes
+from bilevel.runtime.generate.rows import Row
+from bilevel.runtime.generate.sampling import SamplingParams, TokenLogprobs
+
+
+@dataclass(frozen=True)
+class TokenRoutes:
+    """What one generated token's last word read. candidates: blocks of level 1, ascending (empty without level 1).
+
+    blocks: int32 [layers, Hs, K2], -1 in the unused tail. experts: {layer: ids [k]}. position: the word's place in the text.
+    """
+
+    position: int
+    candidates: tuple[int, ...]
+    blocks: NDArray[np.int32]
+    experts: dict[int, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One step of one job. token: None where it ended without one. finish_reason: None, or as in ``rows.Event``, or "error"."""
+
+    job: Job
+    token: int | None
+    finish_reason: str | None
+    logprobs: TokenLogprobs | None = None
+    routes: TokenRoutes | None = None
+    error: str | None = None
+    is_first: bool = False
+
+
+@dataclass(eq=False)
+class Job:
+    """One text to generate, in token ids. client: whose turn it is in the queue. num_logprobs: None for none at all.
+
+    receive: whoever reads the events; the scheduler only carries it. Times are those of time.perf_counter.
+    """
+
+    prompt: list[int]
+    params: SamplingParams
+    client: str = ""
+    stream: int = 0
+    num_logprobs: int | None = None
+    wants_routes: bool = False
+    receive: Any = None
+    submitted: float = field(default_factory=time.perf_counter)
+    started: float | None = None
+    last_token: float | None = None
+    num_reused: int = 0
+    is_cancelled: bool = False
+
+    def cancel(self) -> None:
+        """Ask that the job end; it does before the next step."""
+        self.is_cancelled = True
+
+
+class FairQueue:
+    """Jobs that wait: first come first served for each client, the clients in turn."""
+
+    def __init__(self) -> None:
+        self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
+    def __iter__(self) -> Iterator[Job]:
+        for jobs in self._waiting.values():
+            yield from jobs
+
+    def push(self, job: Job) -> None:
+        """Append a job to its client's."""
+        self._waiting.setdefault(job.client, deque()).append(job)
+
+    def pop(self, is_ready: Callable[[Job], bool]) -> Job | None:
+        """The first ready job of the next client that has one; that client is last from now on."""
+        for client, jobs in self._waiting.items():
+            job = next((job for job in jobs if is_ready(job)), None)
+            if job is not None:
+                self._remove(client, job)
+                if client in self._waiting:
+                    self._waiting.move_to_end(client)
+                return job
+        return None
+
+    def remove_cancelled(self) -> list[Job]:
+        """Take out the jobs that were cancelled."""
+        gone = [job for job in self if job.is_cancelled]
+        for job in gone:
+            self._remove(job.client, job)
+        return gone
+
+    def _remove(self, client: str, job: Job) -> None:
+        self._waiting[client].remove(job)
+        if not self._waiting[client]:
+            del self._waiting[client]
+
+
+@dataclass(frozen=True)
+class SchedulerLimits:
+    """max_rows: texts generated at once. max_queue: jobs that may wait. row_tokens: prompt and text of one job (None: the model's).
+
+    prefill_chunk: most tokens of a prompt that one call reads (None: the bundle's).
+    """
+
+    max_rows: int = 8
+    max_queue: int = 64
+    row_tokens: int | None = None
+    prefill_chunk: int | None = None
+
+
+class Observer(Protocol):
+    """Whoever counts what the scheduler does; called from the scheduler's thread."""
+
+    def prefilled(self, tokens: int, seconds: float) -> None:
+        """A piece of a prompt was read."""
+
+    def decoded(self, rows: Sequence[Row], first: int, routes: Routes | None, seconds: float) -> None:
+        """A token was generated in each of ``rows``; row r is line r.index - first of ``routes``."""
+
+    def token(self, job: Job, now: float) -> None:
+        """``job`` got a token; ``job.last_token`` is still the time of the one before."""
+
+    def ended(self, job: Job, reason: str) -> None:
+        """``job`` has ended."""
+
+
+def token_routes(routes: Routes | None, row: Row, line: int) -> TokenRoutes | None:
+    """What the last word of ``row`` read, copied out of line ``line`` of a decode step's routes."""
+    if routes is None:
+        return None
+    candidates = () if routes.candidates is None else tuple(int(b) for b in routes.candidates[line, 0, 0] if b >= 0)
+    experts = {layer: tuple(map(int, ids[line, 0])) for layer, ids in routes.experts.items()}
+    return TokenRoutes(row.num_cached - 1, candidates, routes.blocks[:, line, :, 0].copy(), experts)

@@ -1,0 +1,1 @@
+"""The scheduler over HTTP. These modules need the extra "serve"."""

@@ -1,0 +1,110 @@
+"""The web application: which address leads where, keys, errors, metrics, the page. A thin skin over the scheduler."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from bilevel.errors import BilevelError
+from bilevel.runtime.serve import kserve, openai
+from bilevel.runtime.serve.errors import ApiError, as_api_error, error_body, respond_with_error
+from bilevel.runtime.serve.http import check_origin
+from bilevel.runtime.serve.metrics import Metrics
+from bilevel.runtime.serve.openapi import describe_api
+from bilevel.runtime.serve.service import Service
+
+# Open without a key: they tell nothing but that a server is here. The page asks its user for the key.
+_OPEN = ("/", "/openapi.json", "/v2/health/live", "/v2/health/ready")
+_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_HEADERS = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"content-security-policy", _POLICY.encode()),
+    (b"referrer-policy", b"no-referrer"),
+]
+
+
+class Guard:
+    """Outermost: asks for the key before anything of a request is read, adds the headers, counts the answers."""
+
+    def __init__(self, app: ASGIApp, service: Service, metrics: Metrics) -> None:
+        self._app, self._service, self._metrics = app, service, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        is_started = False
+
+        async def send_more(message: Message) -> None:
+            nonlocal is_started
+            if message["type"] == "http.response.start":
+                is_started = True
+                message["headers"] = [*message["headers"], *_HEADERS]
+                self._metrics.responded(message["status"])
+            await send(message)
+
+        try:
+            check_origin(Request(scope))
+            if scope["path"] not in _OPEN:
+                self._service.check_key(Request(scope))
+            await self._app(scope, receive, send_more)
+        except ClientDisconnect:
+            pass  # nobody is there to be told
+        except Exception as error:  # noqa: BLE001 - whatever it is, the server goes on
+            told = as_api_error(error)
+            if not is_started:
+                await JSONResponse(error_body(told, scope["path"]), told.status, told.headers)(scope, receive, send_more)
+
+
+def create_app(service: Service, metrics: Metrics) -> ASGIApp:
+    """The application that serves ``service``."""
+    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    description = describe_api(service.name)
+
+    async def show_page(request: Request) -> Response:
+        return HTMLResponse(page)
+
+    async def show_api(request: Request) -> Response:
+        return JSONResponse(description)
+
+    async def show_metrics(request: Request) -> Response:
+        return Response(metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    model = "/v2/models/{model}"
+    routes = [
+        Route("/", show_page),
+        Route("/openapi.json", show_api),
+        Route("/metrics", show_metrics),
+        Route("/v1/models", openai.list_models),
+        Route("/v1/models/{model}", openai.show_model),
+        Route("/v1/completions", openai.complete, methods=["POST"]),
+        Route("/v1/chat/completions", openai.chat, methods=["POST"]),
+        Route("/v2", kserve.describe_server),
+        Route("/v2/health/live", kserve.live),
+        Route("/v2/health/ready", kserve.ready),
+        *(
+            route
+            for prefix in (model, model + "/versions/{version}")
+            for route in (
+                Route(prefix, kserve.describe_model),
+                Route(prefix + "/ready", kserve.model_ready),
+                Route(prefix + "/infer", kserve.infer, methods=["POST"]),
+            )
+        ),
+    ]
+    app = Starlette(
+        routes=routes, exception_handlers=dict.fromkeys((ApiError, BilevelError, HTTPException), respond_with_error)
+    )
+    app.router.redirect_slashes = False
+    app.state.service = service
+    return Guard(app, service, metrics)

@@ -1,0 +1,146 @@
+"""The endpoints that OpenAI's clients speak to: models, completions, chat; whole answers or events."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from bilevel.errors import RequestError
+from bilevel.runtime.schedule.jobs import Job
+from bilevel.runtime.serve.answers import Answers, Choice, Piece
+from bilevel.runtime.serve.errors import ApiError, as_api_error, error_body, validated
+from bilevel.runtime.serve.format import ChatFormat, CompletionFormat, Format, prompt_blocks, usage
+from bilevel.runtime.serve.http import EventStream, unless_gone
+from bilevel.runtime.serve.schemas import ChatRequest, CompletionRequest, Sampling, check_budget
+from bilevel.runtime.serve.service import Service
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # json.dumps would make one for each event
+
+
+async def list_models(request: Request) -> Response:
+    """GET /v1/models."""
+    service: Service = request.app.state.service
+    return JSONResponse({"object": "list", "data": [service.model_card()]})
+
+
+async def show_model(request: Request) -> Response:
+    """GET /v1/models/{model}."""
+    service: Service = request.app.state.service
+    service.check_model(request.path_params["model"])
+    return JSONResponse(service.model_card())
+
+
+async def complete(request: Request) -> Response:
+    """POST /v1/completions."""
+    service: Service = request.app.state.service
+    asked: CompletionRequest = validated(CompletionRequest, await service.body(request))
+    service.check_model(asked.model)
+    prompts = [await service.encode(prompt) for prompt in _prompts(asked.prompt)]
+    answers = _submit(service, request, asked, prompts, asked.max_tokens or 16, asked.logprobs)
+    form = CompletionFormat(service.tokenizer, _header("cmpl", "text_completion", service))
+    return await _answer(service, request, asked, answers, form)
+
+
+async def chat(request: Request) -> Response:
+    """POST /v1/chat/completions."""
+    service: Service = request.app.state.service
+    asked: ChatRequest = validated(ChatRequest, await service.body(request))
+    service.check_model(asked.model)
+    if service.template is None:
+        raise ApiError(400, "this model has no chat template; use /v1/completions", param="messages")
+    if asked.top_logprobs is not None and not asked.logprobs:
+        raise ApiError(400, f"top_logprobs={asked.top_logprobs} goes with logprobs=true; give both", param="top_logprobs")
+    prompt = await service.encode(service.template.render([message.as_template_input() for message in asked.messages]))
+    num_logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
+    answers = _submit(service, request, asked, [prompt], asked.max_completion_tokens or asked.max_tokens, num_logprobs)
+    kind = "chat.completion.chunk" if asked.stream else "chat.completion"
+    return await _answer(service, request, asked, answers, ChatFormat(service.tokenizer, _header("chatcmpl", kind, service)))
+
+
+def _prompts(prompt: str | list[Any]) -> Sequence[str | list[int]]:
+    """One text, one list of token ids, or several of either."""
+    return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+
+
+def _header(prefix: str, kind: str, service: Service) -> dict[str, Any]:
+    return {"id": f"{prefix}-{secrets.token_hex(12)}", "object": kind, "created": int(time.time()), "model": service.name}
+
+
+def _submit(
+    service: Service, request: Request, asked: Sampling, prompts: list[list[int]], max_tokens: int | None, logprobs: int | None
+) -> Answers:
+    """Queue ``asked.n`` jobs for each prompt, choices in the order of the prompts."""
+    count = asked.n or 1
+    most = service.scheduler.limits.max_rows + service.scheduler.limits.max_queue
+    if len(prompts) * count > most:
+        raise RequestError(f"{len(prompts)} prompts with n={count} are {len(prompts) * count} texts, this server takes {most}")
+    if asked.routes and not service.scheduler.gives_routes:
+        why = "the engine" if service.scheduler.bundle.routes is not None else "the graph"
+        raise ApiError(
+            400, f"routes=true: {why} that runs this model does not give its routes; leave routes out", param="routes"
+        )
+    client = service.client(request)
+    jobs = [
+        Job(
+            prompt,
+            asked.params(check_budget(len(prompt), max_tokens, service.scheduler.row_tokens)),
+            client=client,
+            stream=stream,
+            num_logprobs=logprobs,
+            wants_routes=asked.routes,
+        )
+        for prompt in prompts
+        for stream in range(count)
+    ]
+    return Answers(service.scheduler, jobs, service.tokenizer, asked.stops)
+
+
+async def _answer(service: Service, request: Request, asked: Sampling, answers: Answers, form: Format) -> Response:
+    if asked.stream:
+        return EventStream(_events(service, request, asked, answers, form), answers.cancel, service.limits.stall_seconds)
+    pieces: dict[Choice, list[Piece]] = {choice: [] for choice in answers.choices}
+
+    async def collect() -> None:
+        async for news in answers:
+            for piece in news:
+                pieces[piece.choice].append(piece)
+
+    await unless_gone(request, collect())
+    choices = [form.choice(choice, pieces[choice], asked.routes) for choice in answers.choices]
+    content = {**form.header, "choices": choices, "usage": usage(answers.choices, asked.n or 1)}
+    return JSONResponse(content)
+
+
+def _event(content: Any) -> bytes:
+    return b"data: " + _ENCODER.encode(content).encode() + b"\n\n"
+
+
+async def _events(service: Service, request: Request, asked: Sampling, answers: Answers, form: Format) -> AsyncIterator[bytes]:
+    """The chunks of a streamed answer."""
+    wants_usage = asked.stream_options is not None and asked.stream_options.include_usage
+    extra = {"usage": None} if wants_usage else {}
+    # What is the same in the event of every token is written once: a fast model makes a thousand a second.
+    head, _, tail = _event({**form.header, "choices": [0], **extra}).rpartition(b"0")
+    if asked.routes:
+        size = service.scheduler.bundle.block_size
+        blocks = [prompt_blocks(service.tokenizer, choice.job.prompt, size) for choice in answers.choices]
+        yield _event({**form.header, "choices": [], "block_size": size, "prompt_blocks": blocks})
+    for choice in answers.choices:
+        if (opening := form.opening(choice)) is not None:
+            yield _event({**form.header, "choices": [opening], **extra})
+    try:
+        async for pieces in answers:
+            yield b"".join(head + _ENCODER.encode(form.chunk(piece)).encode() + tail for piece in pieces)
+    except Exception as error:  # noqa: BLE001 - the status is out, so the error is an event
+        told = as_api_error(error)
+        yield _event(error_body(told, request.url.path))
+        return
+    if wants_usage:
+        yield _event({**form.header, "choices": [], "usage": usage(answers.choices, asked.n or 1)})
+    yield b"data: [DONE]\n\n"

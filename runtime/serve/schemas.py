@@ -1,0 +1,185 @@
+"""The bodies of requests, checked strictly: what is not understood is refused, never ignored."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from bilevel.errors import RequestError
+from bilevel.runtime.generate.sampling import SamplingParams
+
+MOST_CHOICES, MOST_LOGPROBS, MOST_STOPS = 16, 20, 16
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Token = Annotated[int, Field(ge=0, lt=2**31)]
+StopText = Annotated[str, Field(min_length=1, max_length=200)]
+# Features of OpenAI's that this server does not have: their neutral value is accepted, because clients send it.
+Neutral = Annotated[float | None, Field(ge=0, le=0)]
+
+
+def _warm(temperature: float) -> float:
+    """A temperature so low that dividing by it overflows is none."""
+    return temperature if temperature >= 1e-6 else 0.0
+
+
+class Strict(BaseModel):
+    """No coercion, no unknown fields."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class StreamOptions(Strict):
+    """include_usage: the last event carries the counts."""
+
+    include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+class Sampling(Strict):
+    """What completions and chat have in common. top_k, repetition_penalty and routes are this server's own."""
+
+    model: str
+    temperature: Annotated[Number, Field(ge=0, le=100)] | None = 1.0
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = 1.0
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = 0
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = 1.0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS)] | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = 1
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    routes: bool = False
+    user: str | None = None
+    presence_penalty: Neutral = None
+    frequency_penalty: Neutral = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+
+    def params(self, max_tokens: int) -> SamplingParams:
+        """As the scheduler takes them; stop texts stay with whoever makes text of tokens."""
+        return SamplingParams(
+            temperature=_warm(1.0 if self.temperature is None else self.temperature),
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=self.top_k or 0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            seed=None if self.seed is None else self.seed % 2**64,
+            max_tokens=max_tokens,
+        )
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop texts."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+class CompletionRequest(Sampling):
+    """POST /v1/completions."""
+
+    prompt: str | Annotated[list[Token], Field(min_length=1)] | Annotated[list[str] | list[list[Token]], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = 16
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    echo: Literal[False] | None = False
+    best_of: Literal[1] | None = None
+    suffix: Literal[""] | None = None
+
+
+class TextPart(Strict):
+    """One piece of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Strict):
+    """One turn of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    def as_template_input(self) -> dict[str, str]:
+        """As chat templates read it: content is text."""
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": self.role, "content": content, **({} if self.name is None else {"name": self.name})}
+
+
+class TextFormat(Strict):
+    """Plain text, the only format there is."""
+
+    type: Literal["text"]
+
+
+class ChatRequest(Sampling):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    logprobs: bool | None = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    response_format: TextFormat | None = None
+
+
+class TensorParameters(Strict):
+    """binary_data_size: bytes of this tensor behind the JSON. binary_data: send this output like that."""
+
+    binary_data_size: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    binary_data: bool | None = None
+
+
+class InputTensor(Strict):
+    """One tensor of a KServe request; data flat or nested."""
+
+    name: str
+    shape: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, max_length=2)]
+    datatype: Literal["BYTES", "INT64", "INT32"]
+    data: list[Any] | None = None
+    parameters: TensorParameters = TensorParameters()
+
+
+class OutputTensor(Strict):
+    """One tensor that is wanted."""
+
+    name: str
+    parameters: TensorParameters = TensorParameters()
+
+
+class InferParameters(Strict):
+    """How to generate, as ``bilevel run`` takes it; binary_data_output: all outputs that do not say otherwise as bytes.
+
+    max_tokens: where it is not given, 128 or as many as there is room for.
+    """
+
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    temperature: Annotated[Number, Field(ge=0, le=100)] = 0.0
+    top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] = 1.0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    binary_data_output: bool = False
+
+    def params(self, num_prompt: int, row_tokens: int) -> SamplingParams:
+        """As the scheduler takes them for a prompt of ``num_prompt`` tokens. Raises RequestError where it does not fit."""
+        room = check_budget(num_prompt, self.max_tokens, row_tokens)
+        given = self.model_dump(exclude={"binary_data_output", "max_tokens"}) | {"temperature": _warm(self.temperature)}
+        return SamplingParams(**given, max_tokens=min(room, self.max_tokens or SamplingParams().max_tokens))
+
+
+class InferRequest(Strict):
+    """POST /v2/models/{model}/infer."""
+
+    id: str | None = None
+    parameters: InferParameters = InferParameters()
+    inputs: Annotated[list[InputTensor], Field(min_length=1)]
+    outputs: list[OutputTensor] | None = None
+
+
+def check_budget(num_prompt: int, max_tokens: int | None, row_tokens: int) -> int:
+    """Tokens that may be generated. Raises RequestError where prompt and text do not fit a row."""
+    if num_prompt > row_tokens or num_prompt + (max_tokens or 1) > row_tokens + 1:
+        asked = f" and {max_tokens} were asked for" if max_tokens else ""
+        raise RequestError(
+            f"the prompt has {num_prompt} tokens{asked}, but this server holds {row_tokens} in all; shorten it or ask for fewer"
+        )
+    return max_tokens or row_tokens + 1 - num_prompt

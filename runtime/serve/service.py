@@ -1,0 +1,84 @@
+"""What every endpoint shares: the scheduler, the tokenizer, the limits, and who may ask."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.requests import Request
+
+from bilevel.runtime.generate.text import Tokenizer
+from bilevel.runtime.schedule.scheduler import Scheduler
+from bilevel.runtime.serve.chat import ChatTemplate
+from bilevel.runtime.serve.errors import ApiError
+from bilevel.runtime.serve.http import Keys, read_body
+
+_LONG_TEXT = 10_000  # characters
+
+
+@dataclass(frozen=True)
+class HttpLimits:
+    """max_body: bytes. body_seconds: until a body has arrived. stall_seconds: that a reader of a stream may take nothing."""
+
+    max_body: int = 4 << 20
+    body_seconds: float = 30.0
+    stall_seconds: float = 60.0
+
+
+@dataclass(frozen=True)
+class Service:
+    """One served model. backend: what runs it. keys: None where the server is open to whoever reaches it."""
+
+    name: str
+    scheduler: Scheduler
+    tokenizer: Tokenizer
+    template: ChatTemplate | None = None
+    keys: Keys | None = None
+    limits: HttpLimits = HttpLimits()
+    backend: str = "onnxruntime"
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def client(self, request: Request) -> str:
+        """Whose turn in the queue a request takes: the key's, or the address's."""
+        if self.keys is not None:
+            return self.keys.find(request)
+        return request.client.host if request.client is not None else ""
+
+    def check_key(self, request: Request) -> None:
+        """Raises ApiError 401 where a key is asked for and the request has none that fits."""
+        if self.keys is not None:
+            self.keys.find(request)
+
+    def check_model(self, name: str) -> None:
+        """Raises ApiError 404 for a model that is not served here."""
+        if name != self.name:
+            shown = name if len(name) <= 60 else f"{name[:57]}..."
+            raise ApiError(
+                404, f"the model {shown!r} is not served here, {self.name!r} is", param="model", code="model_not_found"
+            )
+
+    async def body(self, request: Request, *kinds: str) -> bytes:
+        """The request's body, within the limits."""
+        return await read_body(request, self.limits.max_body, self.limits.body_seconds, kinds or ("application/json",))
+
+    async def encode(self, prompt: str | list[int]) -> list[int]:
+        """Token ids of a prompt; ids go through as they are. A long text is encoded beside the server's loop."""
+        if not isinstance(prompt, str):
+            return prompt
+        if len(prompt) < _LONG_TEXT:
+            return self.tokenizer.encode(prompt)
+        return await asyncio.to_thread(self.tokenizer.encode, prompt)
+
+    def model_card(self) -> dict[str, Any]:
+        """The model as /v1/models lists it."""
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "bilevel",
+            "max_model_len": self.scheduler.row_tokens,
+            "has_chat_template": self.template is not None,
+            "gives_routes": self.scheduler.gives_routes,
+        }

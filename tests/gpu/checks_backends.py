@@ -1,0 +1,145 @@
+"""Checks of ``make gpu-test``, fifth part: a bundle on this GPU, by ONNX Runtime's CUDA provider and by engines, beside the CPU.
+
+The bundle is BILEVEL_GPU_BUNDLE's, or build/example-bundle, or is exported here. An engine is built where a TensorRT is installed and the
+bundle has none that runs here. What is not there is said, with what to do about it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from bilevel.bundle.engines import BACKENDS
+from bilevel.bundle.format import load_bundle
+from bilevel.errors import BilevelError
+from bilevel.machine import is_loaded, look
+from bilevel.runtime.backend.select import ONNX, ONNX_CUDA, Way, list_ways, open_session
+from bilevel.runtime.backend.session import Session
+from bilevel.runtime.generate.sampling import Sampler, SamplingParams
+from tests import ROOT
+from tests.gpu.result import Result
+
+VARIABLE = "BILEVEL_GPU_BUNDLE"
+ROWS, PROMPT, TOKENS, CHUNK = 2, 90, 24, 32
+_TOLERANCE = {"float32": 2e-3, "float16": 5e-2, "bfloat16": 4e-1}  # of a logit: another order of summing, on another machine
+Open = Callable[[Path, str], tuple[Session, str]]
+
+
+def find_bundle(folder: Path) -> Path | str:
+    """A copy of a bundle that may be written to, or why there is none."""
+    found = Path(os.environ.get(VARIABLE) or ROOT / "build" / "example-bundle")
+    if not (found / "bundle.json").is_file():
+        missing = [name for name in ("torch", "onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+        remedy = f"make one where they are: bilevel export examples/model BUNDLE, and name it in {VARIABLE}"
+        if missing:
+            return f"there is no bundle at {found}, and to export one {', '.join(missing)} are missing; {remedy}"
+        found = folder / "exported"
+        run = _bilevel("export", str(ROOT / "examples" / "model"), str(found))
+        if run.returncode:
+            return f"the export failed: {(run.stderr.strip().splitlines() or ['it said nothing'])[-1]}; {remedy}"
+    return Path(shutil.copytree(found, folder / "bundle", dirs_exist_ok=True))
+
+
+def _bilevel(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bilevel.runtime.cli.main", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def read_and_write(session: Session, tokens: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens [ROWS, TOKENS] taken greedily, or those given; the logits [TOKENS, ROWS, vocab] that each followed).
+
+    Two rows of different lengths are read in pieces, the last token of each alone.
+    """
+    vocab, limit = session.bundle.vocab_size, PROMPT + TOKENS + 1
+    caches = session.allocate(ROWS, session.bundle.round_up(limit))
+    chunk = min(CHUNK, session.bundle.prefill_chunk)
+    prompt = np.random.default_rng(7).integers(0, vocab, (ROWS, PROMPT))
+    lengths, past = np.array([PROMPT, PROMPT - 37], np.int32), np.zeros(ROWS, np.int32)
+    for start in range(0, PROMPT - 1, chunk):
+        new = np.clip(lengths - 1 - start, 0, min(chunk, PROMPT - 1 - start)).astype(np.int32)
+        piece = np.zeros((ROWS, max(1, int(new.max()))), np.int64)
+        for row in range(ROWS):
+            piece[row, : new[row]] = prompt[row, start : start + new[row]]
+        caches.run(piece, past, new)
+        past = past + new
+    last = prompt[np.arange(ROWS), lengths - 1]
+    samplers, written, seen = [Sampler(SamplingParams(), vocab) for _ in range(ROWS)], [], []
+    for step in range(TOKENS):
+        logits = caches.run(last[:, None], past, np.ones(ROWS, np.int32))
+        own = np.array([sampler.sample(logits[row]) for row, sampler in enumerate(samplers)])
+        seen.append(np.array(logits))
+        last = own if tokens is None else tokens[:, step]
+        written.append(own)
+        past = past + 1
+    return np.stack(written, 1), np.stack(seen)
+
+
+def compare(name: str, session: Session, expected: tuple[np.ndarray, np.ndarray]) -> Result:
+    """The CPU's tokens, step by step behind the same text; a token may differ only where the CPU's two best nearly tie."""
+    tokens, logits = expected
+    found, values = read_and_write(session, tokens)
+    tolerance = _TOLERANCE[session.bundle.precision]
+    error = float(np.abs(values - logits).max()) if np.isfinite(values).all() else float("nan")
+    differ = found != tokens
+    margin = np.sort(logits, -1)[..., -1] - np.take_along_axis(logits, found.T[..., None], -1)[..., 0]
+    excused = margin.T <= 2 * tolerance
+    measure = f"{(~differ).sum()} of {differ.size} tokens equal, largest error of a logit {error:.1e}"
+    return Result("backend", name, measure, bool(error <= tolerance and (excused | ~differ).all()))
+
+
+def build_engines(bundle: Path) -> Iterator[Result]:
+    """An engine of each TensorRT that is installed, without plugins: the checks of the kernel library are elsewhere."""
+    machine = look()
+    for backend, module in BACKENDS.items():
+        if not is_loaded(machine.packages.get(module)):
+            yield Result("backend", f"build with {backend}", f"the Python module {module} is not installed", None)
+            continue
+        options = ["--batch", str(ROWS), "--prefill-chunk", str(CHUNK), "--plugins", "none"]
+        if backend == "tensorrt-rtx":
+            served = sorted(machine.architectures & {75, 80, 86, 89, 120, 121})
+            if not served:
+                yield Result("backend", f"build with {backend}", "TensorRT-RTX does not serve this machine's GPU", None)
+                continue
+            options += ["--sm", ",".join(map(str, served))]
+        run = _bilevel("build", str(bundle), "--backend", backend, *options)
+        said = (run.stderr.strip().splitlines() or ["built"])[-1]
+        yield Result("backend", f"build with {backend}", said, run.returncode == 0)
+
+
+def _ways(bundle: Path) -> list[Way]:
+    return [way for way in list_ways(load_bundle(bundle), look()) if way.backend != ONNX]
+
+
+def run_ways(bundle: Path, ways: list[Way], open_way: Open = open_session) -> Iterator[Result]:
+    """Every backend beside ONNX Runtime on the CPU."""
+    expected = read_and_write(open_way(bundle, ONNX)[0])
+    done = set()
+    for way in ways:
+        if way.problem or way.backend in done:
+            if way.problem:
+                yield Result("backend", way.name, way.problem, None)
+            continue
+        done.add(way.backend)
+        try:
+            yield compare(f"{way.backend}: {way.name}", open_way(bundle, way.backend)[0], expected)
+        except BilevelError as error:
+            yield Result("backend", f"{way.backend}: {way.name}", str(error), False)
+
+
+def backends(folder: Path) -> Iterator[Result]:
+    """All of them."""
+    missing = [name for name in ("onnxruntime", "tokenizers") if importlib.util.find_spec(name) is None]
+    bundle = f"{', '.join(missing)} not installed; pip install 'bilevel[gpu]'" if missing else find_bundle(folder)
+    if isinstance(bundle, str):
+        yield Result("backend", f"{ONNX_CUDA} and engines", bundle, None)
+        return
+    if not any(way.engine for way in _ways(bundle) if not way.problem):
+        yield from build_engines(bundle)
+    yield from run_ways(bundle, _ways(bundle))

@@ -1,0 +1,244 @@
+"""Calls of the operators: valid inputs, drawn ones, and one-node models that answer them.
+
+Scores are sums of small whole numbers: exact in fp32 in any order, so that routes must be equal bit for bit, and exact ties are
+common.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import onnx
+import onnxruntime as ort
+import torch
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+from torch import Tensor
+
+from bilevel import contract
+from bilevel.export.graph.functions import attach_functions
+from bilevel.export.graph.schemas import ONNX_OPSET, PLUGIN_NAMESPACE, register_schemas
+from bilevel.operators import reference
+
+Inputs = dict[str, Tensor]
+Attributes = dict[str, Any]
+KINDS = {"int32": TensorProto.INT32, "float32": TensorProto.FLOAT, "T": TensorProto.FLOAT}
+# (Hr or Hq, Hk or Hkv, Hs), among them head groups that do not nest.
+HEADS = [(1, 1, 1), (2, 1, 1), (4, 2, 2), (4, 4, 2), (4, 2, 4), (6, 3, 2), (6, 2, 3), (12, 4, 6), (12, 6, 4)]
+ROUTE: Attributes = {
+    "block_size": 4,
+    "topk": 3,
+    "num_selection_heads": 2,
+    "init_blocks": 1,
+    "local_blocks": 1,
+    "causal": 1,
+}
+EXPERT: Attributes = {
+    "top_k": 2,
+    "topk_group": 2,
+    "score_func": "sigmoid",
+    "group_score": "external",
+    "normalize": 1,
+    "scale": 2.5,
+}
+
+
+def node_of(name: str, attributes: Attributes, suffix: str = "") -> onnx.NodeProto:
+    op = contract.BY_NAME[name]
+    outputs = [f"{port.name}_out{suffix}" for port in op.outputs]
+    attributes = {**attributes, PLUGIN_NAMESPACE: contract.DOMAIN}
+    return helper.make_node(name, [port.name for port in op.inputs], outputs, domain=contract.DOMAIN, **attributes)
+
+
+def model_of(nodes: list[onnx.NodeProto], kind: int = TensorProto.FLOAT) -> onnx.ModelProto:
+    """A model of nodes of one operator that share their inputs; all sizes are free."""
+    register_schemas()
+    op = contract.BY_NAME[nodes[0].op_type]
+    kinds = {**KINDS, "T": kind}
+
+    def infos(ports: tuple[contract.Port, ...], names: Iterable[str]) -> list[onnx.ValueInfoProto]:
+        pairs = zip(ports, names, strict=True)
+        return [helper.make_tensor_value_info(name, kinds[port.dtype], [None] * len(port.shape)) for port, name in pairs]
+
+    outputs = [info for node in nodes for info in infos(op.outputs, node.output)]
+    graph = helper.make_graph(nodes, "one", infos(op.inputs, nodes[0].input), outputs)
+    opsets = [helper.make_opsetid("", ONNX_OPSET), helper.make_opsetid(contract.DOMAIN, contract.VERSION)]
+    return attach_functions(helper.make_model(graph, opset_imports=opsets, ir_version=11))
+
+
+@functools.lru_cache(maxsize=64)
+def open_body(name: str, attributes: tuple[tuple[str, Any], ...], kind: int = TensorProto.FLOAT) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    return ort.InferenceSession(model_of([node_of(name, dict(attributes))], kind).SerializeToString(), options)
+
+
+def run_body(name: str, inputs: Inputs, attributes: Attributes, kind: int = TensorProto.FLOAT) -> list[Tensor]:
+    session = open_body(name, tuple(attributes.items()), kind)
+    return [torch.from_numpy(out) for out in session.run(None, {key: value.numpy() for key, value in inputs.items()})]
+
+
+def run_reference(name: str, inputs: Inputs, attributes: Attributes) -> list[Tensor]:
+    result = getattr(reference, contract.BY_NAME[name].torch_name)(*inputs.values(), **attributes)
+    return list(result) if isinstance(result, tuple) else [result]
+
+
+def assert_same(got: list[Tensor], expected: list[Tensor]) -> None:
+    """Selections exactly, floats to rounding; NaN equals NaN."""
+    for result, value in zip(got, expected, strict=True):
+        if result.dtype == torch.int32:
+            torch.testing.assert_close(result, value, rtol=0, atol=0)
+        else:
+            torch.testing.assert_close(result, value, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def assert_equal(name: str, inputs: Inputs, attributes: Attributes) -> list[Tensor]:
+    """The body's outputs, which must be the reference's."""
+    got = run_body(name, inputs, attributes)
+    assert_same(got, run_reference(name, inputs, attributes))
+    return got
+
+
+def int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def whole(*shape: int, generator: torch.Generator | None = None) -> Tensor:
+    return torch.randint(-2, 3, shape, generator=generator).float()
+
+
+def make_call(name: str, tokens: int = 6) -> tuple[Inputs, Attributes]:
+    """Valid inputs of one operator: B2, R4, N5, two rows of different lengths; ``tokens`` is L or T."""
+    lengths = {"past_len": int32(20 - tokens, 3), "new_len": int32(tokens, tokens // 2)}
+    route = {"query": whole(2, 4, tokens, 3), "unit_key": whole(2, 2, 5, 3)}
+    blocks = torch.randint(-1, 6, (2, 2, tokens, 4), dtype=torch.int32)
+    attention = {"q": torch.randn(2, 4, tokens, 6), "k": torch.randn(2, 2, 20, 6), "v": torch.randn(2, 2, 20, 6)}
+    scores = {"logits": torch.randn(tokens, 8), "group_logits": torch.randn(tokens, 4), "select_bias": torch.randn(8)}
+    chosen = {"ids": torch.randint(-1, 9, (tokens, 3), dtype=torch.int32), "weights": torch.randn(tokens, 3)}
+    calls: dict[str, tuple[Inputs, Attributes]] = {
+        "CoarseRoute": ({**route, **lengths}, ROUTE),
+        "FineRoute": ({**route, "candidates": blocks, **lengths}, ROUTE),
+        "RoutedAttention": ({**attention, "routes": blocks, **lengths}, {"block_size": 4, "causal": 1, "scale": 0.4}),
+        "ExpertRoute": (scores, EXPERT),
+        "RoutedExperts": (
+            {"x": torch.randn(tokens, 6), **chosen, "gate_up": torch.randn(8, 10, 6), "down": torch.randn(8, 6, 5)},
+            {},
+        ),
+        # One row's update reaches over the cache's end.
+        "WriteCache": ({"cache": torch.randn(2, 3, 20, 5), "update": torch.randn(2, 3, tokens, 5), "start": int32(4, 17)}, {}),
+    }
+    return calls[name]
+
+
+@st.composite
+def route_calls(draw: st.DrawFn, fine: bool) -> tuple[Inputs, Attributes]:
+    """Rows of different lengths (0 too), K over N, init + local over K, NaN and infinities; L on both sides of 8."""
+    batch, width = draw(st.integers(1, 3)), draw(st.sampled_from([1, 3]))
+    block_size, num_blocks = draw(st.sampled_from([1, 2, 3, 5])), draw(st.integers(1, 8))
+    length = draw(st.integers(1, min(20, block_size * num_blocks)))
+    num_route_heads, num_key_heads, num_selection_heads = draw(st.sampled_from(HEADS))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    inputs = {
+        "query": whole(batch, num_route_heads, length, width, generator=generator),
+        "unit_key": whole(batch, num_key_heads, num_blocks, width, generator=generator),
+    }
+    if draw(st.booleans()):
+        for tensor in inputs.values():
+            for value in (torch.nan, torch.inf, -torch.inf):
+                tensor[torch.rand(tensor.shape, generator=generator) < 0.06] = value
+    if fine:
+        heads = draw(st.sampled_from([h for h in (1, 2, 3, 4, 6) if num_selection_heads % h == 0]))
+        shape = (batch, heads, length, draw(st.integers(1, num_blocks + 2)))
+        # Unsorted, with repeated, missing (-1) and out-of-range blocks.
+        inputs["candidates"] = torch.randint(-2, num_blocks + 3, shape, generator=generator, dtype=torch.int32)
+    room = block_size * num_blocks - length
+    inputs["past_len"] = int32(*(draw(st.integers(0, room)) for _ in range(batch)))
+    inputs["new_len"] = int32(*(draw(st.integers(0, length)) for _ in range(batch)))
+    attributes = {
+        "block_size": block_size,
+        "topk": draw(st.integers(1, num_blocks + 2)),
+        "num_selection_heads": num_selection_heads,
+        "init_blocks": draw(st.integers(0, 3)),
+        "local_blocks": draw(st.integers(1, 3)),
+        "causal": draw(st.sampled_from([0, 1])),
+    }
+    return inputs, attributes
+
+
+@st.composite
+def attention_calls(draw: st.DrawFn) -> tuple[Inputs, Attributes]:
+    """Routes are sets: unsorted, repeated and out of range; L on both sides of 8, where the body changes its way."""
+    batch = draw(st.integers(1, 2))
+    block_size, num_blocks = draw(st.sampled_from([1, 3, 4])), draw(st.integers(1, 7))
+    length = draw(st.integers(1, min(20, block_size * num_blocks)))
+    num_heads, num_kv_heads, num_selection_heads = draw(st.sampled_from(HEADS))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    tokens, room = block_size * num_blocks, block_size * num_blocks - length
+    shape = (batch, num_selection_heads, length, draw(st.integers(1, num_blocks + 2)))
+    inputs = {
+        "q": normal(batch, num_heads, length, 4) * draw(st.sampled_from([1.0, 300.0])),
+        "k": normal(batch, num_kv_heads, tokens, 4),
+        "v": normal(batch, num_kv_heads, tokens, 4),
+        "routes": torch.randint(-2, num_blocks + 2, shape, generator=generator, dtype=torch.int32),
+        "past_len": int32(*(draw(st.integers(0, room)) for _ in range(batch))),
+        "new_len": int32(*(draw(st.integers(0, length)) for _ in range(batch))),
+    }
+    return inputs, {"block_size": block_size, "causal": draw(st.sampled_from([0, 1])), "scale": 0.5}
+
+
+# Sums of two of these scores never lie within rounding of one another unless they are equal, whatever whole bias is added.
+LOGITS = torch.tensor([-2.0, 0.0, 1.0, 3.0])
+
+
+@st.composite
+def expert_calls(draw: st.DrawFn, score_func: str, group_score: str) -> tuple[Inputs, Attributes]:
+    """Ties, negative biases, groups and experts masked by -inf, NaN; more kept than finite scores are left."""
+    num_tokens = draw(st.integers(1, 6))
+    num_experts, num_groups = draw(st.sampled_from([(1, 1), (4, 1), (4, 4), (6, 3), (8, 2)]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+
+    def pick(values: Tensor, *shape: int) -> Tensor:
+        picked = values[torch.randint(len(values), shape, generator=generator)]
+        if masks:
+            for value in (torch.nan, torch.inf, -torch.inf, -torch.inf):
+                picked[torch.rand(shape, generator=generator) < 0.08] = value
+        return picked
+
+    masks = draw(st.booleans())
+    inputs = {
+        "logits": pick(LOGITS, num_tokens, num_experts),
+        "group_logits": pick(LOGITS, num_tokens, num_groups),
+        "select_bias": pick(torch.tensor([-3.0, 0.0, 1.0]), num_experts),
+    }
+    topk_group = draw(st.integers(1, num_groups))
+    attributes = {
+        "top_k": draw(st.integers(1, topk_group * num_experts // num_groups)),
+        "topk_group": topk_group,
+        "score_func": score_func,
+        "group_score": group_score,
+        "normalize": draw(st.sampled_from([0, 1])),
+        "scale": draw(st.sampled_from([1.0, 2.5])),
+    }
+    return inputs, attributes
+
+
+@st.composite
+def experts_calls(draw: st.DrawFn) -> tuple[Inputs, Attributes]:
+    """Ids -1, out of range and repeated (which count twice); T on both sides of 4, where the body changes its way."""
+    tokens, experts = draw(st.integers(1, 40)), draw(st.integers(1, 6))
+    kept, width = draw(st.integers(1, 4)), draw(st.sampled_from([1, 5]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    inputs = {
+        "x": torch.randn(tokens, width, generator=generator),
+        "ids": torch.randint(-1, experts + 1, (tokens, kept), generator=generator, dtype=torch.int32),
+        "weights": torch.randn(tokens, kept, generator=generator),
+        "gate_up": torch.randn(experts, 6, width, generator=generator),
+        "down": torch.randn(experts, width, 3, generator=generator),
+    }
+    return inputs, {}
