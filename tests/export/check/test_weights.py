@@ -22,7 +22,7 @@ from bilevel.export.check.judge import COMPUTATION_LIMIT
 from bilevel.export.check.parity import check_bundle
 from bilevel.export.check.rounding import round_activations, round_weights
 from bilevel.export.graph.quantise import FP32_ACTIVATIONS, INT8_ACTIVATIONS
-from bilevel.runtime.cli import main
+from bilevel.runtime.cli.main import main
 from tests.doubles.bundle import edit_manifest
 from tests.export.check.faults import GRAPH_FAULTS, TOKENS, first_failure
 from tests.export.check.surgery import edit_model, set_attribute

@@ -24,7 +24,7 @@ from bilevel.errors import ExportError
 from bilevel.export.decoder import bundle as bundle_module
 from bilevel.export.decoder.bundle import describe_file, export_bundle
 from bilevel.export.decoder.decoder import state_tensors
-from bilevel.runtime.cli import main
+from bilevel.runtime.cli.main import main
 from tests import ROOT
 from tests.doubles.bundle import edit_manifest
 from tests.support.tiny_models import BLOCK_SIZE, PREFILL_CHUNK, edit_config, save_checkpoint

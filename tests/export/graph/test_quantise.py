@@ -24,7 +24,7 @@ from bilevel.export.decoder.bundle import export_bundle
 from bilevel.export.graph.quantise import BITS, BLOCK, describe, quantise_graph, quantise_matrix
 from bilevel.export.graph.schemas import register_schemas
 from bilevel.export.graph.sessions import open_session
-from bilevel.runtime.cli import main
+from bilevel.runtime.cli.main import main
 from tests.doubles.bundle import edit_manifest, write_bundle
 
 Exported = Callable[..., tuple[Path, Path]]

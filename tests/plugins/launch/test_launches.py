@@ -42,7 +42,7 @@ def test_evaluate(expression: str, value: int) -> None:
     "expression", ["Q", "L / 2", "L // 2", "abs(L)", "min(L)", "L.real", "1 <= L <= 3", "'a'", "2.0", "True"]
 )
 def test_evaluate_knows_nothing_else(expression: str) -> None:
-    with pytest.raises(ContractError, match=r"is no size, number or function of plugins/launches\.py"):
+    with pytest.raises(ContractError, match=r"is no size, number or function of plugins/launch/launches\.py"):
         evaluate(expression, SIZES)
 
 

@@ -16,7 +16,7 @@ from bilevel import contract
 from bilevel.errors import ContractError
 from bilevel.plugins.launch import tiles
 from bilevel.plugins.launch.plans import plans
-from bilevel.plugins.library import sweep as triton_sweep
+from bilevel.plugins.library import sweep as sweep
 from bilevel.plugins.library.compile import compile_launch, count_parameters
 from tests import ROOT
 from tests.support import triton_calls  # sets the interpreter up before any kernel is loaded
@@ -34,12 +34,13 @@ SPREAD = [
 ]
 PROGRAM = """
 import json, sys
-from bilevel.plugins import contract, triton_sweep
+from bilevel import contract
+from bilevel.plugins.library import sweep
 from bilevel.plugins.launch.plans import plans
 from bilevel.plugins.library.compile import compile_launch
 
 for name, dtype, arch, number, kernels in json.loads(sys.stdin.read()):
-    geometry = list(triton_sweep.geometries(name))[number]
+    geometry = list(sweep.geometries(name))[number]
     made = plans(contract.BY_NAME[name], geometry, dtype, arch)
     last = {launch.kernel: launch for plan in made for launch in plan.launches}
     for kernel in kernels:
@@ -83,7 +84,7 @@ def test_sweep_prints_a_line_for_every_operator(tmp_path: Path) -> None:
 def test_arguments_are_the_kernels_parameters() -> None:
     """In their order, with a constant for every parameter that is one."""
     for op in contract.GPU_OPS:
-        for launch in triton_sweep.variants(op.name, "float16", 90):
+        for launch in sweep.variants(op.name, "float16", 90):
             kernel = getattr(importlib.import_module(f"bilevel.plugins.kernels.{launch.module}"), launch.kernel)
             constants = [name for name in kernel.arg_names if name.isupper()]
             assert [argument.name for argument in launch.arguments] == kernel.arg_names[: -len(constants)], launch.kernel
@@ -92,7 +93,7 @@ def test_arguments_are_the_kernels_parameters() -> None:
 
 def test_compiling_in_the_interpreter_is_refused() -> None:
     assert triton_calls.run_kernels
-    (plan,) = plans(contract.EXPERT_ROUTE, next(triton_sweep.geometries("ExpertRoute")), "float32", 90)
+    (plan,) = plans(contract.EXPERT_ROUTE, next(sweep.geometries("ExpertRoute")), "float32", 90)
     with pytest.raises(ContractError, match="TRITON_INTERPRET is set, so nothing can be compiled; unset it and start again"):
         compile_launch(plan.launches[0], 90)
     with pytest.raises(ContractError, match="no architecture sm_75"):

@@ -23,7 +23,7 @@ if importlib.util.find_spec("tensorrt_lean") is None:
 PROGRAM = """
 import json, sys
 import tensorrt_lean as trt
-from bilevel.plugins import contract
+from bilevel import contract
 from bilevel.plugins.tensorrt.fields import Field, Node, write_fields
 from bilevel.plugins.tensorrt.python import Fields
 

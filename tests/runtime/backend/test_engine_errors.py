@@ -17,7 +17,7 @@ import pytest
 
 from bilevel.machine import Machine
 from bilevel.runtime.backend import engine as engine_session
-from bilevel.runtime.cli import main
+from bilevel.runtime.cli.main import main
 from tests.doubles.bundle import write_bundle
 from tests.doubles.tensorrt import FakeDevice, FakeTensorrt, write_engine
 from tests.runtime.cli.test_doctor import ORIN, no_driver, write_library

@@ -20,7 +20,7 @@ from bilevel.errors import BundleError, EngineError, MissingDependency, RequestE
 from bilevel.runtime.backend import onnx_cuda
 from bilevel.runtime.backend.onnx_cuda import CudaSession
 from bilevel.runtime.backend.select import choose, list_ways, open_session
-from bilevel.runtime.cli import main
+from bilevel.runtime.cli.main import main
 from bilevel.runtime.generate.generator import Generator
 from bilevel.runtime.generate.sampling import SamplingParams
 from bilevel.runtime.generate.text import BundleTokenizer

@@ -27,7 +27,7 @@ from bilevel.runtime.bench.roofline import READ_SIZES, CeilingMeter, Ceilings, G
 from bilevel.runtime.bench.side import Side, SideSpec
 from bilevel.runtime.bench.worker import Worker
 from bilevel.runtime.cli import bench as cli_bench
-from bilevel.runtime.cli import main
+from bilevel.runtime.cli.main import main
 from tests.doubles.bundle import edit_manifest, file_record, write_bundle
 
 Exported = Callable[..., tuple[Path, Path]]

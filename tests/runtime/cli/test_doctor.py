@@ -18,7 +18,7 @@ from bilevel.bundle.format import read_manifest
 from bilevel.errors import EngineError, KernelError, RequestError
 from bilevel.machine import Gpu, Machine, find_jetpack, find_package, look
 from bilevel.runtime.backend.select import LIBRARY_VARIABLE, choose, find_library, library_places, list_ways, open_session
-from bilevel.runtime.cli import main
+from bilevel.runtime.cli.main import main
 from tests import ROOT
 from tests.doubles.bundle import write_bundle
 from tests.doubles.gpu import fake_gpu

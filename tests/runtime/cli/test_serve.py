@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from bilevel.bundle.format import load_bundle
-from bilevel.runtime.cli import main
+from bilevel.runtime.cli.main import main
 from bilevel.runtime.serve import limits as serve_limits
 from bilevel.runtime.serve.limits import default_capacity
 from tests import ROOT
