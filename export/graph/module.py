@@ -127,6 +127,14 @@ def _name_values(model: onnx_ir.Model) -> None:
     model.opset_imports.pop(PRIVATE_DOMAIN, None)
 
 
+def _forget_sources(model: onnx_ir.Model) -> None:
+    """Drop what torch notes on every node and value: stack traces, with the paths of the machine that exported."""
+    graph = model.graph
+    values = (value for node in graph.all_nodes() for value in node.outputs)
+    for each in (model, graph, *graph.inputs, *graph.initializers.values(), *graph.all_nodes(), *values):
+        each.metadata_props.clear()
+
+
 def trace(module: nn.Module, inputs: Inputs, dynamic: Dynamic, names: Sequence[str]) -> onnx_ir.Model:
     """Trace with example tensors and translate to an ONNX IR model without bodies. Raises ExportError and ContractError."""
     shapes = _dynamic_shapes(inputs, dynamic, names)
@@ -148,6 +156,7 @@ def trace(module: nn.Module, inputs: Inputs, dynamic: Dynamic, names: Sequence[s
     assert onnx_program is not None  # only None when torch writes the file itself
     _name_sizes(onnx_program.model, dynamic, names)
     _name_values(onnx_program.model)
+    _forget_sources(onnx_program.model)
     return onnx_program.model
 
 
