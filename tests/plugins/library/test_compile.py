@@ -16,7 +16,7 @@ from bilevel import contract
 from bilevel.errors import ContractError
 from bilevel.plugins.launch import tiles
 from bilevel.plugins.launch.plans import plans
-from bilevel.plugins.library import sweep as sweep
+from bilevel.plugins.library import sweep
 from bilevel.plugins.library.compile import compile_launch, count_parameters
 from tests import ROOT
 from tests.support import triton_calls  # sets the interpreter up before any kernel is loaded
