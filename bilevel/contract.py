@@ -6,7 +6,8 @@ attribute values are allowed.
 
 Letters: B batch rows, L tokens of this call, Hq query heads, Hkv key/value heads, Hr/Hk route query/key heads, Hs selection
 heads, Hc candidate heads, D head dim, Dr route dim, U pooled key units (one per block, at least ceil(valid tokens / block_size)
-of them), M cache capacity in tokens (or units), H heads of a cache, W its width, K blocks kept, T flattened tokens, E experts, Gp expert groups, d model width, f expert width. "T" as a dtype is the model's float type.
+of them), M cache capacity in tokens (or units), H heads of a cache, W its width, K blocks kept, T flattened tokens, E experts,
+Gp expert groups, d model width, f expert width. "T" as a dtype is the model's float type.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from bilevel.errors import ContractError
 
@@ -23,13 +25,45 @@ MAX_TOPK = 3840  # TensorRT's TopK limit; a larger K would build nowhere
 INT32_MAX = 2**31 - 1
 
 
+# Bytes of an element type. The names are those of torch and NumPy; "T" is one of FLOAT_TYPES.
+DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "int32": 4, "int64": 8}
+FLOAT_TYPES = ("float16", "bfloat16", "float32")
+DTYPE_CODES = {"float16": 1, "bfloat16": 2, "float32": 3, "int32": 4}  # bilevel_dtype of bilevel_kernels.h
+
+
+@dataclass(frozen=True)
+class Dim:
+    """One size of a tensor: ``factor`` times the size that ``symbol`` stands for.
+
+    sized_by: in an output, the attribute that gives the size; "" where an input has the symbol.
+    """
+
+    symbol: str
+    factor: int = 1
+    sized_by: str = ""
+
+    def __str__(self) -> str:
+        return self.symbol if self.factor == 1 else f"{self.factor}{self.symbol}"
+
+    def size(self, sizes: Mapping[str, Any]) -> Any:
+        """The size, from those of the symbols."""
+        return sizes[self.symbol] if self.factor == 1 else self.factor * sizes[self.symbol]
+
+
 @dataclass(frozen=True)
 class Port:
     """One tensor of an operator: its name, dtype ("T", "int32", "float32") and symbolic shape."""
 
     name: str
     dtype: str
-    shape: tuple[str, ...]
+    shape: tuple[Dim, ...]
+
+    def __str__(self) -> str:
+        return f"[{', '.join(map(str, self.shape))}]"
+
+    def element_type(self, float_type: str) -> str:
+        """The name of the dtype in a model of ``float_type``. A model in fp64 has fp64 where the contract says float32."""
+        return float_type if self.dtype == "T" or (self.dtype, float_type) == ("float32", "float64") else self.dtype
 
 
 @dataclass(frozen=True)
@@ -84,44 +118,73 @@ class Op:
         if unknown:
             raise ContractError(f"{self.name} has no attribute {min(unknown)}")
 
-    def bind_shapes(self, shapes: Sequence[Sequence[int]]) -> dict[str, int]:
-        """Match input shapes against the declared symbols; returns symbol -> size or raises ContractError."""
+    @property
+    def symbols(self) -> set[str]:
+        """The symbols of the inputs' shapes: what ``bind_shapes`` gives sizes of."""
+        return {dim.symbol for port in self.inputs for dim in port.shape}
+
+    def check_ranks(self, shapes: Sequence[Sequence[Any]]) -> None:
+        """One shape for every input, of as many sizes as declared. Raises ContractError."""
         if len(shapes) != len(self.inputs):
             raise ContractError(f"{self.name} takes {len(self.inputs)} inputs, got {len(shapes)}")
-        sizes: dict[str, int] = {}
         for port, shape in zip(self.inputs, shapes, strict=True):
             if len(shape) != len(port.shape):
-                raise ContractError(f"{self.name}: {port.name} must have shape [{', '.join(port.shape)}], got {list(shape)}")
-            for symbol, size in zip(port.shape, shape, strict=True):
-                if symbol[0].isdigit():
-                    continue  # a fixed factor ("2f") is checked below, when its symbol is known
-                if isinstance(size, int) and isinstance(sizes.get(symbol), int) and sizes[symbol] != size:
-                    raise ContractError(
-                        f"{self.name}: {port.name} has {symbol}={size}, but an earlier input has {symbol}={sizes[symbol]}"
-                    )
-                sizes.setdefault(symbol, size)
-        self._check_factors(shapes, sizes)
+                raise ContractError(f"{self.name}: {port.name} must have shape {port}, got {list(shape)}")
+
+    def bind_shapes(self, shapes: Sequence[Sequence[Any]]) -> dict[str, Any]:
+        """Match input shapes against the declared symbols; returns symbol -> size or raises ContractError.
+
+        A size that is no int (torch's SymInt, a TensorRT expression) is bound, not compared.
+        """
+        self.check_ranks(shapes)
+        sizes: dict[str, Any] = {}
+        multiples: list[tuple[Port, Dim, int]] = []  # compared below, when their symbols are bound
+        for port, shape in zip(self.inputs, shapes, strict=True):
+            for dim, size in zip(port.shape, shape, strict=True):
+                if dim.factor > 1:
+                    multiples.append((port, dim, size))
+                    continue
+                known = sizes.setdefault(dim.symbol, size)
+                if isinstance(size, int) and isinstance(known, int) and known != size:
+                    raise ContractError(f"{self.name}: {port.name} has {dim}={size}, but an earlier input has {dim}={known}")
+        for port, dim, size in multiples:
+            known = sizes[dim.symbol]
+            if isinstance(size, int) and isinstance(known, int) and size != dim.factor * known:
+                raise ContractError(f"{self.name}: {port.name} has {dim}={size}, but {dim.symbol}={known} elsewhere")
         return sizes
 
-    def _check_factors(self, shapes: Sequence[Sequence[int]], sizes: Mapping[str, int]) -> None:
-        """A dimension declared as "2f" must be twice f."""
-        for port, shape in zip(self.inputs, shapes, strict=True):
-            for symbol, size in zip(port.shape, shape, strict=True):
-                if not symbol[0].isdigit() or not isinstance(size, int) or not isinstance(sizes[symbol[1:]], int):
-                    continue
-                if size != int(symbol[0]) * sizes[symbol[1:]]:
-                    raise ContractError(
-                        f"{self.name}: {port.name} has {symbol}={size}, but {symbol[1:]}={sizes[symbol[1:]]} elsewhere"
-                    )
+    def input_shapes(self, sizes: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+        """The shape of every input. sizes: of the symbols."""
+        return [tuple(dim.size(sizes) for dim in port.shape) for port in self.inputs]
+
+    def output_shapes(self, sizes: Mapping[str, Any], attributes: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+        """The shape of every output. sizes: what ``bind_shapes`` made of the inputs' shapes."""
+        return [
+            tuple(attributes[dim.sized_by] if dim.sized_by else dim.size(sizes) for dim in port.shape) for port in self.outputs
+        ]
+
+    def output_dtypes(self, float_type: str) -> list[str]:
+        """The element type of every output, in a model of ``float_type``."""
+        return [port.element_type(float_type) for port in self.outputs]
+
+    @property
+    def has_float_type(self) -> bool:
+        """Whether some input is of the model's float type."""
+        return any(port.dtype == "T" for port in self.inputs)
+
+
+def _port(name: str, dtype: str, *shape: str | Dim) -> Port:
+    return Port(name, dtype, tuple(Dim(size) if isinstance(size, str) else size for size in shape))
 
 
 def _int(name: str, meaning: str, minimum: int, maximum: int | None = None) -> Attribute:
     return Attribute(name, "int", meaning, minimum, maximum)
 
 
-_LENGTHS = (Port("past_len", "int32", ("B",)), Port("new_len", "int32", ("B",)))
-_ROUTE_QUERY = (Port("query", "T", ("B", "Hr", "L", "Dr")), Port("unit_key", "T", ("B", "Hk", "U", "Dr")))
-_ROUTES = (Port("routes", "int32", ("B", "Hs", "L", "K")),)
+_LENGTHS = (_port("past_len", "int32", "B"), _port("new_len", "int32", "B"))
+_ROUTE_QUERY = (_port("query", "T", "B", "Hr", "L", "Dr"), _port("unit_key", "T", "B", "Hk", "U", "Dr"))
+_ROUTES = (_port("routes", "int32", "B", Dim("Hs", sized_by="num_selection_heads"), "L", Dim("K", sized_by="topk")),)
+_TOP_K = Dim("k", sized_by="top_k")
 _BLOCK_SIZE = _int("block_size", "tokens per block", 1)
 _CAUSAL = _int("causal", "1: position t sees tokens 0..t; 0: it sees every valid token", 0, 1)
 _ROUTE_ATTRIBUTES = (
@@ -143,7 +206,7 @@ COARSE_ROUTE = Op(
 FINE_ROUTE = Op(
     "FineRoute",
     "Score only the candidate blocks (and the forced ones) and keep K.",
-    (*_ROUTE_QUERY, Port("candidates", "int32", ("B", "Hc", "L", "K1")), *_LENGTHS),
+    (*_ROUTE_QUERY, _port("candidates", "int32", "B", "Hc", "L", "K1"), *_LENGTHS),
     _ROUTES,
     _ROUTE_ATTRIBUTES,
 )
@@ -151,24 +214,24 @@ ROUTED_ATTENTION = Op(
     "RoutedAttention",
     "Softmax attention over the tokens of the routed blocks.",
     (
-        Port("q", "T", ("B", "Hq", "L", "D")),
-        Port("k", "T", ("B", "Hkv", "M", "D")),
-        Port("v", "T", ("B", "Hkv", "M", "D")),
-        Port("routes", "int32", ("B", "Hs", "L", "K")),
+        _port("q", "T", "B", "Hq", "L", "D"),
+        _port("k", "T", "B", "Hkv", "M", "D"),
+        _port("v", "T", "B", "Hkv", "M", "D"),
+        _port("routes", "int32", "B", "Hs", "L", "K"),
         *_LENGTHS,
     ),
-    (Port("out", "T", ("B", "Hq", "L", "D")),),
+    (_port("out", "T", "B", "Hq", "L", "D"),),
     (_BLOCK_SIZE, _CAUSAL, Attribute("scale", "float", "factor on q.k before the softmax")),
 )
 EXPERT_ROUTE = Op(
     "ExpertRoute",
     "Keep groups of experts, then the best experts inside them.",
     (
-        Port("logits", "float32", ("T", "E")),
-        Port("group_logits", "float32", ("T", "Gp")),
-        Port("select_bias", "float32", ("E",)),
+        _port("logits", "float32", "T", "E"),
+        _port("group_logits", "float32", "T", "Gp"),
+        _port("select_bias", "float32", "E"),
     ),
-    (Port("ids", "int32", ("T", "k")), Port("weights", "float32", ("T", "k"))),
+    (_port("ids", "int32", "T", _TOP_K), _port("weights", "float32", "T", _TOP_K)),
     (
         _int("top_k", "experts kept", 1, MAX_TOPK),
         _int("topk_group", "groups kept", 1),
@@ -187,21 +250,21 @@ ROUTED_EXPERTS = Op(
     "RoutedExperts",
     "The weighted sum of the chosen experts' SwiGLU.",
     (
-        Port("x", "T", ("T", "d")),
-        Port("ids", "int32", ("T", "k")),
-        Port("weights", "float32", ("T", "k")),
-        Port("gate_up", "T", ("E", "2f", "d")),
-        Port("down", "T", ("E", "d", "f")),
+        _port("x", "T", "T", "d"),
+        _port("ids", "int32", "T", "k"),
+        _port("weights", "float32", "T", "k"),
+        _port("gate_up", "T", "E", Dim("f", 2), "d"),
+        _port("down", "T", "E", "d", "f"),
     ),
-    (Port("out", "T", ("T", "d")),),
+    (_port("out", "T", "T", "d"),),
 )
 
 # Of engines only: a bundle's graph says the same by ScatterND (``export/engine/cache_writes.py``).
 WRITE_CACHE = Op(
     "WriteCache",
     "The cache with the update at each row's start; nothing is written beyond its end.",
-    (Port("cache", "T", ("B", "H", "M", "W")), Port("update", "T", ("B", "H", "L", "W")), Port("start", "int32", ("B",))),
-    (Port("out", "T", ("B", "H", "M", "W")),),
+    (_port("cache", "T", "B", "H", "M", "W"), _port("update", "T", "B", "H", "L", "W"), _port("start", "int32", "B")),
+    (_port("out", "T", "B", "H", "M", "W"),),
     in_place=True,
 )
 

@@ -24,8 +24,6 @@ from bilevel.operators import attention, experts, routing
 from bilevel.operators.precision import wide
 
 _KINDS = {"int": "int", "float": "float", "string": "str"}
-# Output dimensions that an attribute fixes.
-_SIZED_BY = {"Hs": "num_selection_heads", "K": "topk", "k": "top_k"}
 _library = torch.library.Library(contract.DOMAIN, "DEF")
 
 
@@ -42,25 +40,21 @@ def _check(op: contract.Op, tensors: tuple[Tensor, ...], attributes: dict[str, A
     """Shapes, dtypes and attributes against the contract, before any work; returns symbol -> size."""
     op.check_attributes(attributes)
     sizes = op.bind_shapes([tensor.shape for tensor in tensors])
-    dtypes = _port_dtypes(tensors)
+    first = _dtype_name(tensors[0])
     for port, tensor in zip(op.inputs, tensors, strict=True):
-        expected = dtypes.get(port.dtype)
-        kind = str(tensor.dtype).removeprefix("torch.")
-        if expected is not None and tensor.dtype != expected:
-            wanted = str(expected).removeprefix("torch.")
-            raise ContractError(f"{op.name}: {port.name} must be {wanted}, got {kind}")
-        if expected is None and not tensor.dtype.is_floating_point:
-            raise ContractError(f"{op.name}: {port.name} must be of a float type, got {kind}")
-        if expected is None and tensor.dtype != tensors[0].dtype:
-            first = str(tensors[0].dtype).removeprefix("torch.")
-            raise ContractError(f"{op.name}: {port.name} is {kind}, but {op.inputs[0].name} is {first}; give both one type")
+        dtype, expected = _dtype_name(tensor), port.element_type(first)
+        if port.dtype == "T" and not tensor.dtype.is_floating_point:
+            raise ContractError(f"{op.name}: {port.name} must be of a float type, got {dtype}")
+        if port.dtype == "T" and dtype != expected:
+            raise ContractError(f"{op.name}: {port.name} is {dtype}, but {op.inputs[0].name} is {first}; give both one type")
+        if dtype != expected:
+            raise ContractError(f"{op.name}: {port.name} must be {expected}, got {dtype}")
     _check_divisible(op, sizes, attributes)
     return sizes
 
 
-def _port_dtypes(tensors: tuple[Tensor, ...]) -> dict[str, torch.dtype]:
-    """What the contract's dtypes other than "T" stand for: a model in fp64 has fp64 where the contract says float32."""
-    return {"int32": torch.int32, "float32": torch.float64 if tensors[0].dtype == torch.float64 else torch.float32}
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _check_divisible(op: contract.Op, sizes: dict[str, int], attributes: dict[str, Any]) -> None:
@@ -85,10 +79,9 @@ def _check_divisible(op: contract.Op, sizes: dict[str, int], attributes: dict[st
 def _fake_outputs(op: contract.Op, tensors: tuple[Tensor, ...], attributes: dict[str, Any]) -> Any:
     """Empty outputs of the declared shapes and dtypes (the shape function that tracing uses)."""
     sizes = _check(op, tensors, attributes)
-    sizes |= {symbol: attributes[name] for symbol, name in _SIZED_BY.items() if name in attributes}
-    dtypes = {**_port_dtypes(tensors), "T": tensors[0].dtype}
+    shapes, dtypes = op.output_shapes(sizes, attributes), op.output_dtypes(_dtype_name(tensors[0]))
     outputs = tuple(
-        tensors[0].new_empty([sizes[symbol] for symbol in port.shape], dtype=dtypes[port.dtype]) for port in op.outputs
+        tensors[0].new_empty(shape, dtype=getattr(torch, dtype)) for shape, dtype in zip(shapes, dtypes, strict=True)
     )
     return outputs if len(outputs) > 1 else outputs[0]
 

@@ -61,8 +61,8 @@ def _workspace(graph: Path, limits: Limits) -> int:
     call = {"B": limits.batch, "L": limits.chunk, "U": blocks, "M": limits.capacity, "T": limits.batch * limits.chunk}
     most = 0
     for op, geometry, dtype in read_requests(graph):
-        letters = {symbol.lstrip("0123456789") for port in op.inputs for symbol in port.shape}
-        sizes = {name: value for name, value in {**geometry, **call}.items() if name in letters and isinstance(value, int)}
+        values = {**geometry, **call}
+        sizes = {name: value for name, value in values.items() if name in op.symbols and isinstance(value, int)}
         plans = plans_everywhere(op, geometry, dtype).values()
         most = max([most, *(workspace_limit(each, sizes) for each in plans)])
     return most

@@ -25,6 +25,7 @@ import torch
 from onnx import TensorProto
 from torch import Tensor
 
+from bilevel.bundle.tensors import DTYPES
 from bilevel.contract import BY_NAME, DOMAIN
 from bilevel.errors import ExportError
 
@@ -74,9 +75,9 @@ def _types(model: onnx.ModelProto) -> dict[str, int]:
 def _routed(graph: onnx.GraphProto) -> dict[str, int]:
     """Types of what routed nodes give: shape inference does not know their domain. Their float type is that of the caches."""
     floats = [port.type.tensor_type.elem_type for port in graph.input if port.type.tensor_type.elem_type in LOWER]
-    fixed = {"int32": TensorProto.INT32, "float32": TensorProto.FLOAT, "T": floats[0] if floats else TensorProto.FLOAT}
+    float_type = floats[0] if floats else TensorProto.FLOAT
     return {
-        name: fixed[port.dtype]
+        name: float_type if port.dtype == "T" else DTYPES[port.dtype].onnx_type
         for node in graph.node
         if node.domain == DOMAIN and node.op_type in BY_NAME
         for port, name in zip(BY_NAME[node.op_type].outputs, node.output, strict=False)

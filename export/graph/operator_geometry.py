@@ -7,19 +7,14 @@ from pathlib import Path
 import onnx
 from onnx import helper
 
-from bilevel.contract import BY_NAME, WRITE_CACHE, Op
+from bilevel.bundle.tensors import DTYPES
+from bilevel.contract import BY_NAME, FLOAT_TYPES, WRITE_CACHE, Op
 from bilevel.errors import ExportError
 from bilevel.export.graph.nodes import routed_nodes
 from bilevel.plugins.launch.plans import RUNTIME_SIZES
 from bilevel.plugins.library.build import Request
 
-_DTYPES: dict[int, str] = {
-    onnx.TensorProto.FLOAT16: "float16",
-    onnx.TensorProto.BFLOAT16: "bfloat16",
-    onnx.TensorProto.FLOAT: "float32",
-    onnx.TensorProto.INT32: "int32",
-}
-_FLOATS = {kind for kind, name in _DTYPES.items() if name != "int32"}
+_FLOATS = {DTYPES[name].onnx_type: name for name in FLOAT_TYPES}
 Known = dict[str, tuple[int, list[int | str]]]  # value -> (element type, sizes; a name where the size is free)
 
 
@@ -42,21 +37,21 @@ def _request(op: Op, node: onnx.NodeProto, known: Known) -> Request:
             continue
         if name not in known or len(known[name][1]) != len(port.shape):
             raise ExportError(
-                f"the graph does not tell the shape of {name}, an input of {node.name}; export the bundle anew with this bilevel"
+                f"the graph does not tell the shape of {name}, an input of {node.name}; "
+                "export the bundle anew with this bilevel"
             )
         kind, shape = known[name]
         if port.dtype == "T":
-            dtype = _DTYPES.get(kind, f"element type {kind}")
-        for symbol, size in zip(port.shape, shape, strict=True):
-            factor, letter = (int(symbol[0]), symbol[1:]) if symbol[0].isdigit() else (1, symbol)
-            if letter in RUNTIME_SIZES:
+            dtype = _FLOATS.get(kind, f"element type {kind}")
+        for dim, size in zip(port.shape, shape, strict=True):
+            if dim.symbol in RUNTIME_SIZES:
                 continue
             if not isinstance(size, int) or not size:
                 raise ExportError(
-                    f"{node.name}: {port.name} has a free size {symbol}={size!r}; kernels are compiled for fixed ones, export "
+                    f"{node.name}: {port.name} has a free size {dim}={size!r}; kernels are compiled for fixed ones, export "
                     "the model with a fixed size"
                 )
-            geometry[letter] = size // factor
+            geometry[dim.symbol] = size // dim.factor
     attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
     for attribute in op.attributes:
         value = attributes[attribute.name]

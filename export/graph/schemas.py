@@ -11,6 +11,7 @@ import onnx.defs
 from onnxscript.values import Opset
 
 from bilevel import contract
+from bilevel.bundle.tensors import DTYPES
 
 # 24 would bring TensorScatter, but ONNX Runtime for Python 3.10 and TensorRT on JetPack 6 stop before it. ScatterND writes a
 # cache in place just as well where input and output share a buffer.
@@ -20,8 +21,7 @@ PLUGIN_NAMESPACE = "plugin_namespace"
 PRIVATE_DOMAIN, NAME_NODE = "bilevel.names", "Name"
 
 _op = Opset("", ONNX_OPSET)
-_TENSORS = {"int32": "tensor(int32)", "float32": "tensor(float)"}
-_FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
+_FLOATS = [DTYPES[name].ort_name for name in contract.FLOAT_TYPES]
 
 
 def _schema(op: contract.Op) -> onnx.defs.OpSchema:
@@ -30,9 +30,9 @@ def _schema(op: contract.Op) -> onnx.defs.OpSchema:
     kinds = {"int": Schema.AttrType.INT, "float": Schema.AttrType.FLOAT, "string": Schema.AttrType.STRING}
 
     def parameters(ports: tuple[contract.Port, ...]) -> list[onnx.defs.OpSchema.FormalParameter]:
-        return [Schema.FormalParameter(p.name, _TENSORS.get(p.dtype, "T"), f"[{', '.join(p.shape)}]") for p in ports]
+        kind = {"T": "T", **{name: dtype.ort_name for name, dtype in DTYPES.items()}}
+        return [Schema.FormalParameter(port.name, kind[port.dtype], str(port)) for port in ports]
 
-    uses_t = any(port.dtype == "T" for port in (*op.inputs, *op.outputs))
     return Schema(
         op.name,
         contract.DOMAIN,
@@ -40,7 +40,7 @@ def _schema(op: contract.Op) -> onnx.defs.OpSchema:
         op.summary,
         inputs=parameters(op.inputs),
         outputs=parameters(op.outputs),
-        type_constraints=[("T", _FLOATS, "the model's float type")] if uses_t else [],
+        type_constraints=[("T", _FLOATS, "the model's float type")] if op.has_float_type else [],
         attributes=[
             *(Schema.Attribute(a.name, kinds[a.kind], a.meaning, required=True) for a in op.attributes),
             Schema.Attribute(PLUGIN_NAMESPACE, Schema.AttrType.STRING, "TensorRT plugin namespace", required=True),

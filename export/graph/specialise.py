@@ -13,10 +13,10 @@ import onnx_ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 from onnxscript import optimizer
 
+from bilevel.bundle.tensors import DTYPES
 from bilevel.contract import BY_NAME, DOMAIN, VERSION
 from bilevel.export.graph.schemas import ONNX_OPSET
 
-_KINDS = {"int32": onnx.TensorProto.INT32, "float32": onnx.TensorProto.FLOAT}
 Shape = tuple[int | str, ...]
 
 
@@ -50,7 +50,9 @@ def _fold(function: onnx.FunctionProto, node: onnx.NodeProto, inputs: tuple[tupl
         for port, (kind, shape) in zip(op.inputs, inputs, strict=True)
     ]
     outputs = [
-        onnx.helper.make_tensor_value_info(name, _KINDS.get(port.dtype, inputs[0][0]), [None] * len(port.shape))
+        onnx.helper.make_tensor_value_info(
+            name, inputs[0][0] if port.dtype == "T" else DTYPES[port.dtype].onnx_type, [None] * len(port.shape)
+        )
         for port, name in zip(op.outputs, function.output, strict=True)
     ]
     call = onnx.NodeProto()

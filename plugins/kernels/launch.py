@@ -17,9 +17,6 @@ from bilevel.plugins.launch.launches import MAX_GRID, Launch, Plan, choose, eval
 from bilevel.plugins.launch.plans import RUNTIME_SIZES, plans
 from bilevel.plugins.launch.tiles import nearest_architecture
 
-_SIZED_BY = {"Hs": "num_selection_heads", "K": "topk", "k": "top_k"}
-_DTYPES = {"int32": torch.int32, "int64": torch.int64, "float32": torch.float32}
-
 
 @functools.lru_cache(maxsize=256)
 def _cached_plans(name: str, geometry: tuple[tuple[str, Any], ...], dtype: str, arch: int) -> tuple[Plan, ...]:
@@ -37,13 +34,17 @@ def _architecture(device: torch.device) -> int:
     return nearest_architecture(10 * major + minor)
 
 
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def plans_for(
     op: contract.Op, tensors: Sequence[Tensor], attributes: dict[str, Any]
 ) -> tuple[tuple[Plan, ...], dict[str, int]]:
     """(the operator's plans for these tensors, the sizes of the call). Raises ContractError for what no kernel covers."""
     sizes = op.bind_shapes([tensor.shape for tensor in tensors])
     geometry = {**{name: size for name, size in sizes.items() if name not in RUNTIME_SIZES}, **attributes}
-    dtype = str(tensors[0].dtype).removeprefix("torch.")
+    dtype = _dtype_name(tensors[0])
     return _cached_plans(op.name, tuple(sorted(geometry.items())), dtype, _architecture(tensors[0].device)), sizes
 
 
@@ -60,16 +61,14 @@ def covers(op: contract.Op, tensors: Sequence[Tensor], attributes: dict[str, Any
 
 def run(op: contract.Op, tensors: Sequence[Tensor], attributes: dict[str, Any]) -> Any:
     """The outputs of ``op``; inputs as ``bilevel.ops`` checks them. Raises ContractError for what no kernel covers."""
-    found, sizes = plans_for(op, tensors, attributes)
-    widths = {**sizes, **{symbol: attributes[name] for symbol, name in _SIZED_BY.items() if name in attributes}}
+    plans_of_op, sizes = plans_for(op, tensors, attributes)
+    device, dtypes = tensors[0].device, op.output_dtypes(_dtype_name(tensors[0]))
     outputs = [
-        torch.empty(
-            [widths[symbol] for symbol in port.shape], dtype=_DTYPES.get(port.dtype, tensors[0].dtype), device=tensors[0].device
-        )
-        for port in op.outputs
+        torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+        for shape, dtype in zip(op.output_shapes(sizes, attributes), dtypes, strict=True)
     ]
-    plan = choose(found, sizes)
-    workspace = torch.empty(plan.workspace_bytes(sizes), dtype=torch.uint8, device=tensors[0].device)
+    plan = choose(plans_of_op, sizes)
+    workspace = torch.empty(plan.workspace_bytes(sizes), dtype=torch.uint8, device=device)
     run_plan(op, plan, tensors, outputs, workspace, sizes, attributes)
     return tuple(outputs) if len(outputs) > 1 else outputs[0]
 

@@ -27,7 +27,6 @@ Geometry = Mapping[str, Any]  # str -> int, or a string or float for the attribu
 
 ALIGNMENT = 256
 MAX_GRID = (2**31 - 1, 65535, 65535)
-KIND_BYTES = {"int32": 4, "int64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 _FUNCTIONS: dict[str, Callable[[int, int], int]] = {
     "ceil_div": lambda a, b: -(-a // b),
@@ -97,7 +96,7 @@ class Plan:
         """Buffer name -> (first byte in the workspace, bytes). Every buffer starts at a multiple of ALIGNMENT."""
         found, end = {}, 0
         for buffer in self.buffers:
-            size = evaluate(buffer.count, sizes) * KIND_BYTES[buffer.kind]
+            size = evaluate(buffer.count, sizes) * contract.DTYPE_BYTES[buffer.kind]
             found[buffer.name] = (end, size)
             end += -(-size // ALIGNMENT) * ALIGNMENT
         return found
@@ -147,7 +146,7 @@ class Builder:
     """Makes launches of one operator in one data type; an argument's kind follows from its name."""
 
     def __init__(self, op: contract.Op, dtype: str, buffers: tuple[Buffer, ...] = (), **values: str) -> None:
-        self.kinds = {port.name: dtype if port.dtype == "T" else port.dtype for port in (*op.inputs, *op.outputs)}
+        self.kinds = {port.name: port.element_type(dtype) for port in (*op.inputs, *op.outputs)}
         self.kinds |= {buffer.name: buffer.kind for buffer in buffers}
         self.values = {"length": "L", "units": "U", "capacity": "M", **values}
 

@@ -12,7 +12,7 @@ from bilevel.plugins.launch import caches as plans_caches
 from bilevel.plugins.launch import experts as plans_experts
 from bilevel.plugins.launch import routing as plans_routing
 from bilevel.plugins.launch.launches import Geometry, Plan
-from bilevel.plugins.launch.tiles import ARCHITECTURES, DTYPE_BYTES, shared_limit
+from bilevel.plugins.launch.tiles import ARCHITECTURES, shared_limit
 
 RUNTIME_SIZES = ("B", "L", "U", "M", "T")
 # A program holds a position's whole choice, a row of a head and a token's expert scores in registers.
@@ -33,8 +33,8 @@ def plans(op: contract.Op, geometry: Geometry, dtype: str, arch: int) -> tuple[P
     Raises ContractError for what the kernels do not cover.
     """
     shared_limit(arch)
-    if dtype not in DTYPE_BYTES:
-        raise ContractError(f"{op.name}: the kernels know no {dtype}; give {', '.join(DTYPE_BYTES)}")
+    if dtype not in contract.FLOAT_TYPES:
+        raise ContractError(f"{op.name}: the kernels know no {dtype}; give {', '.join(contract.FLOAT_TYPES)}")
     for name, most in LIMITS.items():
         if geometry.get(name, 0) > most:
             raise ContractError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from bilevel.contract import DTYPE_BYTES
 from bilevel.errors import ContractError
 
 # Shared memory that one program may use, by compute capability (CUDA programming guide, "Technical specifications").
@@ -23,7 +24,6 @@ SHARED_LIMIT = {
     120: 99 * 1024,
 }
 ARCHITECTURES = tuple(SHARED_LIMIT)
-DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def plan_variants(requests: Sequence[Request], archs: Sequence[int]) -> list[Var
     """The variants of a library, each once. Raises ContractError for what the kernels do not cover."""
     found: dict[str, Variant] = {}
     for op, geometry, dtype in requests:
-        kind = dtype if any(port.dtype == "T" for port in op.inputs) else "float32"
+        kind = dtype if op.has_float_type else "float32"
         key = json.dumps([op.name, kind, fixed_values(op, geometry)])
         if key not in found:
             wanted = {arch: plans(op, geometry, kind, arch) for arch in sorted(set(archs))}

@@ -21,7 +21,6 @@ from bilevel.errors import KernelError
 
 ABI, MARK = 1, "bilevel kernels"
 _REMEDY = "build one: bilevel kernels build --geometry BUNDLE"
-DTYPES = {"float16": 1, "bfloat16": 2, "float32": 3, "int32": 4}  # bilevel_dtype
 STATUSES = (
     "OK",
     "BAD_ARGUMENT",
@@ -83,7 +82,11 @@ def _tensors(tensors: Sequence[DeviceTensor]) -> Any:
     made = (_Tensor * len(tensors))()
     for place, tensor in zip(made, tensors, strict=True):
         dims = (ctypes.c_int64 * len(tensor.shape))(*tensor.shape)
-        place.data, place.rank, place.dtype = tensor.address or None, len(tensor.shape), DTYPES.get(tensor.dtype, 0)
+        place.data, place.rank, place.dtype = (
+            tensor.address or None,
+            len(tensor.shape),
+            contract.DTYPE_CODES.get(tensor.dtype, 0),
+        )
         place.dims = ctypes.cast(dims, ctypes.POINTER(ctypes.c_int64))
     return made
 

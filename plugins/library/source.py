@@ -12,10 +12,9 @@ from pathlib import Path
 
 from bilevel import contract
 from bilevel.errors import ContractError
-from bilevel.plugins.launch.launches import KIND_BYTES, Geometry, Launch, Plan
+from bilevel.plugins.launch.launches import Geometry, Launch, Plan
 from bilevel.plugins.launch.plans import RUNTIME_SIZES
 
-DTYPE_CODES = {"float16": 1, "bfloat16": 2, "float32": 3}  # bilevel_dtype
 CodeKey = tuple[tuple[object, ...], int]  # (Launch.code, architecture)
 _OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.LtE: "<="}
 
@@ -116,7 +115,7 @@ class _Writer:
 
     def plan(self, variant: Variant, plan: Plan, arch: int) -> str:
         when = self.function(plan.when, variant.geometry) if plan.when else "nullptr"
-        sizes = [f"({buffer.count}) * {KIND_BYTES[buffer.kind]}" for buffer in plan.buffers]
+        sizes = [f"({buffer.count}) * {contract.DTYPE_BYTES[buffer.kind]}" for buffer in plan.buffers]
         buffers = self.array("b", "Expression", [self.function(size, variant.geometry) for size in sizes])
         wanted = plan.launches if arch in variant.built else ()
         launches = self.array("l", "Launch", [self.launch(variant, plan, launch, arch) for launch in wanted])
@@ -130,7 +129,7 @@ class _Writer:
             array = self.array("p", "Plan", [self.plan(variant, plan, arch) for plan in plans])
             architectures.append(f"{{{arch}, {str(arch in variant.built).lower()}, {len(plans)}, {array}}}")
         fixed, listed = self.array("g", "Fixed", texts), self.array("v", "ArchitecturePlans", architectures)
-        codes = f"{contract.GPU_OPS.index(variant.op)}, {DTYPE_CODES[variant.dtype]}"
+        codes = f"{contract.GPU_OPS.index(variant.op)}, {contract.DTYPE_CODES[variant.dtype]}"
         return f"    {{{codes}, {len(texts)}, {fixed}, {len(architectures)}, {listed}}},\n"
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from bilevel import contract
 from bilevel.plugins.launch.launches import Launch
 from bilevel.plugins.launch.plans import plans
-from bilevel.plugins.launch.tiles import ARCHITECTURES, DTYPE_BYTES, shared_limit
+from bilevel.plugins.launch.tiles import ARCHITECTURES, shared_limit
 from bilevel.plugins.library.compile import compile_launch
 
 # (Hr, Hk, Hs, Dr, block_size, K): grouped heads, level 1 on word embeddings, one choice per head, head groups that do not nest.
@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Compile the spread, print a line for every architecture, type and operator; 1 where a variant is over its limit."""
     parser = argparse.ArgumentParser(prog="python -m bilevel.plugins.library.sweep", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", default=",".join(f"sm_{arch}" for arch in ARCHITECTURES))
-    parser.add_argument("--dtype", default=",".join(DTYPE_BYTES))
+    parser.add_argument("--dtype", default=",".join(contract.FLOAT_TYPES))
     parser.add_argument("--op", default=",".join(contract.BY_NAME))
     parser.add_argument("--verbose", action="store_true", help="a line for every kernel")
     options = parser.parse_args(arguments)

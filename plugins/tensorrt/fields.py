@@ -16,11 +16,10 @@ from bilevel import contract
 from bilevel.errors import ContractError
 from bilevel.plugins.launch.launches import Plan, evaluate
 from bilevel.plugins.launch.plans import RUNTIME_SIZES
-from bilevel.plugins.tensorrt.contract_header import SIZED_BY
 
 # Also grows with the workspace that any plan takes: an engine keeps the workspace that it was built with.
 FORMAT_VERSION = 1
-DTYPES = {"": 0, "float16": 1, "bfloat16": 2, "float32": 3}
+_FLOAT_CODES = {"": 0, **{name: contract.DTYPE_CODES[name] for name in contract.FLOAT_TYPES}}
 _KINDS = {"int": "INT32", "float": "FLOAT32", "string": "CHAR"}
 _EXTRA = {"format_version": "INT32", "dtype": "INT32", "dims": "INT64"}
 _REMEDY = "build the engine anew: bilevel build BUNDLE"
@@ -84,7 +83,7 @@ def _extra(op: contract.Op, fields: dict[str, Field]) -> tuple[str, tuple[tuple[
     for name in ("dtype", "dims"):
         if name not in fields or fields[name].kind != _EXTRA[name]:
             raise ContractError(f"{op.name}: the plan's field {name} is missing or damaged; {_REMEDY}")
-    dtype, names = fields.pop("dtype").data, {number: name for name, number in DTYPES.items()}
+    dtype, names = fields.pop("dtype").data, {code: name for name, code in _FLOAT_CODES.items()}
     if len(dtype) != 1 or int(dtype[0]) not in names:
         raise ContractError(f"{op.name}: the plan's field dtype is damaged; {_REMEDY}")
     return names[int(dtype[0])], _split_dims(op, fields.pop("dims").data)
@@ -107,7 +106,7 @@ def write_fields(node: Node) -> list[Field]:
         value = node.attributes[attribute.name]
         data = (*value.encode(), 0) if isinstance(value, str) else (value,)
         found.append(Field(attribute.name, _KINDS[attribute.kind], data))
-    found.append(Field("dtype", "INT32", (DTYPES[node.dtype],)))
+    found.append(Field("dtype", "INT32", (_FLOAT_CODES[node.dtype],)))
     return [*found, Field("dims", "INT64", tuple(size for shape in node.dims for size in shape))]
 
 
@@ -116,36 +115,15 @@ def largest_sizes(op: contract.Op, shapes: Sequence[Sequence[int]], fixed: Seque
 
     Bounds of axes that vary are computed one by one and need not agree. Raises ContractError where fixed ones do not.
     """
-    if len(shapes) != len(op.inputs):
-        raise ContractError(f"{op.name} takes {len(op.inputs)} inputs, got {len(shapes)}")
-    found: dict[str, tuple[int, bool]] = {}
+    op.check_ranks(shapes)
+    bounds: dict[str, tuple[int, bool]] = {}
     for port, shape, is_fixed in zip(op.inputs, shapes, fixed, strict=True):
-        if len(shape) != len(port.shape):
-            raise ContractError(f"{op.name}: {port.name} must have shape [{', '.join(port.shape)}], got {list(shape)}")
-        for symbol, size, same in zip(port.shape, shape, is_fixed, strict=True):
-            name, factor = symbol.lstrip("0123456789"), int(symbol[0]) if symbol[0].isdigit() else 1
-            known, was_fixed = found.get(name, (size // factor, same))
-            if size % factor or (same and was_fixed and known * factor != size):
-                raise ContractError(f"{op.name}: {port.name} has {symbol}={size}, but an earlier input has {name}={known}")
-            found[name] = (max(known, size // factor), same and was_fixed)
-    return {name: size for name, (size, _) in found.items()}
-
-
-def input_shapes(op: contract.Op, sizes: Mapping[str, int]) -> list[tuple[int, ...]]:
-    """The shape of every input."""
-
-    def size(symbol: str) -> int:
-        return int(symbol[0]) * sizes[symbol[1:]] if symbol[0].isdigit() else sizes[symbol]
-
-    return [tuple(map(size, port.shape)) for port in op.inputs]
-
-
-def output_axis(op: contract.Op, symbol: str) -> str | tuple[int, int]:
-    """Where an output's size comes from: an attribute's name, or (input, axis)."""
-    for index, port in enumerate(op.inputs):
-        if symbol in port.shape:
-            return index, port.shape.index(symbol)
-    return SIZED_BY[symbol]
+        for dim, size, same in zip(port.shape, shape, is_fixed, strict=True):
+            bound, was_fixed = bounds.get(dim.symbol, (size // dim.factor, same))
+            if size % dim.factor or (same and was_fixed and bound * dim.factor != size):
+                raise ContractError(f"{op.name}: {port.name} has {dim}={size}, but an earlier input has {dim.symbol}={bound}")
+            bounds[dim.symbol] = (max(bound, size // dim.factor), same and was_fixed)
+    return {symbol: bound for symbol, (bound, _) in bounds.items()}
 
 
 def workspace_limit(plans: Sequence[Plan], most: Mapping[str, int]) -> int:

@@ -26,9 +26,7 @@ from bilevel.plugins.tensorrt.fields import (
     Field,
     Node,
     geometry_of,
-    input_shapes,
     largest_sizes,
-    output_axis,
     read_fields,
     workspace_limit,
     write_fields,
@@ -78,21 +76,15 @@ def run_at(
     launches = importlib.import_module("bilevel.plugins.launch.launches")
     op, attributes = node.op, dict(node.attributes)
     sizes = op.bind_shapes(shapes)
-    kinds = [node.dtype if port.dtype == "T" else port.dtype for port in (*op.inputs, *op.outputs)]
-    every = [*shapes, *(output_shape(node, port, shapes) for port in op.outputs)]
-    tensors = [tensor_at(*given, device) for given in zip(addresses, every, kinds, strict=True)]
+    dtypes = [port.element_type(node.dtype) for port in (*op.inputs, *op.outputs)]
+    every_shape = [*shapes, *op.output_shapes(sizes, attributes)]
+    tensors = [tensor_at(*place, device) for place in zip(addresses, every_shape, dtypes, strict=True)]
     inputs, outputs = tensors[: len(op.inputs)], tensors[len(op.inputs) :]
     found, _ = launch.plans_for(op, inputs, attributes)
     plan = launches.choose(found, sizes)
     with torch.cuda.stream(torch.cuda.ExternalStream(stream)) if device == "cuda" else nullcontext():
         memory = tensor_at(workspace, (plan.workspace_bytes(sizes),), "uint8", device)
         launch.run_plan(op, plan, inputs, outputs, memory, sizes, attributes)
-
-
-def output_shape(node: Node, port: contract.Port, shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """The shape of an output, from those of the inputs."""
-    places = [output_axis(node.op, symbol) for symbol in port.shape]
-    return tuple(int(node.attributes[p]) if isinstance(p, str) else shapes[p[0]][p[1]] for p in places)
 
 
 def _most_workspace(node: Node) -> int:
@@ -139,17 +131,10 @@ class _Plugin:
 
     def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: Sequence[Any], exprs: Any) -> list[Any]:
         op = self.node.op
-        for port, shape in zip(op.inputs, inputs, strict=True):
-            if len(shape) != len(port.shape):
-                raise ContractError(f"{op.name}: {port.name} must have shape [{', '.join(port.shape)}], got rank {len(shape)}")
-
-        def axis(symbol: str) -> Any:
-            place = output_axis(op, symbol)
-            if isinstance(place, str):
-                return exprs.constant(self.node.attributes[place])
-            return inputs[place[0]][place[1]]
-
-        return [self.trt.DimsExprs([axis(symbol) for symbol in port.shape]) for port in op.outputs]
+        sizes = op.bind_shapes([[shape[axis] for axis in range(len(shape))] for shape in inputs])
+        values = {dim.sized_by: self.node.attributes[dim.sized_by] for port in op.outputs for dim in port.shape if dim.sized_by}
+        constants = {name: exprs.constant(value) for name, value in values.items()}
+        return [self.trt.DimsExprs(list(shape)) for shape in op.output_shapes(sizes, constants)]
 
     def supports_format_combination(self, position: int, descs: Sequence[Any], num_inputs: int) -> bool:
         ports = (*self.node.op.inputs, *self.node.op.outputs)
@@ -177,7 +162,7 @@ class _Plugin:
         fixed = [[size >= 0 for size in given.desc.dims] for given in inputs]
         sizes = largest_sizes(op, [tuple(given.max) for given in inputs], fixed)
         dtype = self._float_type([given.desc for given in inputs])
-        return dataclasses.replace(self.node, dtype=dtype, dims=tuple(input_shapes(op, sizes)))
+        return dataclasses.replace(self.node, dtype=dtype, dims=tuple(op.input_shapes(sizes)))
 
     def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         self.node = self._seen(inputs)

@@ -170,14 +170,10 @@ def fake_gpu(folder: Path) -> Iterator[Gpu]:
 def call_of(memory: Memory, name: str, inputs: Inputs, attributes: Attributes) -> Call:
     """The call with its tensors in ``memory``; outputs hold NaN or -1."""
     op = contract.BY_NAME[name]
-    sizes: dict[str, int] = dict(op.bind_shapes([x.shape for x in inputs.values()]))
-    for symbol, attribute in (("Hs", "num_selection_heads"), ("K", "topk"), ("k", "top_k")):
-        if attribute in attributes:
-            sizes[symbol] = attributes[attribute]
+    sizes = op.bind_shapes([x.shape for x in inputs.values()])
     kind = str(next(iter(inputs.values())).dtype).removeprefix("torch.")
     outputs = []
-    for port in op.outputs:
-        shape, dtype = tuple(sizes[symbol] for symbol in port.shape), kind if port.dtype == "T" else port.dtype
+    for shape, dtype in zip(op.output_shapes(sizes, attributes), op.output_dtypes(kind), strict=True):
         raw = memory.bytes(int(np.prod(shape)) * getattr(torch, dtype).itemsize)
         outputs.append(DeviceTensor(raw.data_ptr(), shape, dtype))
     return Call(op, [memory.put(x) for x in inputs.values()], outputs, attributes)

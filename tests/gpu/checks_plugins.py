@@ -12,7 +12,7 @@ from typing import Any
 from bilevel import contract
 from bilevel.errors import BilevelError, KernelError
 from bilevel.plugins.library.build import find_compiler
-from bilevel.plugins.library.gpu import DTYPES, Call, DeviceTensor, KernelLibrary
+from bilevel.plugins.library.gpu import Call, DeviceTensor, KernelLibrary
 from bilevel.plugins.tensorrt.headers import Headers, find_headers
 from tests.gpu.checks_library import CASES, Cases, Placed, place
 from tests.gpu.machine import Attributes, Machine
@@ -37,7 +37,7 @@ class _Tensor(ctypes.Structure):
 def _tensors(tensors: Sequence[DeviceTensor]) -> Any:
     made = (_Tensor * len(tensors))()
     for one, tensor in zip(made, tensors, strict=True):
-        one.rank, one.dtype = len(tensor.shape), DTYPES[tensor.dtype]
+        one.rank, one.dtype = len(tensor.shape), contract.DTYPE_CODES[tensor.dtype]
         for axis, size in enumerate(tensor.shape):
             one.dims[axis] = size
     return made

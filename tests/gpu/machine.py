@@ -17,11 +17,9 @@ from bilevel.errors import BilevelError
 from bilevel.plugins.launch.plans import RUNTIME_SIZES
 from bilevel.plugins.library.assemblers import CHOICES
 from bilevel.plugins.library.build import choose_assemblers, compile_kernels
-from bilevel.plugins.tensorrt.contract_header import SIZED_BY
 
 Inputs = dict[str, Tensor]
 Attributes = dict[str, Any]
-DTYPES = {"int32": torch.int32, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 UNWRITTEN = -7  # in int32 outputs before a call: no route and no expert is that
 _GUARD_BYTES, _GUARD = 4096, 0xA5
 
@@ -72,9 +70,9 @@ class Machine:
     def outputs(self, op: contract.Op, inputs: Inputs, attributes: Attributes) -> list[Tensor]:
         """Blank outputs of a call."""
         sizes = op.bind_shapes([x.shape for x in inputs.values()])
-        sizes |= {symbol: attributes[name] for symbol, name in SIZED_BY.items() if name in attributes}
-        model_float = next(iter(inputs.values())).dtype
-        return [self.blank([sizes[s] for s in port.shape], DTYPES.get(port.dtype, model_float)) for port in op.outputs]
+        dtypes = op.output_dtypes(dtype_name(next(iter(inputs.values()))))
+        shapes = op.output_shapes(sizes, attributes)
+        return [self.blank(shape, getattr(torch, dtype)) for shape, dtype in zip(shapes, dtypes, strict=True)]
 
     def intact(self) -> bool:
         """Whether nothing was written behind any tensor since the last time; forgets them."""

@@ -29,13 +29,11 @@ def run_one(plan: Plan, name: str, inputs: Inputs, attributes: Attributes) -> tu
     Outputs start as NaN or -7, the workspace as bytes that are NaN and -1.
     """
     op, (_, sizes) = contract.BY_NAME[name], plans_of(name, inputs, attributes)
-    sized = {**sizes, "Hs": attributes.get("num_selection_heads"), "K": attributes.get("topk"), "k": attributes.get("top_k")}
-    kind = next(iter(inputs.values())).dtype
-    outputs = []
-    for port in op.outputs:
-        shape = [int(sizes[symbol] if sized[symbol] is None else sized[symbol]) for symbol in port.shape]
-        dtype = {"int32": torch.int32, "float32": torch.float32, "T": kind}[port.dtype]
-        outputs.append(torch.full(shape, _SENTINEL if port.dtype == "int32" else torch.nan, dtype=dtype))
+    dtypes = op.output_dtypes(str(next(iter(inputs.values())).dtype).removeprefix("torch."))
+    outputs = [
+        torch.full(shape, _SENTINEL if dtype == "int32" else torch.nan, dtype=getattr(torch, dtype))
+        for shape, dtype in zip(op.output_shapes(sizes, attributes), dtypes, strict=True)
+    ]
     workspace = torch.full((plan.workspace_bytes(sizes),), 255, dtype=torch.uint8)
     # Where values are infinite or NaN, NumPy warns of what the kernels mean to compute.
     with np.errstate(all="ignore"), warnings.catch_warnings():

@@ -108,7 +108,7 @@ def test_specialise_functions_equals_the_general_body(name: str) -> None:
     num_general = len(list(all_nodes(model.functions[0].node)))
     free = {"B": "batch", "L": "tokens", "U": "num_blocks", "M": "capacity", "T": "tokens"}
     for value, port in zip(model.graph.input, contract.BY_NAME[name].inputs, strict=True):
-        sizes = [free.get(symbol, size) for symbol, size in zip(port.shape, inputs[port.name].shape, strict=True)]
+        sizes = [free.get(dim.symbol, size) for dim, size in zip(port.shape, inputs[port.name].shape, strict=True)]
         value.CopyFrom(helper.make_tensor_value_info(port.name, KINDS[port.dtype], sizes))
     (function,) = specialise_functions(model).functions
     assert len(list(all_nodes(function.node))) < num_general

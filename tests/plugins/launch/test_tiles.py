@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 
+from bilevel import contract
 from bilevel.errors import ContractError
 from bilevel.plugins.launch import tiles
 
@@ -20,7 +21,7 @@ def test_limits_are_nvidias() -> None:
     }
 
 
-@pytest.mark.parametrize("dtype", tiles.DTYPE_BYTES)
+@pytest.mark.parametrize("dtype", contract.FLOAT_TYPES)
 @pytest.mark.parametrize("arch", tiles.ARCHITECTURES)
 def test_attention_tiles_fit_and_cover(arch: int, dtype: str) -> None:
     for width, group, block_size in product(WIDTHS, GROUPS, BLOCKS):
@@ -34,7 +35,7 @@ def test_attention_tiles_fit_and_cover(arch: int, dtype: str) -> None:
             assert all(n & (n - 1) == 0 for n in (tile.rows, tile.cols, tile.depth, tile.warps))
 
 
-@pytest.mark.parametrize("dtype", tiles.DTYPE_BYTES)
+@pytest.mark.parametrize("dtype", contract.FLOAT_TYPES)
 @pytest.mark.parametrize("arch", tiles.ARCHITECTURES)
 def test_other_tiles_fit(arch: int, dtype: str) -> None:
     limit = tiles.shared_limit(arch)

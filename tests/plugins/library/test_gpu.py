@@ -136,7 +136,7 @@ def test_expressions_in_cpp_are_those_of_python(library: KernelLibrary, gpu: Gpu
 
     def grown(tensors: Any, ports: Any) -> list[DeviceTensor]:
         return [
-            replace(tensor, shape=tuple(big.get(symbol, size) for symbol, size in zip(port.shape, tensor.shape, strict=True)))
+            replace(tensor, shape=tuple(big.get(str(dim), size) for dim, size in zip(port.shape, tensor.shape, strict=True)))
             for tensor, port in zip(tensors, ports, strict=True)
         ]
 

@@ -30,7 +30,7 @@ NAMES = [op.name for op in contract.GPU_OPS]
 
 def node_of(name: str, tokens: int = 6) -> Node:
     inputs, attributes = make_call(name, tokens)
-    dtype = "float32" if any(port.dtype == "T" for port in contract.BY_NAME[name].inputs) else ""
+    dtype = "float32" if contract.BY_NAME[name].has_float_type else ""
     return Node(contract.BY_NAME[name], attributes, dtype, tuple(tuple(x.shape) for x in inputs.values()))
 
 
@@ -108,7 +108,7 @@ def test_a_doubled_size_is_halved() -> None:
     free = [[False] * len(shape) for shape in node.dims]
     sizes = largest_sizes(node.op, node.dims, free)
     assert sizes["f"] == 5
-    assert tensorrt_fields.input_shapes(node.op, sizes) == list(node.dims)
+    assert node.op.input_shapes(sizes) == list(node.dims)
     odd = [*node.dims[:3], (8, 11, 6), node.dims[4]]
     with pytest.raises(ContractError, match="gate_up has 2f=11"):
         largest_sizes(node.op, odd, free)
@@ -134,8 +134,7 @@ def test_workspaces_belong_to_a_format_version() -> None:
     sizes = {"B": 2, "L": 512, "U": 128, "M": 8192, "T": 1024}
     digest = sha256()
     for op in contract.GPU_OPS:
-        symbols = {symbol for port in op.inputs for symbol in port.shape}
-        most = {name: size for name, size in sizes.items() if name in symbols}
+        most = {name: size for name, size in sizes.items() if name in op.symbols}
         for geometry in triton_sweep.geometries(op.name):
             for dtype in ("float16", "float32"):
                 every = plans_everywhere(op, geometry, dtype).values()

@@ -32,7 +32,7 @@ assert registry.load_library(sys.argv[1]) is not None
 found = {}
 for op, attributes, dims in json.loads(sys.argv[2]):
     creator = registry.get_creator(op, str(contract.VERSION), contract.DOMAIN)
-    dtype = "float32" if any(port.dtype == "T" for port in contract.BY_NAME[op].inputs) else ""
+    dtype = "float32" if contract.BY_NAME[op].has_float_type else ""
     fields = write_fields(Node(contract.BY_NAME[op], attributes, dtype, tuple(map(tuple, dims))))
     good, newer = Fields(trt, fields), Fields(trt, [Field("format_version", "INT32", (2,)), *fields[1:]])
     made = creator.create_plugin(op, good.collection, trt.TensorRTPhase.RUNTIME)
