@@ -34,12 +34,8 @@ _FUNCTIONS: dict[str, Callable[[int, int], int]] = {
     "min": min,
     "max": max,
 }
-_OPERATORS: dict[type, Callable[[int, int], int]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.LtE: operator.le,
-}
+_UNKNOWN = "{!r} in {!r} is no size, number or function of plugins/launch/launches.py"
+_OPERATORS = (ast.Add, ast.Sub, ast.Mult)
 
 
 @dataclass(frozen=True)
@@ -106,35 +102,52 @@ class Plan:
         return max((-(-(first + size) // ALIGNMENT) * ALIGNMENT for first, size in self.offsets(sizes).values()), default=0)
 
 
+def _check_expression(node: ast.expr, expression: str) -> None:
+    """Raise ContractError for anything that is no expression of this module; names are looked up when it is evaluated."""
+    parts: list[ast.expr]
+    if isinstance(node, ast.Name) or (isinstance(node, ast.Constant) and type(node.value) is int):
+        parts = []
+    elif isinstance(node, ast.BinOp) and isinstance(node.op, _OPERATORS):
+        parts = [node.left, node.right]
+    elif isinstance(node, ast.Compare) and len(node.ops) == 1 and isinstance(node.ops[0], ast.LtE):
+        parts = [node.left, *node.comparators]
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS and len(node.args) == 2:
+        parts = node.args
+    else:
+        raise ContractError(_UNKNOWN.format(ast.unparse(node), expression))
+    for part in parts:
+        _check_expression(part, expression)
+
+
+class _SizeLookup(ast.NodeTransformer):
+    """``L`` becomes ``sizes["L"]``; the names of functions stay."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.Subscript(ast.Name("sizes", ast.Load()), ast.Constant(node.id), ast.Load())
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        return ast.Call(node.func, [self.visit(argument) for argument in node.args], [])
+
+
 @functools.lru_cache(maxsize=4096)
-def _parsed(expression: str) -> ast.expr:
-    return ast.parse(expression, mode="eval").body
+def _compiled(expression: str) -> Callable[[Mapping[str, int]], int]:
+    """The expression as a function of the sizes: it is evaluated for every argument of every launch."""
+    tree = ast.parse(expression, mode="eval").body
+    _check_expression(tree, expression)
+    function = ast.parse("lambda sizes: 0", mode="eval")
+    assert isinstance(function.body, ast.Lambda)
+    function.body.body = _SizeLookup().visit(tree)
+    code = compile(ast.fix_missing_locations(function), f"<{expression}>", "eval")
+    value: Callable[[Mapping[str, int]], int] = eval(code, {"__builtins__": {}, **_FUNCTIONS})
+    return value
 
 
 def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
     """The value of an expression of this module. Raises ContractError for anything that is none."""
-
-    def value(node: ast.expr) -> int:
-        if isinstance(node, ast.Constant) and type(node.value) is int:
-            return node.value
-        if isinstance(node, ast.Name) and node.id in sizes:
-            return sizes[node.id]
-        if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
-            return _OPERATORS[type(node.op)](value(node.left), value(node.right))
-        if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in _OPERATORS:
-            return _OPERATORS[type(node.ops[0])](value(node.left), value(node.comparators[0]))
-        if (
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Name)
-            and node.func.id in _FUNCTIONS
-            and len(node.args) == 2
-        ):
-            return _FUNCTIONS[node.func.id](value(node.args[0]), value(node.args[1]))
-        raise ContractError(
-            f"{ast.unparse(node)!r} in {expression!r} is no size, number or function of plugins/launch/launches.py"
-        )
-
-    return value(_parsed(expression))
+    try:
+        return _compiled(expression)(sizes)
+    except KeyError as error:
+        raise ContractError(_UNKNOWN.format(error.args[0], expression)) from None
 
 
 def choose(plans: Sequence[Plan], sizes: Mapping[str, int]) -> Plan:

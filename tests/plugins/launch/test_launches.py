@@ -8,7 +8,7 @@ import pytest
 
 from bilevel import contract
 from bilevel.errors import ContractError
-from bilevel.plugins.launch import tiles
+from bilevel.plugins.launch import launches, tiles
 from bilevel.plugins.launch.launches import ALIGNMENT, Buffer, Plan, choose, evaluate
 from bilevel.plugins.launch.plans import RUNTIME_SIZES, plans, plans_everywhere
 from bilevel.plugins.library.sweep import geometries
@@ -44,6 +44,15 @@ def test_evaluate(expression: str, value: int) -> None:
 def test_evaluate_knows_nothing_else(expression: str) -> None:
     with pytest.raises(ContractError, match=r"is no size, number or function of plugins/launch/launches\.py"):
         evaluate(expression, SIZES)
+
+
+def test_an_expression_is_compiled_once_and_evaluated_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    expression = "ceil_div(L * 3, 7) + min(U, 9)"
+    assert evaluate(expression, SIZES) == 18
+    monkeypatch.setattr(launches.ast, "parse", None)
+    assert evaluate(expression, {"L": 7, "U": 1}) == 4
+    with pytest.raises(ContractError, match="'U' in 'ceil_div.*' is no size"):
+        evaluate(expression, {"L": 7})
 
 
 def test_buffers_are_aligned_and_apart() -> None:
