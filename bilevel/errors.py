@@ -7,7 +7,7 @@ BilevelError                 every error a caller may cause; its message is one 
 ├── ExportError              a model that cannot be exported as it is
 ├── BundleError              a bundle that is damaged or of another format
 ├── EngineError              an engine that is damaged, or does not run here
-├── KernelError              a kernel library cannot be used, or refuses a call
+├── KernelError              a kernel library cannot be built or used, or refuses a call
 ├── RequestError             a prompt or sampling setting that cannot be served
 ├── Overloaded               a server's queue is full
 ├── ShuttingDown             a server that takes no more requests
@@ -69,7 +69,7 @@ class EngineError(BilevelError):
 
 
 class KernelError(BilevelError):
-    """A kernel library cannot be used, or refuses a call."""
+    """A kernel library cannot be built or used, or refuses a call."""
 
 
 class RequestError(BilevelError):

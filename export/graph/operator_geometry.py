@@ -12,7 +12,7 @@ from bilevel.contract import BY_NAME, FLOAT_TYPES, WRITE_CACHE, Op
 from bilevel.errors import ExportError
 from bilevel.export.graph.nodes import routed_nodes
 from bilevel.plugins.launch.plans import RUNTIME_SIZES
-from bilevel.plugins.library.build import Request
+from bilevel.plugins.library.build import KernelRequest
 
 _FLOATS = {DTYPES[name].onnx_type: name for name in FLOAT_TYPES}
 Known = dict[str, tuple[int, list[int | str]]]  # value -> (element type, sizes; a name where the size is free)
@@ -29,7 +29,7 @@ def _known_values(graph: onnx.GraphProto) -> Known:
     return known
 
 
-def _request(op: Op, node: onnx.NodeProto, known: Known) -> Request:
+def _request(op: Op, node: onnx.NodeProto, known: Known) -> KernelRequest:
     geometry: dict[str, int | float | str] = {}
     dtype = "float32"
     for port, name in zip(op.inputs, node.input, strict=True):
@@ -64,7 +64,7 @@ def _as_write(node: onnx.NodeProto) -> onnx.NodeProto:
     return helper.make_node(WRITE_CACHE.name, [node.input[0], "", ""], node.output, node.name)
 
 
-def read_requests(graph_file: Path) -> list[Request]:
+def read_requests(graph_file: Path) -> list[KernelRequest]:
     """(operator, geometry, data type) of every routed node and of every cache of an ONNX file, equal ones once, in their order.
 
     A cache of floats is written by ScatterND, by a plugin in an engine (``export/engine/cache_writes.py``).
@@ -73,7 +73,7 @@ def read_requests(graph_file: Path) -> list[Request]:
     """
     graph = onnx.load(str(graph_file), load_external_data=False).graph
     known = _known_values(graph)
-    found: dict[str, Request] = {}
+    found: dict[str, KernelRequest] = {}
     inputs, outputs = {value.name for value in graph.input}, {value.name for value in graph.output}
     writes = [
         node for node in graph.node if node.op_type == "ScatterND" and node.input[0] in inputs and node.output[0] in outputs

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from bilevel import contract
 from bilevel.errors import ContractError
-from bilevel.plugins.launch.launches import MAX_GRID, Launch, Plan, choose, evaluate
+from bilevel.plugins.launch.launches import MAX_GRID, Launch, LaunchPlan, choose_plan, evaluate
 from bilevel.plugins.launch.plans import RUNTIME_SIZES, plans
 from bilevel.plugins.launch.tiles import nearest_architecture
 
 
 @functools.lru_cache(maxsize=256)
-def _cached_plans(name: str, geometry: tuple[tuple[str, Any], ...], dtype: str, arch: int) -> tuple[Plan, ...]:
+def _cached_plans(name: str, geometry: tuple[tuple[str, Any], ...], dtype: str, arch: int) -> tuple[LaunchPlan, ...]:
     return plans(contract.BY_NAME[name], dict(geometry), dtype, arch)
 
 
@@ -40,7 +40,7 @@ def _dtype_name(tensor: Tensor) -> str:
 
 def plans_for(
     op: contract.Op, tensors: Sequence[Tensor], attributes: dict[str, Any]
-) -> tuple[tuple[Plan, ...], dict[str, int]]:
+) -> tuple[tuple[LaunchPlan, ...], dict[str, int]]:
     """(the operator's plans for these tensors, the sizes of the call). Raises ContractError for what no kernel covers."""
     sizes = op.bind_shapes([tensor.shape for tensor in tensors])
     geometry = {**{name: size for name, size in sizes.items() if name not in RUNTIME_SIZES}, **attributes}
@@ -67,7 +67,7 @@ def run(op: contract.Op, tensors: Sequence[Tensor], attributes: dict[str, Any]) 
         torch.empty(shape, dtype=getattr(torch, dtype), device=device)
         for shape, dtype in zip(op.output_shapes(sizes, attributes), dtypes, strict=True)
     ]
-    plan = choose(plans_of_op, sizes)
+    plan = choose_plan(plans_of_op, sizes)
     workspace = torch.empty(plan.workspace_bytes(sizes), dtype=torch.uint8, device=device)
     run_plan(op, plan, tensors, outputs, workspace, sizes, attributes)
     return tuple(outputs) if len(outputs) > 1 else outputs[0]
@@ -75,7 +75,7 @@ def run(op: contract.Op, tensors: Sequence[Tensor], attributes: dict[str, Any]) 
 
 def run_plan(
     op: contract.Op,
-    plan: Plan,
+    plan: LaunchPlan,
     tensors: Sequence[Tensor],
     outputs: Sequence[Tensor],
     workspace: Tensor,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from bilevel import contract
-from bilevel.plugins.launch.launches import Builder, Geometry, Plan
+from bilevel.plugins.launch.launches import Builder, Geometry, LaunchPlan
 from bilevel.plugins.launch.tiles import small_tile
 
 _ELEMENTS = 1024  # that one program copies
 
 
-def write_cache(g: Geometry, dtype: str, arch: int) -> tuple[Plan, ...]:
+def plan_write_cache(g: Geometry, dtype: str, arch: int) -> tuple[LaunchPlan, ...]:
     """A launcher has seen to it that ``out`` holds the cache (``Op.in_place``)."""
     width = g["W"]
     launch = Builder(contract.WRITE_CACHE, dtype).launch(
@@ -19,4 +19,4 @@ def write_cache(g: Geometry, dtype: str, arch: int) -> tuple[Plan, ...]:
         (f"ceil_div(L * {width}, {_ELEMENTS})", str(g["H"]), "B"),
         small_tile(4),
     )
-    return (Plan("rows", "", (), (launch,)),)
+    return (LaunchPlan("rows", "", (), (launch,)),)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from bilevel import contract
-from bilevel.plugins.launch.launches import Buffer, Builder, Geometry, Launch, Plan
+from bilevel.plugins.launch.launches import Buffer, Builder, Geometry, Launch, LaunchPlan
 from bilevel.plugins.launch.tiles import grouped_tile, power_of_two, small_tile, vector_tile
 
 _CHUNK = 512  # pairs that one program of the counting sort takes
 _SLICE = 1024  # outputs of a token that one program of expert_sum adds up
 
 
-def expert_route(g: Geometry, dtype: str, arch: int) -> tuple[Plan, ...]:
+def plan_expert_route(g: Geometry, dtype: str, arch: int) -> tuple[LaunchPlan, ...]:
     experts, groups, top_k = g["E"], g["Gp"], g["top_k"]
     constants = {
         "E": experts,
@@ -31,10 +31,10 @@ def expert_route(g: Geometry, dtype: str, arch: int) -> tuple[Plan, ...]:
         ("T", "1", "1"),
         small_tile(1),
     )
-    return (Plan("rows", "", (), (launch,)),)
+    return (LaunchPlan("rows", "", (), (launch,)),)
 
 
-def routed_experts(g: Geometry, dtype: str, arch: int) -> tuple[Plan, ...]:
+def plan_routed_experts(g: Geometry, dtype: str, arch: int) -> tuple[LaunchPlan, ...]:
     few_each = f"T * {g['k']} <= {32 * g['E']}"
     return (
         _pairs(g, dtype),
@@ -43,7 +43,7 @@ def routed_experts(g: Geometry, dtype: str, arch: int) -> tuple[Plan, ...]:
     )
 
 
-def _pairs(g: Geometry, dtype: str) -> Plan:
+def _pairs(g: Geometry, dtype: str) -> LaunchPlan:
     """Few tokens: every (token, expert) pair reads its expert's weights."""
     width, inner, top_k = g["d"], g["f"], g["k"]
     buffers = (Buffer("hidden", dtype, f"T * {top_k * inner}"),)
@@ -64,10 +64,10 @@ def _pairs(g: Geometry, dtype: str) -> Plan:
         (str(-(-width // down.cols)), "T", "1"),
         down,
     )
-    return Plan("pairs", "T <= 8", buffers, (hidden, output))
+    return LaunchPlan("pairs", "T <= 8", buffers, (hidden, output))
 
 
-def _tiles(name: str, when: str, rows: int, g: Geometry, dtype: str, arch: int) -> Plan:
+def _tiles(name: str, when: str, rows: int, g: Geometry, dtype: str, arch: int) -> LaunchPlan:
     """A counting sort of the pairs by expert, tiles of ``rows`` pairs of one expert, and the weighted sum back."""
     experts, width, inner, top_k = g["E"], g["d"], g["f"], g["k"]
     pairs = f"T * {top_k}"
@@ -106,7 +106,7 @@ def _tiles(name: str, when: str, rows: int, g: Geometry, dtype: str, arch: int) 
         ("T", str(-(-width // cols)), "1"),
         small_tile(4),
     )
-    return Plan(name, when, buffers, (*_sort(make, experts, rows, chunks), hidden, output, total))
+    return LaunchPlan(name, when, buffers, (*_sort(make, experts, rows, chunks), hidden, output, total))
 
 
 def _sort(make: Builder, experts: int, rows: int, chunks: str) -> tuple[Launch, Launch, Launch]:

@@ -1,7 +1,7 @@
 """How a kernel launch is described: the one form that the Python launcher (``plugins/kernels/launch.py``), the ahead-of-time compiler
 (``plugins/library/compile.py``) and a C launcher follow (standard library only). ``plugins/launch/plans.py`` describes every operator in it.
 
-A ``Plan`` is a list of buffers in the workspace and a list of launches. What is known when kernels are compiled (the geometry)
+A ``LaunchPlan`` is a list of buffers in the workspace and a list of launches. What is known when kernels are compiled (the geometry)
 is in the launches' constants; the sizes of a call are names in expressions: the contract's letters and the attributes' names, with
 +, -, *, parentheses, ceil_div(a, b), floor_div(a, b), min(a, b), max(a, b) and <=. They are valid C as well, and ``evaluate``
 computes them here; 64-bit integers hold every value.
@@ -80,7 +80,7 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LaunchPlan:
     """One way to run an operator, for calls that meet ``when`` (empty: any)."""
 
     name: str
@@ -150,7 +150,7 @@ def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
         raise ContractError(_UNKNOWN.format(error.args[0], expression)) from None
 
 
-def choose(plans: Sequence[Plan], sizes: Mapping[str, int]) -> Plan:
+def choose_plan(plans: Sequence[LaunchPlan], sizes: Mapping[str, int]) -> LaunchPlan:
     """The first plan whose condition the sizes meet; the last of an operator's plans has none."""
     return next(plan for plan in plans if not plan.when or evaluate(plan.when, sizes))
 

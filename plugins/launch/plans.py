@@ -8,26 +8,24 @@ from __future__ import annotations
 
 from bilevel import contract
 from bilevel.errors import ContractError
-from bilevel.plugins.launch import caches as plans_caches
-from bilevel.plugins.launch import experts as plans_experts
-from bilevel.plugins.launch import routing as plans_routing
-from bilevel.plugins.launch.launches import Geometry, Plan
+from bilevel.plugins.launch import caches, experts, routing
+from bilevel.plugins.launch.launches import Geometry, LaunchPlan
 from bilevel.plugins.launch.tiles import ARCHITECTURES, shared_limit
 
 RUNTIME_SIZES = ("B", "L", "U", "M", "T")
 # A program holds a position's whole choice, a row of a head and a token's expert scores in registers.
 LIMITS = {"K": 128, "topk": 128, "D": 256, "E": 1024, "top_k": 128}
 _MAKERS = {
-    "CoarseRoute": plans_routing.coarse_route,
-    "FineRoute": plans_routing.fine_route,
-    "RoutedAttention": plans_routing.routed_attention,
-    "ExpertRoute": plans_experts.expert_route,
-    "RoutedExperts": plans_experts.routed_experts,
-    "WriteCache": plans_caches.write_cache,
+    "CoarseRoute": routing.plan_coarse_route,
+    "FineRoute": routing.plan_fine_route,
+    "RoutedAttention": routing.plan_routed_attention,
+    "ExpertRoute": experts.plan_expert_route,
+    "RoutedExperts": experts.plan_routed_experts,
+    "WriteCache": caches.plan_write_cache,
 }
 
 
-def plans(op: contract.Op, geometry: Geometry, dtype: str, arch: int) -> tuple[Plan, ...]:
+def plans(op: contract.Op, geometry: Geometry, dtype: str, arch: int) -> tuple[LaunchPlan, ...]:
     """How ``op`` runs for a geometry, a data type ("float16", "bfloat16", "float32") and an architecture as in 87.
 
     Raises ContractError for what the kernels do not cover.
@@ -43,7 +41,7 @@ def plans(op: contract.Op, geometry: Geometry, dtype: str, arch: int) -> tuple[P
     return _MAKERS[op.name](geometry, dtype, arch)
 
 
-def plans_everywhere(op: contract.Op, geometry: Geometry, dtype: str) -> dict[int, tuple[Plan, ...]]:
+def plans_everywhere(op: contract.Op, geometry: Geometry, dtype: str) -> dict[int, tuple[LaunchPlan, ...]]:
     """Architecture -> plans, for every architecture that has the shared memory. Raises ContractError where none does."""
     found, problem = {}, None
     for arch in ARCHITECTURES:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bilevel import contract
 from bilevel.errors import ContractError
-from bilevel.plugins.launch.launches import Buffer, Builder, Geometry, Plan
+from bilevel.plugins.launch.launches import Buffer, Builder, Geometry, LaunchPlan
 from bilevel.plugins.launch.tiles import attention_tile, decode_tile, power_of_two, route_tile, row_tile, small_tile
 
 MAX_GROUP = 64  # query heads that share a key/value head and a choice: they fill the rows of a tile
@@ -22,7 +22,7 @@ def _route_constants(g: Geometry) -> dict[str, int]:
     return {**constants, "INIT": min(g["init_blocks"], g["topk"]), "LOCAL": min(g["local_blocks"], g["topk"])}
 
 
-def coarse_route(g: Geometry, dtype: str, arch: int) -> tuple[Plan, ...]:
+def plan_coarse_route(g: Geometry, dtype: str, arch: int) -> tuple[LaunchPlan, ...]:
     constants, choices, topk = _route_constants(g), str(g["num_selection_heads"]), g["topk"]
     splits = f"ceil_div(U, {_UNITS})"
     ranks = Buffer("ranks", "int64", f"B * {choices} * L * {splits} * {topk}")
@@ -50,10 +50,10 @@ def coarse_route(g: Geometry, dtype: str, arch: int) -> tuple[Plan, ...]:
         (f"ceil_div(L, {tile.rows})", choices, "B"),
         tile,
     )
-    return Plan("split", "L <= 8", (ranks,), (split, merge)), Plan("tiles", "", (), (tiles,))
+    return LaunchPlan("split", "L <= 8", (ranks,), (split, merge)), LaunchPlan("tiles", "", (), (tiles,))
 
 
-def fine_route(g: Geometry, dtype: str, arch: int) -> tuple[Plan, ...]:
+def plan_fine_route(g: Geometry, dtype: str, arch: int) -> tuple[LaunchPlan, ...]:
     constants, row = _route_constants(g), row_tile(g["Dr"])
     constants |= {"HC": g["Hc"], "K1": g["K1"], "COLS": row.cols, "DEPTH": row.depth}
     launch = Builder(contract.FINE_ROUTE, dtype).launch(
@@ -63,7 +63,7 @@ def fine_route(g: Geometry, dtype: str, arch: int) -> tuple[Plan, ...]:
         ("L", str(g["num_selection_heads"]), "B"),
         row,
     )
-    return (Plan("rows", "", (), (launch,)),)
+    return (LaunchPlan("rows", "", (), (launch,)),)
 
 
 def head_groups(g: Geometry) -> int:
@@ -94,11 +94,11 @@ def _pick(constants: dict[str, int], names: str) -> dict[str, int]:
     return {name: constants[name] for name in names.split()}
 
 
-def routed_attention(g: Geometry, dtype: str, arch: int) -> tuple[Plan, ...]:
+def plan_routed_attention(g: Geometry, dtype: str, arch: int) -> tuple[LaunchPlan, ...]:
     return _attention_split(g, dtype, arch), _attention_tiles(g, dtype, arch)
 
 
-def _attention_tiles(g: Geometry, dtype: str, arch: int) -> Plan:
+def _attention_tiles(g: Geometry, dtype: str, arch: int) -> LaunchPlan:
     """Many tokens: tiles of positions, and the blocks that some position of a tile kept."""
     groups, choices = head_groups(g), str(g["Hs"])
     tile = attention_tile(g["D"], g["Hq"] // groups, g["block_size"], dtype, arch)
@@ -124,10 +124,10 @@ def _attention_tiles(g: Geometry, dtype: str, arch: int) -> Plan:
         (tiles, str(groups), "B"),
         tile,
     )
-    return Plan("tiles", "", buffers, (plan, attend))
+    return LaunchPlan("tiles", "", buffers, (plan, attend))
 
 
-def _attention_split(g: Geometry, dtype: str, arch: int) -> Plan:
+def _attention_split(g: Geometry, dtype: str, arch: int) -> LaunchPlan:
     """Few tokens: the kept blocks of one token are split among programs, whose results are merged."""
     groups, heads, topk = head_groups(g), g["Hq"], g["K"]
     tile = decode_tile(g["D"], heads // groups, g["block_size"], dtype, arch)
@@ -154,4 +154,4 @@ def _attention_split(g: Geometry, dtype: str, arch: int) -> Plan:
         (str(heads), "B * L", "1"),
         small_tile(4),
     )
-    return Plan("split", "L <= 16", buffers, (attend, merge))
+    return LaunchPlan("split", "L <= 16", buffers, (attend, merge))

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bilevel.errors import ContractError, MissingDependency
+from bilevel.errors import KernelError, MissingDependency
 
 # The first CUDA whose assembler makes code for an architecture (CUDA release notes); 8.x and 9.0 are older than CUDA 12.
 FIRST_CUDA = {80: (12, 0), 86: (12, 0), 87: (12, 0), 89: (12, 0), 90: (12, 0), 100: (12, 8), 110: (13, 0), 120: (12, 8)}
@@ -73,13 +73,13 @@ def installed() -> list[Assembler]:
 def choose(arch: int, cuda: str, assemblers: list[Assembler]) -> Assembler:
     """The oldest of ``assemblers`` that makes code for ``arch`` (as in 87) and drivers of CUDA ``cuda``.
 
-    cuda: "12" or "13", or "auto": 12 for architectures that CUDA 12 had from the start, 13 for newer ones. Raises ContractError
+    cuda: "12" or "13", or "auto": 12 for architectures that CUDA 12 had from the start, 13 for newer ones. Raises KernelError
     for an architecture that this CUDA does not know, MissingDependency where no assembler suits.
     """
     first = FIRST_CUDA[arch]
     major = int(cuda) if cuda != "auto" else 12 if first <= (12, 0) else 13
     if major < first[0]:
-        raise ContractError(f"CUDA {major} knows no sm_{arch}; build it with --cuda 13, for drivers of CUDA 13")
+        raise KernelError(f"CUDA {major} knows no sm_{arch}; build it with --cuda 13, for drivers of CUDA 13")
     for assembler in sorted(assemblers):
         if assembler.version >= first and assembler.version[0] == major:
             return assembler

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import bilevel
 from bilevel import contract
-from bilevel.errors import ContractError, MissingDependency, require
+from bilevel.errors import KernelError, MissingDependency, require
 from bilevel.plugins.launch.launches import Geometry, Launch
 from bilevel.plugins.launch.plans import plans, plans_everywhere
 from bilevel.plugins.library import assemblers
@@ -41,7 +41,7 @@ _FLAGS = ("-std=c++17", "-O2", "-g0", "-fPIC", "-shared", "-pthread", "-fvisibil
 # The C++ runtime is the device's: linked in, a recent compiler's would ask for a glibc that JetPack 6 (2.35) does not have.
 _LINK = (f"-Wl,--version-script={CSRC / 'gpu' / 'exports.map'}", "-Wl,-z,defs", "-Wl,--build-id=none", "-s", "-ldl")
 
-Request = tuple[contract.Op, Geometry, str]  # operator, geometry, data type
+KernelRequest = tuple[contract.Op, Geometry, str]  # operator, geometry, data type
 Compile = Callable[[Launch, int], Compiled]
 Progress = Callable[[int, int, str], None]
 
@@ -59,7 +59,7 @@ class Build:
     without_plugins: str
 
 
-def plan_variants(requests: Sequence[Request], archs: Sequence[int]) -> list[Variant]:
+def plan_variants(requests: Sequence[KernelRequest], archs: Sequence[int]) -> list[Variant]:
     """The variants of a library, each once. Raises ContractError for what the kernels do not cover."""
     found: dict[str, Variant] = {}
     for op, geometry, dtype in requests:
@@ -85,7 +85,7 @@ def launches_of(variants: Sequence[Variant]) -> dict[CodeKey, Launch]:
 def find_compiler(target: str) -> str:
     """The C++ compiler for a machine, "x86_64" or "aarch64": CXX for this one's own, else GNU's cross compiler."""
     if target not in TARGETS:
-        raise ContractError(f"there is no target {target!r}; take {' or '.join(TARGETS)}")
+        raise KernelError(f"there is no target {target!r}; take {' or '.join(TARGETS)}")
     is_own = target == platform.machine()
     name = os.environ.get("CXX", "g++") if is_own else f"{target}-linux-gnu-g++"
     if shutil.which(name) is None:
@@ -166,7 +166,7 @@ def _link(folder: Path, source: str, compiler: str, headers: Headers | str) -> P
     if run.returncode:
         said = [line for line in run.stderr.splitlines() if "error" in line.lower()]
         reason = said[0] if said else run.stderr.strip()[-300:] or "no message"
-        raise ContractError(f"{compiler} could not build the library ({reason}); install a compiler with C++17, GCC 9 or newer")
+        raise KernelError(f"{compiler} could not build the library ({reason}); install a compiler with C++17, GCC 9 or newer")
     return out
 
 
@@ -187,7 +187,7 @@ def choose_headers(plugins: str) -> Headers | str:
 
 
 def build_library(
-    requests: Sequence[Request],
+    requests: Sequence[KernelRequest],
     archs: Sequence[int],
     out: Path,
     *,
@@ -202,7 +202,8 @@ def build_library(
 
     cuda: "auto", "12" or "13", the drivers' CUDA. target: "x86_64" or "aarch64" ("": this machine's). plugins: TensorRT's; "auto"
     (where NVIDIA's headers are found), "none" or "required". jobs: processes (0: one per core). on_progress(done, all, what):
-    called after every kernel. Raises ContractError and MissingDependency, before anything is compiled where it can.
+    called after every kernel. Raises ContractError for geometries that no kernel covers, KernelError for options that fit nothing
+    and a compiler that fails, MissingDependency; before anything is compiled where it can.
     """
     target, out = target or platform.machine(), out.absolute()
     compiler, variants, tools = find_compiler(target), plan_variants(requests, archs), choose_assemblers(archs, cuda)

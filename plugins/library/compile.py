@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from bilevel.errors import ContractError, require
+from bilevel.errors import KernelError, require
 from bilevel.plugins.launch.launches import Launch
 from bilevel.plugins.launch.tiles import shared_limit
 from bilevel.plugins.library.assemblers import Assembler
@@ -33,13 +33,13 @@ class Compiled:
 def compile_launch(launch: Launch, arch: int, assembler: Assembler | None = None) -> Compiled:
     """Compile a launch's kernel for an architecture as in 87; ``assembler``: by which (None: Triton's own).
 
-    Raises ContractError where the machine code needs more shared memory than the architecture has, MissingDependency without
+    Raises KernelError where the machine code needs more shared memory than the architecture has, MissingDependency without
     Triton.
     """
     limit, triton = shared_limit(arch), require("triton")
     function = getattr(importlib.import_module(f"bilevel.plugins.kernels.{launch.module}"), launch.kernel)
     if triton.knobs.runtime.interpret:
-        raise ContractError("TRITON_INTERPRET is set, so nothing can be compiled; unset it and start again")
+        raise KernelError("TRITON_INTERPRET is set, so nothing can be compiled; unset it and start again")
     signature = {a.name: f"*{_KINDS[a.kind[1:]]}" if a.kind.startswith("*") else _KINDS[a.kind] for a in launch.arguments}
     signature |= dict.fromkeys(launch.constants, "constexpr")
     aligned = {(n,): [["tt.divisibility", _POINTER_BYTES]] for n, a in enumerate(launch.arguments) if a.kind.startswith("*")}
@@ -59,9 +59,9 @@ def compile_launch(launch: Launch, arch: int, assembler: Assembler | None = None
         made = triton.compile(source, target=target, options=options)
     data = made.metadata
     if data.shared > limit:
-        raise ContractError(f"{launch.kernel} takes {data.shared} bytes of shared memory; sm_{arch} has {limit}")
+        raise KernelError(f"{launch.kernel} takes {data.shared} bytes of shared memory; sm_{arch} has {limit}")
     if data.global_scratch_size or data.profile_scratch_size:
-        raise ContractError(f"{launch.kernel} takes scratch memory on sm_{arch}, which no launcher gives; choose smaller tiles")
+        raise KernelError(f"{launch.kernel} takes scratch memory on sm_{arch}, which no launcher gives; choose smaller tiles")
     scratch = count_parameters(made.asm["ptx"], data.name) - len(launch.arguments)
     return Compiled(data.name, made.asm["cubin"], data.shared, 32 * data.num_warps, scratch)
 
@@ -70,5 +70,5 @@ def count_parameters(ptx: str, symbol: str) -> int:
     """Parameters of a kernel in PTX. Behind its arguments Triton adds pointers to scratch memory: two since 3.4, fewer before."""
     found = re.search(rf"\.entry\s+{re.escape(symbol)}\s*\((.*?)\)\s", ptx, re.DOTALL)
     if found is None:
-        raise ContractError(f"the compiled code has no kernel {symbol}; install the Triton that PyTorch was built with")
+        raise KernelError(f"the compiled code has no kernel {symbol}; install the Triton that PyTorch was built with")
     return found[1].count(".param")

@@ -69,7 +69,7 @@ class DeviceTensor:
 
 
 @dataclass(frozen=True)
-class Call:
+class KernelCall:
     """One call of an operator: its tensors in the contract's order, all of its attributes."""
 
     op: contract.Op
@@ -147,7 +147,7 @@ class KernelLibrary:
             raise KernelError(f"{self.path.name}: {sentence} ({STATUSES[status]})")
 
     @staticmethod
-    def _call(call: Call) -> _Call:
+    def _call(call: KernelCall) -> _Call:
         parts = (_tensors(call.inputs), _tensors(call.outputs), _attributes(call.attributes))
         inputs, outputs, attributes = parts
         made = _Call(ctypes.sizeof(_Call), call.op.name.encode())
@@ -156,17 +156,17 @@ class KernelLibrary:
         made.num_attributes, made.attributes = len(attributes), ctypes.cast(attributes, ctypes.POINTER(_Attribute))
         return made
 
-    def workspace_size(self, call: Call, arch: int = 0) -> int:
+    def workspace_size(self, call: KernelCall, arch: int = 0) -> int:
         """Bytes that suffice for this call and every smaller one on ``arch`` (0: on any). Raises KernelError."""
         size = ctypes.c_size_t()
         self._check(self._library.bilevel_workspace_size(ctypes.byref(self._call(call)), arch, ctypes.byref(size)))
         return size.value
 
-    def prepare(self, call: Call) -> None:
+    def prepare(self, call: KernelCall) -> None:
         """Load what calls of this geometry need into the current GPU. Raises KernelError."""
         self._check(self._library.bilevel_prepare(ctypes.byref(self._call(call))))
 
-    def launch(self, call: Call, workspace: int = 0, workspace_bytes: int = 0, stream: int = 0) -> None:
+    def launch(self, call: KernelCall, workspace: int = 0, workspace_bytes: int = 0, stream: int = 0) -> None:
         """Enqueue the call; workspace: an address that is a multiple of 256. Raises KernelError."""
         status = self._library.bilevel_launch(
             ctypes.byref(self._call(call)),

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bilevel import contract
-from bilevel.errors import ContractError
-from bilevel.plugins.launch.launches import Geometry, Launch, Plan
+from bilevel.errors import KernelError
+from bilevel.plugins.launch.launches import Geometry, Launch, LaunchPlan
 from bilevel.plugins.launch.plans import RUNTIME_SIZES
 
 CodeKey = tuple[tuple[object, ...], int]  # (Launch.code, architecture)
@@ -39,7 +39,7 @@ class Variant:
     op: contract.Op
     geometry: Geometry
     dtype: str
-    plans: Mapping[int, tuple[Plan, ...]]
+    plans: Mapping[int, tuple[LaunchPlan, ...]]
     built: tuple[int, ...]
 
 
@@ -50,7 +50,7 @@ def fixed_values(op: contract.Op, geometry: Geometry) -> dict[str, int | str]:
 
 
 def expression(text: str, geometry: Geometry) -> str:
-    """An expression of ``plugins/launch/launches.py`` in C++; sizes of a call are members of ``z``. Raises ContractError."""
+    """An expression of ``plugins/launch/launches.py`` in C++; sizes of a call are members of ``z``. Raises KernelError."""
 
     def emit(node: ast.expr) -> str:
         if isinstance(node, ast.Constant) and type(node.value) is int:
@@ -65,7 +65,7 @@ def expression(text: str, geometry: Geometry) -> str:
             return f"({emit(node.left)} {_OPERATORS[type(node.ops[0])]} {emit(node.comparators[0])})"
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             return f"{node.func.id}({', '.join(map(emit, node.args))})"
-        raise ContractError(f"{ast.unparse(node)!r} in {text!r} cannot be said in C++")
+        raise KernelError(f"{ast.unparse(node)!r} in {text!r} cannot be said in C++")
 
     return emit(ast.parse(text, mode="eval").body)
 
@@ -95,7 +95,7 @@ class _Writer:
         unused = "" if "z." in body else " /*z*/"
         return self.define("f", "Number {}" + f"(const Sizes&{unused or ' z'})", f" {{ return {body}; }}")
 
-    def launch(self, variant: Variant, plan: Plan, launch: Launch, arch: int) -> str:
+    def launch(self, variant: Variant, plan: LaunchPlan, launch: Launch, arch: int) -> str:
         op = variant.op
         places: dict[str, int] = {}
         for name in (*(p.name for p in (*op.inputs, *op.outputs)), *(buffer.name for buffer in plan.buffers)):
@@ -113,7 +113,7 @@ class _Writer:
         grid = ", ".join(self.function(size, variant.geometry) for size in launch.grid)
         return f"{{{self.indices[launch.code, arch]}, {len(items)}, {arguments}, {{{grid}}}}}"
 
-    def plan(self, variant: Variant, plan: Plan, arch: int) -> str:
+    def plan(self, variant: Variant, plan: LaunchPlan, arch: int) -> str:
         when = self.function(plan.when, variant.geometry) if plan.when else "nullptr"
         sizes = [f"({buffer.count}) * {contract.DTYPE_BYTES[buffer.kind]}" for buffer in plan.buffers]
         buffers = self.array("b", "Expression", [self.function(size, variant.geometry) for size in sizes])

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from bilevel import contract
 from bilevel.errors import ContractError
-from bilevel.plugins.launch.launches import Plan, evaluate
+from bilevel.plugins.launch.launches import LaunchPlan, evaluate
 from bilevel.plugins.launch.plans import RUNTIME_SIZES
 
 # Also grows with the workspace that any plan takes: an engine keeps the workspace that it was built with.
@@ -37,7 +37,7 @@ class Field:
 
 
 @dataclass(frozen=True)
-class Node:
+class PluginNode:
     """One plugin: its operator, its attributes, and what an optimisation profile said of its inputs, if it was asked.
 
     dtype: the model's float type, "" where unknown or not used. dims: the largest shape of every input.
@@ -89,17 +89,17 @@ def _extra(op: contract.Op, fields: dict[str, Field]) -> tuple[str, tuple[tuple[
     return names[int(dtype[0])], _split_dims(op, fields.pop("dims").data)
 
 
-def read_fields(op: contract.Op, fields: Iterable[Field], *, from_plan: bool) -> Node:
+def read_fields(op: contract.Op, fields: Iterable[Field], *, from_plan: bool) -> PluginNode:
     """A node from what the parser gave, or from what ``write_fields`` put into a plan. Raises ContractError."""
     left = {field.name: field for field in fields}
     dtype, dims = _extra(op, left) if from_plan else ("", ())
     known = {attribute.name: attribute for attribute in op.attributes}
     attributes = {name: _value(op, known[name], field) if name in known else 0 for name, field in left.items()}
     op.check_attributes(attributes)
-    return Node(op, attributes, dtype, dims)
+    return PluginNode(op, attributes, dtype, dims)
 
 
-def write_fields(node: Node) -> list[Field]:
+def write_fields(node: PluginNode) -> list[Field]:
     """The fields that go into a plan."""
     found = [Field("format_version", "INT32", (FORMAT_VERSION,))]
     for attribute in node.op.attributes:
@@ -126,7 +126,7 @@ def largest_sizes(op: contract.Op, shapes: Sequence[Sequence[int]], fixed: Seque
     return {symbol: bound for symbol, (bound, _) in bounds.items()}
 
 
-def workspace_limit(plans: Sequence[Plan], most: Mapping[str, int]) -> int:
+def workspace_limit(plans: Sequence[LaunchPlan], most: Mapping[str, int]) -> int:
     """Bytes of workspace that suffice for every call whose sizes are not larger than ``most``."""
     found = 0
     for plan in plans:
@@ -142,6 +142,6 @@ def workspace_limit(plans: Sequence[Plan], most: Mapping[str, int]) -> int:
     return found
 
 
-def geometry_of(node: Node, sizes: Mapping[str, int]) -> dict[str, Value]:
+def geometry_of(node: PluginNode, sizes: Mapping[str, int]) -> dict[str, Value]:
     """What ``plans.plans`` asks for: sizes that no call changes, and the attributes."""
     return {**{name: size for name, size in sizes.items() if name not in RUNTIME_SIZES}, **node.attributes}

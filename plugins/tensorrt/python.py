@@ -20,11 +20,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from bilevel import contract
-from bilevel.errors import BilevelError, ContractError
+from bilevel.errors import BilevelError, ContractError, KernelError
 from bilevel.plugins.launch.plans import plans_everywhere
 from bilevel.plugins.tensorrt.fields import (
     Field,
-    Node,
+    PluginNode,
     geometry_of,
     largest_sizes,
     read_fields,
@@ -62,7 +62,7 @@ def tensor_at(address: int, shape: Sequence[int], dtype: str, device: str) -> An
 
 
 def run_at(
-    node: Node, shapes: Sequence[Sequence[int]], addresses: Sequence[int], workspace: int, stream: int, device: str
+    node: PluginNode, shapes: Sequence[Sequence[int]], addresses: Sequence[int], workspace: int, stream: int, device: str
 ) -> None:
     """Run an operator on tensors by their addresses, inputs first. Raises ContractError for shapes outside the contract.
 
@@ -81,13 +81,13 @@ def run_at(
     tensors = [tensor_at(*place, device) for place in zip(addresses, every_shape, dtypes, strict=True)]
     inputs, outputs = tensors[: len(op.inputs)], tensors[len(op.inputs) :]
     found, _ = launch.plans_for(op, inputs, attributes)
-    plan = launches.choose(found, sizes)
+    plan = launches.choose_plan(found, sizes)
     with torch.cuda.stream(torch.cuda.ExternalStream(stream)) if device == "cuda" else nullcontext():
         memory = tensor_at(workspace, (plan.workspace_bytes(sizes),), "uint8", device)
         launch.run_plan(op, plan, inputs, outputs, memory, sizes, attributes)
 
 
-def _most_workspace(node: Node) -> int:
+def _most_workspace(node: PluginNode) -> int:
     """Bytes of workspace that calls within node.dims need on any architecture. Raises ContractError for what no kernel covers."""
     sizes = largest_sizes(node.op, node.dims, [[False] * len(shape) for shape in node.dims])
     geometry, dtype = geometry_of(node, sizes), node.dtype or "float32"
@@ -101,7 +101,7 @@ class _Plugin:
     # Where enqueue's addresses lie; the tests, which have no GPU, say "cpu".
     device = "cuda"
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: PluginNode) -> None:
         self.node = node
         self.plugin_name, self.plugin_version = node.op.name, str(node.op.version)
         self.plugin_namespace, self.num_outputs = contract.DOMAIN, len(node.op.outputs)
@@ -156,7 +156,7 @@ class _Plugin:
             raise ContractError(f"{self.node.op.name} computes in {', '.join(_FLOATS.values())}, not in {names[0]}")
         return _FLOATS[names[0]] if names else ""
 
-    def _seen(self, inputs: Sequence[Any]) -> Node:
+    def _seen(self, inputs: Sequence[Any]) -> PluginNode:
         """The node with what a profile says of its inputs."""
         op = self.node.op
         fixed = [[size >= 0 for size in given.desc.dims] for given in inputs]
@@ -225,7 +225,7 @@ def _plugin_class(trt: Any) -> Any:
     bases = (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime)
 
     class Plugin(_Plugin, *bases):  # type: ignore[misc]
-        def __init__(self, node: Node) -> None:
+        def __init__(self, node: PluginNode) -> None:
             for base in bases:
                 base.__init__(self)
             _Plugin.__init__(self, node)
@@ -264,6 +264,7 @@ def register_plugins(trt: Any) -> None:
     registry = trt.get_plugin_registry()
     for creator in creators(trt):
         if not registry.register_creator(creator, contract.DOMAIN):
-            raise ContractError(
-                f"{trt.__name__} has another plugin bilevel.{creator.name} already; load the kernel library or register these, not both"
+            raise KernelError(
+                f"{trt.__name__} has another plugin bilevel.{creator.name} already; "
+                "load the kernel library or register these, not both"
             )

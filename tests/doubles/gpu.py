@@ -22,9 +22,9 @@ from torch import Tensor
 from bilevel import contract
 from bilevel.plugins.launch.launches import Launch
 from bilevel.plugins.launch.plans import RUNTIME_SIZES
-from bilevel.plugins.library.build import Request, build_library
+from bilevel.plugins.library.build import KernelRequest, build_library
 from bilevel.plugins.library.compile import Compiled
-from bilevel.plugins.library.gpu import Call, DeviceTensor, KernelLibrary
+from bilevel.plugins.library.gpu import DeviceTensor, KernelCall, KernelLibrary
 from bilevel.plugins.library.source import CodeKey
 from tests.support.operator_calls import Attributes, Inputs
 from tests.support.triton_calls import triton_launch
@@ -50,7 +50,7 @@ def geometry_of(name: str, inputs: Inputs, attributes: Attributes) -> dict[str, 
     return {**{key: size for key, size in sizes.items() if key not in RUNTIME_SIZES}, **attributes}
 
 
-def request_of(name: str, inputs: Inputs, attributes: Attributes) -> Request:
+def request_of(name: str, inputs: Inputs, attributes: Attributes) -> KernelRequest:
     dtype = str(next(iter(inputs.values())).dtype).removeprefix("torch.")
     return contract.BY_NAME[name], geometry_of(name, inputs, attributes), dtype
 
@@ -68,7 +68,7 @@ def number_kernels(
     return made
 
 
-def build(requests: Sequence[Request], out: Path, archs: Sequence[int] = (80,), **options: Any) -> KernelLibrary:
+def build(requests: Sequence[KernelRequest], out: Path, archs: Sequence[int] = (80,), **options: Any) -> KernelLibrary:
     return KernelLibrary(build_library(requests, archs, out, compile_all=number_kernels, **options).path)
 
 
@@ -167,7 +167,7 @@ def fake_gpu(folder: Path) -> Iterator[Gpu]:
         assert not gpu.errors, gpu.errors
 
 
-def call_of(memory: Memory, name: str, inputs: Inputs, attributes: Attributes) -> Call:
+def call_of(memory: Memory, name: str, inputs: Inputs, attributes: Attributes) -> KernelCall:
     """The call with its tensors in ``memory``; outputs hold NaN or -1."""
     op = contract.BY_NAME[name]
     sizes = op.bind_shapes([x.shape for x in inputs.values()])
@@ -176,4 +176,4 @@ def call_of(memory: Memory, name: str, inputs: Inputs, attributes: Attributes) -
     for shape, dtype in zip(op.output_shapes(sizes, attributes), op.output_dtypes(kind), strict=True):
         raw = memory.bytes(int(np.prod(shape)) * getattr(torch, dtype).itemsize)
         outputs.append(DeviceTensor(raw.data_ptr(), shape, dtype))
-    return Call(op, [memory.put(x) for x in inputs.values()], outputs, attributes)
+    return KernelCall(op, [memory.put(x) for x in inputs.values()], outputs, attributes)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel import contract, gpu_kernels, ops
 from bilevel.plugins.kernels import launch as triton_launch
-from bilevel.plugins.launch.launches import choose
+from bilevel.plugins.launch.launches import choose_plan
 from tests.gpu import cases as gpu_cases
 from tests.gpu.cases import Attention, Cache, ExpertRoute, Experts, Route
 from tests.gpu.judges import judge, wrong_rows
@@ -34,7 +34,7 @@ def check_call(machine: Machine, name: str, inputs: Inputs, attributes: Attribut
     op = contract.BY_NAME[name]
     inputs = {key: machine.put(x) for key, x in inputs.items()}
     plans, sizes = triton_launch.plans_for(op, list(inputs.values()), attributes)
-    chosen, few = choose(plans, sizes), sizes.get("L", sizes.get("T", 0)) <= _SPLIT_MOST
+    chosen, few = choose_plan(plans, sizes), sizes.get("L", sizes.get("T", 0)) <= _SPLIT_MOST
     for plan in plans:
         if plan is not chosen and not few:
             continue

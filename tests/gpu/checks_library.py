@@ -17,7 +17,7 @@ from bilevel import contract
 from bilevel.errors import BilevelError, KernelError
 from bilevel.plugins.launch.tiles import ARCHITECTURES
 from bilevel.plugins.library.build import build_library
-from bilevel.plugins.library.gpu import Call, DeviceTensor, KernelLibrary
+from bilevel.plugins.library.gpu import DeviceTensor, KernelCall, KernelLibrary
 from tests.gpu.cases import BRAIN, HALF, SINGLE, Attention, Cache, ExpertRoute, Experts, Route
 from tests.gpu.judges import judge
 from tests.gpu.machine import Attributes, Inputs, Machine, choose_cuda, dtype_name, geometry_of
@@ -103,7 +103,7 @@ class Placed:
     inputs: Inputs
     outputs: list[Tensor]
     workspace: Tensor
-    call: Call
+    call: KernelCall
 
     def launch(self, library: KernelLibrary, stream: int) -> None:
         library.launch(self.call, self.workspace.data_ptr(), self.workspace.numel(), stream)
@@ -116,7 +116,7 @@ def place(machine: Machine, library: KernelLibrary, made: Made) -> Placed:
     op = contract.BY_NAME[made.name]
     inputs = {key: machine.put(x) for key, x in made.inputs.items()}
     outputs = machine.outputs(op, inputs, made.attributes)
-    call = Call(op, [describe(x) for x in inputs.values()], [describe(x) for x in outputs], made.attributes)
+    call = KernelCall(op, [describe(x) for x in inputs.values()], [describe(x) for x in outputs], made.attributes)
     return Placed(made, inputs, outputs, machine.bytes(library.workspace_size(call, machine.arch)), call)
 
 
@@ -153,10 +153,10 @@ def in_place(machine: Machine, library: KernelLibrary, calls: Sequence[Made]) ->
         yield Result("C interface in place", _title(made), measure, right and intact)
 
 
-def _bad_calls(call: Call) -> Iterator[tuple[str, Call]]:
+def _bad_calls(call: KernelCall) -> Iterator[tuple[str, KernelCall]]:
     """Calls that break the contract, each in one place."""
 
-    def changed(index: int, **values: Any) -> Call:
+    def changed(index: int, **values: Any) -> KernelCall:
         inputs = list(call.inputs)
         inputs[index] = replace(inputs[index], **values)
         return replace(call, inputs=inputs)

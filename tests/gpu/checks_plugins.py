@@ -12,7 +12,7 @@ from typing import Any
 from bilevel import contract
 from bilevel.errors import BilevelError, KernelError
 from bilevel.plugins.library.build import find_compiler
-from bilevel.plugins.library.gpu import Call, DeviceTensor, KernelLibrary
+from bilevel.plugins.library.gpu import DeviceTensor, KernelCall, KernelLibrary
 from bilevel.plugins.tensorrt.headers import Headers, find_headers
 from tests.gpu.checks_library import CASES, Cases, Placed, place
 from tests.gpu.machine import Attributes, Machine
@@ -43,7 +43,7 @@ def _tensors(tensors: Sequence[DeviceTensor]) -> Any:
     return made
 
 
-def _described(call: Call) -> tuple[Any, int, Any, int]:
+def _described(call: KernelCall) -> tuple[Any, int, Any, int]:
     return _tensors(call.inputs), len(call.inputs), _tensors(call.outputs), len(call.outputs)
 
 
@@ -76,7 +76,7 @@ class Harness:
             field.length, field.data = len(data) if attribute.kind == "string" else 1, ctypes.addressof(data)
         return int(self.code.harness_create(self.get_creators, op.name.encode(), fields, len(fields)) or 0)
 
-    def engine(self, call: Call) -> tuple[int, int]:
+    def engine(self, call: KernelCall) -> tuple[int, int]:
         """(a plugin that went through a plan and is attached to a context, bytes of its workspace). Raises KernelError."""
         code, name, shapes = self.code, call.op.name.encode(), _described(call)
         plugin = self.create(call.op, dict(call.attributes))
@@ -97,7 +97,7 @@ class Harness:
             raise KernelError(f"onShapeChange refused: {self.log()}")
         return int(attached), int(size)
 
-    def enqueue(self, plugin: int, call: Call, workspace: int, stream: int) -> int:
+    def enqueue(self, plugin: int, call: KernelCall, workspace: int, stream: int) -> int:
         addresses = _addresses(call.inputs), _addresses(call.outputs)
         return int(self.code.harness_enqueue(plugin, *_described(call), *addresses, workspace or None, stream or None))
 
@@ -132,11 +132,13 @@ def compile_harness(library: KernelLibrary, headers: Headers, folder: Path) -> H
     return Harness(code, ctypes.cast(plugins.getCreators, pointer))
 
 
-def _disagreeing(call: Call) -> Call:
+def _disagreeing(call: KernelCall) -> KernelCall:
     """The call with a first input that claims one row more than the others have."""
     first = call.inputs[0]
     shape = (first.shape[0] + 1, *first.shape[1:])
-    return Call(call.op, [DeviceTensor(first.address, shape, first.dtype), *call.inputs[1:]], call.outputs, call.attributes)
+    return KernelCall(
+        call.op, [DeviceTensor(first.address, shape, first.dtype), *call.inputs[1:]], call.outputs, call.attributes
+    )
 
 
 def _run(machine: Machine, harness: Harness, placed: Placed) -> tuple[str, bool]:

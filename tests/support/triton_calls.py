@@ -13,17 +13,17 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's module is loaded
 
 from bilevel import contract
 from bilevel.plugins.kernels import launch as triton_launch
-from bilevel.plugins.launch.launches import Plan
+from bilevel.plugins.launch.launches import LaunchPlan
 from tests.support.operator_calls import Attributes, Inputs, assert_same, run_reference
 
 _SENTINEL = -7
 
 
-def plans_of(name: str, inputs: Inputs, attributes: Attributes) -> tuple[tuple[Plan, ...], dict[str, int]]:
+def plans_of(name: str, inputs: Inputs, attributes: Attributes) -> tuple[tuple[LaunchPlan, ...], dict[str, int]]:
     return triton_launch.plans_for(contract.BY_NAME[name], list(inputs.values()), attributes)
 
 
-def run_one(plan: Plan, name: str, inputs: Inputs, attributes: Attributes) -> tuple[list[Tensor], Tensor]:
+def run_one(plan: LaunchPlan, name: str, inputs: Inputs, attributes: Attributes) -> tuple[list[Tensor], Tensor]:
     """(outputs, workspace) of one plan, whatever its condition says.
 
     Outputs start as NaN or -7, the workspace as bytes that are NaN and -1.

@@ -19,7 +19,7 @@ from bilevel import contract
 from bilevel.errors import ContractError
 from bilevel.export.cli.kernels import LIBRARY, parse_architectures
 from bilevel.plugins.launch.tiles import ARCHITECTURES
-from bilevel.plugins.library.gpu import Call, DeviceTensor, KernelLibrary, needed_versions, read_info
+from bilevel.plugins.library.gpu import DeviceTensor, KernelCall, KernelLibrary, needed_versions, read_info
 from bilevel.plugins.tensorrt.headers import find_headers
 from tests import ROOT
 
@@ -80,7 +80,7 @@ def test_build_and_show(bundle: Path, cache: Path) -> None:
     cached = tensor("float16", 1, 2, 64, 8)
     q, lengths = tensor("float16", 1, 4, 16, 8), tensor("int32", 1)
     inputs = [q, cached, cached, tensor("int32", 1, 4, 16, 3), lengths, lengths]
-    call = Call(contract.ROUTED_ATTENTION, inputs, [q], {"block_size": 4, "causal": 1, "scale": 0.5})
+    call = KernelCall(contract.ROUTED_ATTENTION, inputs, [q], {"block_size": 4, "causal": 1, "scale": 0.5})
     assert library.workspace_size(call) == library.workspace_size(call, 87) > 0
 
 

@@ -23,7 +23,7 @@ from bilevel.export.engine.versions import Flavour, load_flavour
 from bilevel.export.graph.nodes import routed_nodes
 from bilevel.export.graph.operator_geometry import read_requests
 from bilevel.plugins.tensorrt import python as tensorrt_python
-from bilevel.plugins.tensorrt.fields import Node
+from bilevel.plugins.tensorrt.fields import PluginNode
 from tests.export.engine.rtx_engines import in_process, layer_kinds
 from tests.plugins.tensorrt.plugin_library import build_plugins
 from tests.support.tiny_models import BLOCK_SIZE, PREFILL_CHUNK
@@ -44,12 +44,12 @@ def rtx() -> Flavour:
 
 
 @pytest.fixture
-def created(monkeypatch: pytest.MonkeyPatch) -> list[Node]:
+def created(monkeypatch: pytest.MonkeyPatch) -> list[PluginNode]:
     """What create_plugin made of the fields that the parser gave, call by call."""
-    made: list[Node] = []
+    made: list[PluginNode] = []
     read = tensorrt_python.read_fields
 
-    def recorded(*args: Any, **options: Any) -> Node:
+    def recorded(*args: Any, **options: Any) -> PluginNode:
         made.append(read(*args, **options))
         return made[-1]
 
@@ -72,7 +72,7 @@ def declared(graph: Path) -> list[tuple[str, dict[str, Any]]]:
 
 @pytest.mark.parametrize("precision, kind", [("fp32", "FLOAT"), ("fp16", "HALF"), ("bf16", "BF16")])
 def test_every_precision_is_parsed_with_plugins(
-    precision: str, kind: str, rtx: Flavour, exported: Exported, created: list[Node]
+    precision: str, kind: str, rtx: Flavour, exported: Exported, created: list[PluginNode]
 ) -> None:
     graph = exported("two_level", "fp32", precision)[1] / "model.onnx"
     parsed = parse(rtx, graph)

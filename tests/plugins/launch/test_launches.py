@@ -9,7 +9,7 @@ import pytest
 from bilevel import contract
 from bilevel.errors import ContractError
 from bilevel.plugins.launch import launches, tiles
-from bilevel.plugins.launch.launches import ALIGNMENT, Buffer, Plan, choose, evaluate
+from bilevel.plugins.launch.launches import ALIGNMENT, Buffer, LaunchPlan, choose_plan, evaluate
 from bilevel.plugins.launch.plans import RUNTIME_SIZES, plans, plans_everywhere
 from bilevel.plugins.library.sweep import geometries
 
@@ -56,10 +56,12 @@ def test_an_expression_is_compiled_once_and_evaluated_anew(monkeypatch: pytest.M
 
 
 def test_buffers_are_aligned_and_apart() -> None:
-    plan = Plan("one", "", (Buffer("a", "float16", "L"), Buffer("b", "int64", "B * L"), Buffer("c", "int32", "0 * L")), ())
+    plan = LaunchPlan(
+        "one", "", (Buffer("a", "float16", "L"), Buffer("b", "int64", "B * L"), Buffer("c", "int32", "0 * L")), ()
+    )
     assert plan.offsets(SIZES) == {"a": (0, 42), "b": (256, 336), "c": (768, 0)}
     assert plan.workspace_bytes(SIZES) == 768
-    assert Plan("none", "", (), ()).workspace_bytes(SIZES) == 0
+    assert LaunchPlan("none", "", (), ()).workspace_bytes(SIZES) == 0
 
 
 @pytest.mark.parametrize("dtype", contract.FLOAT_TYPES)
@@ -102,7 +104,7 @@ def test_the_size_of_a_call_chooses(
     op: contract.Op, geometry: Any, size: str, few: dict[int, str], many: dict[int, str]
 ) -> None:
     made = plans(op, geometry, "float16", 87)
-    assert {n: choose(made, {**SIZES, size: n}).name for n in (*few, *many)} == {**few, **many}
+    assert {n: choose_plan(made, {**SIZES, size: n}).name for n in (*few, *many)} == {**few, **many}
 
 
 def test_work_grows_with_the_pairs_not_with_the_experts() -> None:

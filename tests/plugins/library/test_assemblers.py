@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bilevel.errors import ContractError, MissingDependency
+from bilevel.errors import KernelError, MissingDependency
 from bilevel.plugins.launch.tiles import ARCHITECTURES
 from bilevel.plugins.library import assemblers
 from bilevel.plugins.library.assemblers import Assembler
@@ -34,7 +34,7 @@ def test_every_architecture_has_a_first_cuda() -> None:
 
 
 def test_what_no_assembler_makes_is_refused() -> None:
-    with pytest.raises(ContractError, match="CUDA 12 knows no sm_110; build it with --cuda 13"):
+    with pytest.raises(KernelError, match="CUDA 12 knows no sm_110; build it with --cuda 13"):
         assemblers.choose(110, "12", TOOLS)
     with pytest.raises(
         MissingDependency, match="sm_100 for CUDA 12 takes a ptxas of CUDA 12.8 or later .12.x., .* has 12.6: pip"

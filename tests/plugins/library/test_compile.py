@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from bilevel import contract
-from bilevel.errors import ContractError
+from bilevel.errors import ContractError, KernelError
 from bilevel.plugins.launch import tiles
 from bilevel.plugins.launch.plans import plans
 from bilevel.plugins.library import sweep
@@ -94,7 +94,7 @@ def test_arguments_are_the_kernels_parameters() -> None:
 def test_compiling_in_the_interpreter_is_refused() -> None:
     assert triton_calls.run_kernels
     (plan,) = plans(contract.EXPERT_ROUTE, next(sweep.geometries("ExpertRoute")), "float32", 90)
-    with pytest.raises(ContractError, match="TRITON_INTERPRET is set, so nothing can be compiled; unset it and start again"):
+    with pytest.raises(KernelError, match="TRITON_INTERPRET is set, so nothing can be compiled; unset it and start again"):
         compile_launch(plan.launches[0], 90)
     with pytest.raises(ContractError, match="no architecture sm_75"):
         compile_launch(plan.launches[0], 75)
@@ -104,5 +104,5 @@ def test_parameters_are_counted() -> None:
     """In the kernel's own list, whatever functions stand beside it."""
     ptx = ".func other(.param .b32 a)\n{}\n.visible .entry f(\n\t.param .u64 .ptr .global .align 1 f_0,\n\t.param .u32 f_1\n)\n.reqntid 128\n{}"
     assert count_parameters(ptx, "f") == 2
-    with pytest.raises(ContractError, match="has no kernel g; install the Triton that PyTorch was built with"):
+    with pytest.raises(KernelError, match="has no kernel g; install the Triton that PyTorch was built with"):
         count_parameters(ptx, "g")

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from bilevel import contract
-from bilevel.errors import ContractError, KernelError, MissingDependency
+from bilevel.errors import KernelError, MissingDependency
 from bilevel.plugins.launch.plans import RUNTIME_SIZES
 from bilevel.plugins.launch.tiles import ARCHITECTURES
 from bilevel.plugins.library.build import build_library, find_compiler, launches_of, plan_variants
-from bilevel.plugins.library.gpu import Call, DeviceTensor, KernelLibrary
+from bilevel.plugins.library.gpu import DeviceTensor, KernelCall, KernelLibrary
 from bilevel.plugins.tensorrt.fields import workspace_limit
 from tests.doubles.gpu import Gpu, build, call_of, fake_gpu, number_kernels, request_of
 from tests.support.operator_calls import assert_same, make_call, run_reference
@@ -52,7 +52,7 @@ def anew(library: KernelLibrary, path: Path) -> KernelLibrary:
     return KernelLibrary(Path(shutil.copy(library.path, path)))
 
 
-def run(library: KernelLibrary, gpu: Gpu, name: str, call: Call, slack: int = 0) -> list[torch.Tensor]:
+def run(library: KernelLibrary, gpu: Gpu, name: str, call: KernelCall, slack: int = 0) -> list[torch.Tensor]:
     """The outputs of a call whose workspace is as large as the library asks for, and not a byte larger."""
     size = library.workspace_size(call, 80) + slack
     workspace = gpu.memory.bytes(size)
@@ -74,7 +74,7 @@ def test_a_cache_is_copied_only_where_it_lies_elsewhere(library: KernelLibrary, 
     expected = run_reference("WriteCache", inputs, attributes)
     assert_same(run(library, gpu, "WriteCache", call), expected)
     assert gpu.driver.fake_copies() == 1
-    in_place = Call(call.op, call.inputs, [call.inputs[0]], attributes)
+    in_place = KernelCall(call.op, call.inputs, [call.inputs[0]], attributes)
     assert_same(run(library, gpu, "WriteCache", in_place), expected)
     assert gpu.driver.fake_copies() == 1
     nothing = call_of(gpu.memory, "WriteCache", {**inputs, "update": torch.zeros(2, 3, 0, 5)}, attributes)
@@ -140,7 +140,7 @@ def test_expressions_in_cpp_are_those_of_python(library: KernelLibrary, gpu: Gpu
             for tensor, port in zip(tensors, ports, strict=True)
         ]
 
-    large = Call(call.op, grown(call.inputs, call.op.inputs), grown(call.outputs, call.op.outputs), attributes)
+    large = KernelCall(call.op, grown(call.inputs, call.op.inputs), grown(call.outputs, call.op.outputs), attributes)
     (variant,) = plan_variants([request_of("RoutedAttention", inputs, attributes)], [80])
     split, tiles = variant.plans[80]
     sizes = contract.ROUTED_ATTENTION.bind_shapes([tensor.shape for tensor in large.inputs])
@@ -170,7 +170,7 @@ def test_an_empty_call_launches_nothing(library: KernelLibrary, gpu: Gpu) -> Non
     assert gpu.driver.fake_launches() == 0
 
 
-def refused(gpu: Gpu, library: KernelLibrary, call: Call, message: str, workspace_bytes: int | None = None) -> None:
+def refused(gpu: Gpu, library: KernelLibrary, call: KernelCall, message: str, workspace_bytes: int | None = None) -> None:
     """Both that the library refuses, with one sentence, and that nothing was launched."""
     before = gpu.driver.fake_launches()
     workspace = gpu.memory.bytes(1 << 20)
@@ -179,7 +179,7 @@ def refused(gpu: Gpu, library: KernelLibrary, call: Call, message: str, workspac
     assert "\n" not in str(caught.value) and gpu.driver.fake_launches() == before
 
 
-def changed(call: Call, index: int, **values: Any) -> Call:
+def changed(call: KernelCall, index: int, **values: Any) -> KernelCall:
     inputs = list(call.inputs)
     inputs[index] = replace(inputs[index], **values)
     return replace(call, inputs=inputs)
@@ -269,7 +269,7 @@ def test_drivers_that_do_not_serve(folder: Path, gpu: Gpu, monkeypatch: pytest.M
     refused(gpu, anew(made, folder / "none.so"), call, "absent.so cannot be opened; install NVIDIA's driver.*NO_DRIVER")
 
 
-def mutated(call: Call, random: np.random.Generator) -> Call:
+def mutated(call: KernelCall, random: np.random.Generator) -> KernelCall:
     """A call with one or two of its shapes, types, addresses, tensors or attributes changed."""
     tensors, attributes = [list(call.inputs), list(call.outputs)], dict(call.attributes)
     for _ in range(random.integers(1, 3)):
@@ -291,7 +291,7 @@ def mutated(call: Call, random: np.random.Generator) -> Call:
             side[at] = replace(side[at], shape=side[at].shape[: random.integers(4)])
         else:
             side.pop(at)
-    return Call(call.op, *tensors, attributes)
+    return KernelCall(call.op, *tensors, attributes)
 
 
 def test_random_calls_never_launch_what_breaks_the_contract(library: KernelLibrary, gpu: Gpu) -> None:
@@ -352,9 +352,7 @@ def test_a_failing_build_leaves_what_was_there(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "broken").write_text("#!/bin/sh\necho 'x.cpp:1: error: no C++17' >&2\nexit 1\n")
     (tmp_path / "broken").chmod(0o755)
     monkeypatch.setenv("CXX", str(tmp_path / "broken"))
-    with pytest.raises(
-        ContractError, match="broken could not build the library .x.cpp:1: error: no C.*17.; install a compiler"
-    ):
+    with pytest.raises(KernelError, match="broken could not build the library .x.cpp:1: error: no C.*17.; install a compiler"):
         build_library([request], [80], out, compile_all=number_kernels)
 
     def interrupted(*arguments: Any) -> Any:
@@ -366,5 +364,5 @@ def test_a_failing_build_leaves_what_was_there(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(MissingDependency, match="the C.. compiler no-such-compiler is not installed; .* apt install g"):
         build_library([request], [80], out, compile_all=number_kernels)
-    with pytest.raises(ContractError, match="there is no target 'riscv64'; take x86_64 or aarch64"):
+    with pytest.raises(KernelError, match="there is no target 'riscv64'; take x86_64 or aarch64"):
         find_compiler("riscv64")

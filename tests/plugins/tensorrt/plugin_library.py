@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from bilevel.plugins.library.build import Request, find_compiler
-from bilevel.plugins.library.gpu import Call, DeviceTensor
+from bilevel.plugins.library.build import KernelRequest, find_compiler
+from bilevel.plugins.library.gpu import DeviceTensor, KernelCall
 from bilevel.plugins.tensorrt.fields import Field
 from bilevel.plugins.tensorrt.headers import Headers, find_headers
 from tests.doubles.gpu import build
@@ -53,7 +53,7 @@ def need_headers() -> Headers:
     return found
 
 
-def build_plugins(requests: Sequence[Request], out: Path, archs: Sequence[int] = (80,)) -> Path:
+def build_plugins(requests: Sequence[KernelRequest], out: Path, archs: Sequence[int] = (80,)) -> Path:
     """A kernel library without machine code, with the plugins."""
     need_headers()
     return build(requests, out, archs, plugins="required").path
@@ -98,26 +98,26 @@ class Plugin:
     plugins: Plugins
     address: int
 
-    def _told(self, function: str, call: Call, *more: Any, varies: bool = True) -> int:
+    def _told(self, function: str, call: KernelCall, *more: Any, varies: bool = True) -> int:
         tensors = describe([*call.inputs, *call.outputs], varies)
         counts = (len(call.inputs), len(call.outputs))
         return int(
             getattr(self.plugins.harness, function)(ctypes.c_void_p(self.address), *more[:1], tensors, *counts, *more[1:])
         )
 
-    def configure(self, call: Call, varies: bool = True) -> int:
+    def configure(self, call: KernelCall, varies: bool = True) -> int:
         return self._told("harness_configure", call, varies=varies)
 
-    def workspace(self, call: Call) -> int:
+    def workspace(self, call: KernelCall) -> int:
         return self._told("harness_workspace", call)
 
-    def supports(self, position: int, call: Call, is_packed: bool = False) -> bool:
+    def supports(self, position: int, call: KernelCall, is_packed: bool = False) -> bool:
         return bool(self._told("harness_supports", call, position, int(is_packed)))
 
-    def shape_change(self, call: Call) -> int:
+    def shape_change(self, call: KernelCall) -> int:
         return self._told("harness_shape_change", call)
 
-    def enqueue(self, call: Call, workspace: int) -> int:
+    def enqueue(self, call: KernelCall, workspace: int) -> int:
         tensors = describe([*call.inputs, *call.outputs])
         counts = (len(call.inputs), len(call.outputs))
         where = ctypes.c_void_p(workspace or None)

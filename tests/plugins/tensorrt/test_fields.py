@@ -16,7 +16,7 @@ from bilevel.plugins.tensorrt import fields as tensorrt_fields
 from bilevel.plugins.tensorrt.fields import (
     FORMAT_VERSION,
     Field,
-    Node,
+    PluginNode,
     geometry_of,
     largest_sizes,
     read_fields,
@@ -28,10 +28,10 @@ from tests.support.operator_calls import make_call
 NAMES = [op.name for op in contract.GPU_OPS]
 
 
-def node_of(name: str, tokens: int = 6) -> Node:
+def node_of(name: str, tokens: int = 6) -> PluginNode:
     inputs, attributes = make_call(name, tokens)
     dtype = "float32" if contract.BY_NAME[name].has_float_type else ""
-    return Node(contract.BY_NAME[name], attributes, dtype, tuple(tuple(x.shape) for x in inputs.values()))
+    return PluginNode(contract.BY_NAME[name], attributes, dtype, tuple(tuple(x.shape) for x in inputs.values()))
 
 
 def changed(fields: list[Field], which: str, /, **changes: Any) -> list[Field]:
@@ -50,7 +50,7 @@ def test_a_node_survives_a_plan(name: str) -> None:
 def test_the_parser_gives_attributes_alone(name: str) -> None:
     node = node_of(name)
     fields = [field for field in write_fields(node) if field.name in node.attributes]
-    assert read_fields(node.op, fields, from_plan=False) == Node(node.op, node.attributes)
+    assert read_fields(node.op, fields, from_plan=False) == PluginNode(node.op, node.attributes)
 
 
 @pytest.mark.parametrize(

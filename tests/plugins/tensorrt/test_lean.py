@@ -24,7 +24,7 @@ PROGRAM = """
 import json, sys
 import tensorrt_lean as trt
 from bilevel import contract
-from bilevel.plugins.tensorrt.fields import Field, Node, write_fields
+from bilevel.plugins.tensorrt.fields import Field, PluginNode, write_fields
 from bilevel.plugins.tensorrt.python import Fields
 
 registry = trt.get_plugin_registry()
@@ -33,7 +33,7 @@ found = {}
 for op, attributes, dims in json.loads(sys.argv[2]):
     creator = registry.get_creator(op, str(contract.VERSION), contract.DOMAIN)
     dtype = "float32" if contract.BY_NAME[op].has_float_type else ""
-    fields = write_fields(Node(contract.BY_NAME[op], attributes, dtype, tuple(map(tuple, dims))))
+    fields = write_fields(PluginNode(contract.BY_NAME[op], attributes, dtype, tuple(map(tuple, dims))))
     good, newer = Fields(trt, fields), Fields(trt, [Field("format_version", "INT32", (2,)), *fields[1:]])
     made = creator.create_plugin(op, good.collection, trt.TensorRTPhase.RUNTIME)
     refused = creator.create_plugin(op, newer.collection, trt.TensorRTPhase.RUNTIME)

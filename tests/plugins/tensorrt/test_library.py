@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from bilevel import contract
-from bilevel.plugins.library.gpu import Call
-from bilevel.plugins.tensorrt.fields import Field, Node, write_fields
+from bilevel.plugins.library.gpu import KernelCall
+from bilevel.plugins.tensorrt.fields import Field, PluginNode, write_fields
 from tests.doubles.gpu import Gpu, call_of, fake_gpu, request_of
 from tests.plugins.tensorrt.plugin_library import Plugin, Plugins, build_plugins
 from tests.support.operator_calls import assert_same, make_call, run_reference
@@ -45,7 +45,7 @@ def gpu(folder: Path, plugins: Plugins) -> Iterator[Gpu]:
 def attribute_fields(name: str) -> list[Field]:
     """What the parser would give."""
     attributes = make_call(name)[1]
-    return [field for field in write_fields(Node(contract.BY_NAME[name], attributes)) if field.name in attributes]
+    return [field for field in write_fields(PluginNode(contract.BY_NAME[name], attributes)) if field.name in attributes]
 
 
 def made(plugins: Plugins, name: str) -> Plugin:
@@ -54,13 +54,13 @@ def made(plugins: Plugins, name: str) -> Plugin:
     return plugin
 
 
-def configured(plugins: Plugins, gpu: Gpu, name: str, tokens: int = 20) -> tuple[Plugin, Call]:
+def configured(plugins: Plugins, gpu: Gpu, name: str, tokens: int = 20) -> tuple[Plugin, KernelCall]:
     plugin, call = made(plugins, name), call_of(gpu.memory, name, *make_call(name, tokens))
     assert plugin.configure(call) == 0, plugins.said()
     return plugin, call
 
 
-def changed(call: Call, position: int, shape: tuple[int, ...] | None = None, dtype: str = "") -> Call:
+def changed(call: KernelCall, position: int, shape: tuple[int, ...] | None = None, dtype: str = "") -> KernelCall:
     """The call with another shape or type of one tensor."""
     tensors = [*call.inputs, *call.outputs]
     tensor = tensors[position]
@@ -103,7 +103,7 @@ def test_16_bits(plugins: Plugins, gpu: Gpu) -> None:
 def test_fields_are_those_of_the_python_plugins(name: str, plugins: Plugins, gpu: Gpu) -> None:
     plugin, call = configured(plugins, gpu, name)
     dtype = "float32" if call.op.has_float_type else ""
-    expected = write_fields(Node(call.op, call.attributes, dtype, tuple(t.shape for t in call.inputs)))
+    expected = write_fields(PluginNode(call.op, call.attributes, dtype, tuple(t.shape for t in call.inputs)))
     for got, want in zip(plugin.fields(), expected, strict=True):
         assert (got.name, got.kind) == (want.name, want.kind)
         assert got.data == pytest.approx(tuple(want.data), rel=1e-7)

@@ -13,7 +13,7 @@ import torch
 from bilevel import contract
 from bilevel.errors import ContractError
 from bilevel.plugins.tensorrt import python as tensorrt_python
-from bilevel.plugins.tensorrt.fields import Field, Node, read_fields, write_fields
+from bilevel.plugins.tensorrt.fields import Field, PluginNode, read_fields, write_fields
 from bilevel.plugins.tensorrt.python import Fields
 from tests.doubles.gpu import Memory, call_of
 from tests.support.operator_calls import Attributes, Inputs, assert_same, make_call, run_reference
@@ -162,7 +162,7 @@ def test_fields_travel_as_the_contract_of_the_plan_says() -> None:
     plugin = plugin_of(name, attributes)
     written = [Field(f.name, f.type.name, f.data.tolist()) for f in plugin.get_fields_to_serialize()]
     read = read_fields(contract.EXPERT_ROUTE, written, from_plan=True)
-    assert read == Node(contract.EXPERT_ROUTE, attributes)
+    assert read == PluginNode(contract.EXPERT_ROUTE, attributes)
     assert [field.name for field in written] == [field.name for field in write_fields(read)]
 
 
