@@ -1,4 +1,4 @@
-"""RoutedAttention for many tokens as Triton kernels (``plugins/launch/launches.py`` says with what arguments and constants they run).
+"""RoutedAttention for many tokens as Triton kernels (``plugins/launch/routing.py`` names their arguments and constants).
 
 The query heads that share a key/value head and a choice (a group of GP heads) are packed into the rows of a tile: TOKENS
 positions times GP heads. ``attention_plan`` lists, for each tile of positions and each choice, the blocks that some position of

@@ -1,4 +1,4 @@
-"""RoutedAttention for few tokens as Triton kernels (``plugins/launch/launches.py`` says with what arguments and constants they run).
+"""RoutedAttention for few tokens as Triton kernels (``plugins/launch/routing.py`` names their arguments and constants).
 
 One token has too few rows to fill a GPU: its kept blocks are split among programs, whose partial results (maximum, sum, output)
 are merged by log-sum-exp in a second kernel.

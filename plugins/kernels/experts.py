@@ -1,4 +1,4 @@
-"""ExpertRoute and RoutedExperts as Triton kernels; ``plugins/launch/launches.py`` says with what arguments and constants they run.
+"""ExpertRoute and RoutedExperts as Triton kernels (``plugins/launch/experts.py`` names their arguments and constants).
 
 RoutedExperts has two forms. Few tokens: each chosen (token, expert) pair reads its expert's weights (``pair_hidden``,
 ``pair_output``). Many tokens: a counting sort of the pairs by expert (``expert_count``, ``expert_offsets``, ``expert_order``),

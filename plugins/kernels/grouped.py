@@ -1,4 +1,4 @@
-"""RoutedExperts for many tokens as Triton kernels (``plugins/launch/launches.py`` says with what arguments and constants they run).
+"""RoutedExperts for many tokens as Triton kernels (``plugins/launch/experts.py`` names their arguments and constants).
 
 A counting sort of the (token, expert) pairs by expert (``expert_count``, ``expert_offsets``, ``expert_order``), a matrix
 product per tile of rows of one expert (``tile_hidden``, ``tile_output``) and the weighted sum back (``expert_sum``). Nothing

@@ -1,13 +1,14 @@
-"""How a kernel launch is described: the one form that the Python launcher (``plugins/kernels/launch.py``), the ahead-of-time compiler
-(``plugins/library/compile.py``) and a C launcher follow (standard library only). ``plugins/launch/plans.py`` describes every operator in it.
+"""How a kernel launch is described: the one form that the Python launcher (``plugins/kernels/launch.py``), the ahead-of-time
+compiler (``plugins/library/compile.py``) and a C launcher follow (standard library only). ``plugins/launch/plans.py`` describes
+every operator in it.
 
-A ``LaunchPlan`` is a list of buffers in the workspace and a list of launches. What is known when kernels are compiled (the geometry)
-is in the launches' constants; the sizes of a call are names in expressions: the contract's letters and the attributes' names, with
-+, -, *, parentheses, ceil_div(a, b), floor_div(a, b), min(a, b), max(a, b) and <=. They are valid C as well, and ``evaluate``
-computes them here; 64-bit integers hold every value.
+A ``LaunchPlan`` is a list of buffers in the workspace and a list of launches. What is known when kernels are compiled (the
+geometry) is in the launches' constants; the sizes of a call are names in expressions: the contract's letters and the
+attributes' names, with +, -, *, parentheses, ceil_div(a, b), floor_div(a, b), min(a, b), max(a, b) and <=. They are valid C as
+well, and ``evaluate`` computes them here; 64-bit integers hold every value.
 
-A launcher must see to this: all tensors are contiguous and 16-byte aligned; the workspace is aligned to ALIGNMENT bytes; an empty
-grid is left out; launches run in order on one stream; no dimension of a grid may exceed MAX_GRID.
+A launcher must see to this: all tensors are contiguous and 16-byte aligned; the workspace is aligned to ALIGNMENT bytes; an
+empty grid is left out; launches run in order on one stream; no dimension of a grid may exceed MAX_GRID.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel, a function of the module ``bilevel.plugins.kernels.<module>``: its arguments in order, its constants, its grid."""
+    """One kernel, a function of ``bilevel.plugins.kernels.<module>``: its arguments in order, its constants, its grid."""
 
     module: str
     kernel: str
@@ -90,12 +91,12 @@ class LaunchPlan:
 
     def offsets(self, sizes: Mapping[str, int]) -> dict[str, tuple[int, int]]:
         """Buffer name -> (first byte in the workspace, bytes). Every buffer starts at a multiple of ALIGNMENT."""
-        found, end = {}, 0
+        offsets, end = {}, 0
         for buffer in self.buffers:
             size = evaluate(buffer.count, sizes) * contract.DTYPE_BYTES[buffer.kind]
-            found[buffer.name] = (end, size)
+            offsets[buffer.name] = (end, size)
             end += -(-size // ALIGNMENT) * ALIGNMENT
-        return found
+        return offsets
 
     def workspace_bytes(self, sizes: Mapping[str, int]) -> int:
         """Bytes of workspace that a call of these sizes needs."""

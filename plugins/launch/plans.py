@@ -1,7 +1,7 @@
 """The plans of each operator: geometry -> kernels, constants, arguments, grids, workspace (standard library only).
 
-``plans(op, geometry, dtype, arch)`` is the entry; ``plugins/launch/launches.py`` explains what a plan holds. Geometry: the attributes, and
-every size of the contract except those of RUNTIME_SIZES, which belong to a call.
+``plans(op, geometry, dtype, arch)`` is the entry; ``plugins/launch/launches.py`` explains what a plan holds. Geometry: the
+attributes, and every size of the contract except those of RUNTIME_SIZES, which belong to a call.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def plans(op: contract.Op, geometry: Geometry, dtype: str, arch: int) -> tuple[L
 
 def plans_everywhere(op: contract.Op, geometry: Geometry, dtype: str) -> dict[int, tuple[LaunchPlan, ...]]:
     """Architecture -> plans, for every architecture that has the shared memory. Raises ContractError where none does."""
-    found, problem = {}, None
+    planned, problem = {}, None
     for arch in ARCHITECTURES:
         try:
-            found[arch] = plans(op, geometry, dtype, arch)
+            planned[arch] = plans(op, geometry, dtype, arch)
         except ContractError as error:
             problem = error
-    if problem is not None and not found:
+    if problem is not None and not planned:
         raise problem
-    return found
+    return planned

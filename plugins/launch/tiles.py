@@ -1,4 +1,4 @@
-"""Tile sizes of the Triton kernels: a pure function of kernel, geometry, data type and GPU architecture (standard library only).
+"""Tile sizes of the Triton kernels: a function of kernel, geometry, data type and GPU architecture (standard library only).
 
 A candidate is taken when its estimated shared memory fits the architecture. The estimates are upper bounds of what Triton
 allocates, which ``plugins/library/compile.py`` reads from every compiled variant.
@@ -144,7 +144,7 @@ def row_tile(width: int) -> Tile:
 
 
 def grouped_tile(width: int, matrices: int, rows: int, dtype: str, arch: int) -> Tile:
-    """``tile_hidden`` (2 matrices) and ``tile_output`` (1): rows are pairs of one expert, cols outputs, depth a slice of width."""
+    """``tile_hidden`` (2 matrices), ``tile_output`` (1): rows are pairs of one expert, cols outputs, depth a slice of width."""
     size = DTYPE_BYTES[dtype]
 
     def candidates() -> Iterator[Tile]:

@@ -1,7 +1,7 @@
 """NVIDIA's assembler ``ptxas``, in the version that suits a GPU and its driver (standard library only).
 
-A driver loads machine code of its own major version of CUDA and of earlier ones, so the oldest assembler that knows an architecture
-serves most drivers. JetPack 6 has CUDA 12.6; Thor (sm_110) came with CUDA 13.
+A driver loads machine code of its own major version of CUDA and of earlier ones, so the oldest assembler that knows an
+architecture serves most drivers. JetPack 6 has CUDA 12.6; Thor (sm_110) came with CUDA 13.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def _candidates() -> Iterator[Path]:
     for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda"):
         if home:
             yield Path(home) / "bin" / "ptxas"
-    if found := shutil.which("ptxas"):
-        yield Path(found)
+    if on_path := shutil.which("ptxas"):
+        yield Path(on_path)
 
 
 def _version(path: Path) -> tuple[int, int] | None:
@@ -60,8 +60,8 @@ def _version(path: Path) -> tuple[int, int] | None:
         text = subprocess.run([path, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    found = re.search(r"release (\d+)\.(\d+)", text)
-    return (int(found[1]), int(found[2])) if found else None
+    release = re.search(r"release (\d+)\.(\d+)", text)
+    return (int(release[1]), int(release[2])) if release else None
 
 
 def installed() -> list[Assembler]:
@@ -83,9 +83,9 @@ def choose(arch: int, cuda: str, assemblers: list[Assembler]) -> Assembler:
     for assembler in sorted(assemblers):
         if assembler.version >= first and assembler.version[0] == major:
             return assembler
-    found = ", ".join("{}.{}".format(*assembler.version) for assembler in assemblers) or "none"
+    versions = ", ".join("{}.{}".format(*assembler.version) for assembler in assemblers) or "none"
     wanted = max(first, (major, 0))
     raise MissingDependency(
-        f"sm_{arch} for CUDA {major} takes a ptxas of CUDA {wanted[0]}.{wanted[1]} or later ({major}.x), this machine has {found}: "
-        f"pip install 'bilevel[kernels]', or 'nvidia-cuda-nvcc-cu12'"
+        f"sm_{arch} for CUDA {major} takes a ptxas of CUDA {wanted[0]}.{wanted[1]} or later ({major}.x), "
+        f"this machine has {versions}: pip install 'bilevel[kernels]', or 'nvidia-cuda-nvcc-cu12'"
     )

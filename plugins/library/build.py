@@ -1,7 +1,7 @@
 """From geometries to one shared library: compile the kernels for every architecture, embed the machine code, link.
 
-``csrc/bilevel_kernels.h`` describes the library from outside, ``csrc/kernel_tables.h`` from inside. Neither a GPU nor its driver is
-asked. What takes time, the machine code, is spread over processes and kept in Triton's cache.
+``csrc/gpu/bilevel_kernels.h`` describes the library from outside, ``csrc/gpu/kernel_tables.h`` from inside. Neither a GPU nor
+its driver is asked. What takes time, the machine code, is spread over processes and kept in Triton's cache.
 """
 
 from __future__ import annotations
@@ -61,25 +61,25 @@ class Build:
 
 def plan_variants(requests: Sequence[KernelRequest], archs: Sequence[int]) -> list[Variant]:
     """The variants of a library, each once. Raises ContractError for what the kernels do not cover."""
-    found: dict[str, Variant] = {}
+    variants: dict[str, Variant] = {}
     for op, geometry, dtype in requests:
         kind = dtype if op.has_float_type else "float32"
         key = json.dumps([op.name, kind, fixed_values(op, geometry)])
-        if key not in found:
+        if key not in variants:
             wanted = {arch: plans(op, geometry, kind, arch) for arch in sorted(set(archs))}
-            found[key] = Variant(op, geometry, kind, plans_everywhere(op, geometry, kind), tuple(wanted))
-    return list(found.values())
+            variants[key] = Variant(op, geometry, kind, plans_everywhere(op, geometry, kind), tuple(wanted))
+    return list(variants.values())
 
 
 def launches_of(variants: Sequence[Variant]) -> dict[CodeKey, Launch]:
     """Every kernel to compile, once: (code, architecture) -> a launch of it."""
-    found: dict[CodeKey, Launch] = {}
+    launches: dict[CodeKey, Launch] = {}
     for variant in variants:
         for arch in variant.built:
             for plan in variant.plans[arch]:
                 for launch in plan.launches:
-                    found.setdefault((launch.code, arch), launch)
-    return found
+                    launches.setdefault((launch.code, arch), launch)
+    return launches
 
 
 def find_compiler(target: str) -> str:
@@ -105,7 +105,7 @@ def compile_kernels(
 ) -> dict[CodeKey, Compiled]:
     """Machine code of every kernel, by ``jobs`` processes."""
     require("triton")
-    made: dict[CodeKey, Compiled] = {}
+    codes: dict[CodeKey, Compiled] = {}
     # Kernels are modules' functions that Triton decorates when the module is loaded: a forked copy of this process would keep
     # what this process decorated.
     context = multiprocessing.get_context("spawn")
@@ -114,22 +114,22 @@ def compile_kernels(
             running = {pool.submit(_compile_one, launch, key[1], tools[key[1]]): key for key, launch in wanted.items()}
             for done in as_completed(running):
                 key = running[done]
-                made[key] = done.result()
-                on_progress(len(made), len(wanted), f"{wanted[key].kernel} for sm_{key[1]}")
+                codes[key] = done.result()
+                on_progress(len(codes), len(wanted), f"{wanted[key].kernel} for sm_{key[1]}")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return made
+    return codes
 
 
 def _embed(
-    folder: Path, made: Mapping[CodeKey, Compiled], tools: Mapping[int, Assembler]
+    folder: Path, codes: Mapping[CodeKey, Compiled], tools: Mapping[int, Assembler]
 ) -> tuple[list[Kernel], dict[CodeKey, int]]:
     """Write the machine code into ``folder``; the kernels, and where each stands among them. Equal code is written once."""
     kernels: list[Kernel] = []
     indices: dict[CodeKey, int] = {}
-    for key in sorted(made, key=repr):
-        code, arch = made[key], key[1]
+    for key in sorted(codes, key=repr):
+        code, arch = codes[key], key[1]
         image = folder / f"{sha256(code.cubin).hexdigest()[:16]}.cubin"
         image.write_bytes(code.cubin)
         indices[key] = len(kernels)
@@ -164,20 +164,23 @@ def _link(folder: Path, source: str, compiler: str, headers: Headers | str) -> P
     command = [compiler, *_FLAGS, f"-I{CSRC / 'gpu'}", *folders, *files, "variants.cpp", "-o", str(out), *_LINK]
     run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if run.returncode:
-        said = [line for line in run.stderr.splitlines() if "error" in line.lower()]
-        reason = said[0] if said else run.stderr.strip()[-300:] or "no message"
+        errors = [line for line in run.stderr.splitlines() if "error" in line.lower()]
+        reason = errors[0] if errors else run.stderr.strip()[-300:] or "no message"
         raise KernelError(f"{compiler} could not build the library ({reason}); install a compiler with C++17, GCC 9 or newer")
     return out
 
 
 def choose_assemblers(archs: Sequence[int], cuda: str) -> dict[int, Assembler]:
     """Architecture -> assembler, for drivers of CUDA ``cuda`` (see ``assemblers.choose``)."""
-    found = assemblers.installed()
-    return {arch: assemblers.choose(arch, cuda, found) for arch in sorted(set(archs))}
+    tools = assemblers.installed()
+    return {arch: assemblers.choose(arch, cuda, tools) for arch in sorted(set(archs))}
 
 
 def choose_headers(plugins: str) -> Headers | str:
-    """NVIDIA's headers, or why the library goes without the TensorRT plugins. Raises MissingDependency where they are required."""
+    """NVIDIA's headers, or why the library goes without the TensorRT plugins.
+
+    Raises MissingDependency where they are required.
+    """
     if plugins == "none":
         return "they were not asked for"
     headers = find_headers()
@@ -200,21 +203,21 @@ def build_library(
 ) -> Build:
     """Build the library for ``requests`` on ``archs`` (as in 87) and put it at ``out``, which is replaced in one step.
 
-    cuda: "auto", "12" or "13", the drivers' CUDA. target: "x86_64" or "aarch64" ("": this machine's). plugins: TensorRT's; "auto"
-    (where NVIDIA's headers are found), "none" or "required". jobs: processes (0: one per core). on_progress(done, all, what):
-    called after every kernel. Raises ContractError for geometries that no kernel covers, KernelError for options that fit nothing
-    and a compiler that fails, MissingDependency; before anything is compiled where it can.
+    cuda: "auto", "12" or "13", the drivers' CUDA. target: "x86_64" or "aarch64" ("": this machine's). plugins: TensorRT's;
+    "auto" (where NVIDIA's headers are found), "none" or "required". jobs: processes (0: one per core). on_progress(done, all,
+    what): called after every kernel. Raises ContractError for geometries that no kernel covers, KernelError for wrong
+    options and for a compiler that fails, MissingDependency; before anything is compiled where it can.
     """
     target, out = target or platform.machine(), out.absolute()
     compiler, variants, tools = find_compiler(target), plan_variants(requests, archs), choose_assemblers(archs, cuda)
     headers = choose_headers(plugins)
     out.parent.mkdir(parents=True, exist_ok=True)
-    made = compile_all(launches_of(variants), tools, jobs or os.cpu_count() or 1, on_progress)
+    codes = compile_all(launches_of(variants), tools, jobs or os.cpu_count() or 1, on_progress)
     info = _describe(variants, tools, target, headers)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as name:
         folder = Path(name)
-        kernels, indices = _embed(folder, made, tools)
+        kernels, indices = _embed(folder, codes, tools)
         library = _link(folder, make_source(variants, kernels, indices, json.dumps(info)), compiler, headers)
         os.replace(library, out)
-    code_bytes = sum(len(cubin) for cubin in {code.cubin for code in made.values()})
+    code_bytes = sum(len(cubin) for cubin in {code.cubin for code in codes.values()})
     return Build(out, info, code_bytes, headers if isinstance(headers, str) else "")

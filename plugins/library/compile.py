@@ -56,19 +56,22 @@ def compile_launch(launch: Launch, arch: int, assembler: Assembler | None = None
         if assembler is not None:
             options["ptx_version"] = assembler.ptx_version
             triton.knobs.nvidia.ptxas = triton.knobs.nvidia.ptxas_blackwell = str(assembler.path)
-        made = triton.compile(source, target=target, options=options)
-    data = made.metadata
+        compiled = triton.compile(source, target=target, options=options)
+    data = compiled.metadata
     if data.shared > limit:
         raise KernelError(f"{launch.kernel} takes {data.shared} bytes of shared memory; sm_{arch} has {limit}")
     if data.global_scratch_size or data.profile_scratch_size:
         raise KernelError(f"{launch.kernel} takes scratch memory on sm_{arch}, which no launcher gives; choose smaller tiles")
-    scratch = count_parameters(made.asm["ptx"], data.name) - len(launch.arguments)
-    return Compiled(data.name, made.asm["cubin"], data.shared, 32 * data.num_warps, scratch)
+    scratch = count_parameters(compiled.asm["ptx"], data.name) - len(launch.arguments)
+    return Compiled(data.name, compiled.asm["cubin"], data.shared, 32 * data.num_warps, scratch)
 
 
 def count_parameters(ptx: str, symbol: str) -> int:
-    """Parameters of a kernel in PTX. Behind its arguments Triton adds pointers to scratch memory: two since 3.4, fewer before."""
-    found = re.search(rf"\.entry\s+{re.escape(symbol)}\s*\((.*?)\)\s", ptx, re.DOTALL)
-    if found is None:
+    """Parameters of a kernel in PTX.
+
+    Behind its arguments Triton adds pointers to scratch memory: two since 3.4, fewer before.
+    """
+    entry = re.search(rf"\.entry\s+{re.escape(symbol)}\s*\((.*?)\)\s", ptx, re.DOTALL)
+    if entry is None:
         raise KernelError(f"the compiled code has no kernel {symbol}; install the Triton that PyTorch was built with")
-    return found[1].count(".param")
+    return entry[1].count(".param")

@@ -30,8 +30,8 @@ def find_cpu_library() -> Path | None:
         return Path(named)
     spec = importlib.util.find_spec("bilevel.plugins")
     for folder in (spec.submodule_search_locations or []) if spec else []:
-        for found in sorted(Path(folder).glob("_cpu*.so")):
-            return found
+        for library in sorted(Path(folder).glob("_cpu*.so")):
+            return library
     return None
 
 

@@ -1,8 +1,9 @@
-"""A library that ``bilevel kernels build`` made, from Python: ``csrc/bilevel_kernels.h`` by ctypes (standard library only).
+"""A library that ``bilevel kernels build`` made, from Python: ``csrc/gpu/bilevel_kernels.h`` by ctypes (standard library only).
 
 ``KernelLibrary.info`` is the library's own description (``read_info`` finds it in a library for another machine too):
-library: "bilevel kernels" · abi: int · bilevel: version that built it · target: "x86_64" or "aarch64" · operators: {name: version} · architectures:
-{"87": CUDA version of its machine code, as in "12.6"} · variants: list of {op, dtype, geometry: {size or attribute: value}} ·
+library: "bilevel kernels" · abi: int · bilevel: version that built it · target: "x86_64" or "aarch64" ·
+operators: {name: version} · architectures: {"87": CUDA version of its machine code, as in "12.6"} ·
+variants: list of {op, dtype, geometry: {size or attribute: value}} ·
 tensorrt: version of the headers that its TensorRT plugins were built with, None where it has none.
 """
 
@@ -61,7 +62,7 @@ class _Call(ctypes.Structure):
 
 @dataclass(frozen=True)
 class DeviceTensor:
-    """A contiguous tensor in a GPU's memory; ``address`` is a multiple of 16. dtype: "float16", "bfloat16", "float32", "int32"."""
+    """A contiguous tensor in a GPU's memory; ``address`` is a multiple of 16. dtype: a key of ``contract.DTYPE_CODES``."""
 
     address: int
     shape: tuple[int, ...]
@@ -79,8 +80,8 @@ class KernelCall:
 
 
 def _tensors(tensors: Sequence[DeviceTensor]) -> Any:
-    made = (_Tensor * len(tensors))()
-    for place, tensor in zip(made, tensors, strict=True):
+    array = (_Tensor * len(tensors))()
+    for place, tensor in zip(array, tensors, strict=True):
         dims = (ctypes.c_int64 * len(tensor.shape))(*tensor.shape)
         place.data, place.rank, place.dtype = (
             tensor.address or None,
@@ -88,18 +89,18 @@ def _tensors(tensors: Sequence[DeviceTensor]) -> Any:
             contract.DTYPE_CODES.get(tensor.dtype, 0),
         )
         place.dims = ctypes.cast(dims, ctypes.POINTER(ctypes.c_int64))
-    return made
+    return array
 
 
 def _attributes(values: Mapping[str, int | float | str]) -> Any:
-    made = (_Attribute * len(values))()
-    for place, (name, value) in zip(made, values.items(), strict=True):
+    array = (_Attribute * len(values))()
+    for place, (name, value) in zip(array, values.items(), strict=True):
         place.name = name.encode()
         if isinstance(value, str):
             place.text = value.encode()
         else:
             place.number = value
-    return made
+    return array
 
 
 def read_info(path: Path) -> dict[str, Any]:
@@ -115,14 +116,15 @@ def read_info(path: Path) -> dict[str, Any]:
 
 
 def needed_versions(path: Path) -> dict[str, str]:
-    """The oldest glibc and libstdc++ symbol versions that a library's file runs with: {"GLIBC": "2.34", "GLIBCXX": "3.4.29"}."""
+    """The oldest glibc and libstdc++ symbol versions that a library runs with: {"GLIBC": "2.34", "GLIBCXX": "3.4.29"}."""
     content = path.read_bytes()
-    found = {}
+    needed = {}
     for name in ("GLIBC", "GLIBCXX"):
         versions = re.findall(rb"\0%s_([0-9.]+)(?=\0)" % name.encode(), content)
         if versions:
-            found[name] = max((version.decode() for version in versions), key=lambda v: [int(part) for part in v.split(".")])
-    return found
+            numbers = [version.decode() for version in versions]
+            needed[name] = max(numbers, key=lambda number: [int(part) for part in number.split(".")])
+    return needed
 
 
 class KernelLibrary:
@@ -150,11 +152,11 @@ class KernelLibrary:
     def _call(call: KernelCall) -> _Call:
         parts = (_tensors(call.inputs), _tensors(call.outputs), _attributes(call.attributes))
         inputs, outputs, attributes = parts
-        made = _Call(ctypes.sizeof(_Call), call.op.name.encode())
-        made.num_inputs, made.inputs = len(inputs), ctypes.cast(inputs, ctypes.POINTER(_Tensor))
-        made.num_outputs, made.outputs = len(outputs), ctypes.cast(outputs, ctypes.POINTER(_Tensor))
-        made.num_attributes, made.attributes = len(attributes), ctypes.cast(attributes, ctypes.POINTER(_Attribute))
-        return made
+        c_call = _Call(ctypes.sizeof(_Call), call.op.name.encode())
+        c_call.num_inputs, c_call.inputs = len(inputs), ctypes.cast(inputs, ctypes.POINTER(_Tensor))
+        c_call.num_outputs, c_call.outputs = len(outputs), ctypes.cast(outputs, ctypes.POINTER(_Tensor))
+        c_call.num_attributes, c_call.attributes = len(attributes), ctypes.cast(attributes, ctypes.POINTER(_Attribute))
+        return c_call
 
     def workspace_size(self, call: KernelCall, arch: int = 0) -> int:
         """Bytes that suffice for this call and every smaller one on ``arch`` (0: on any). Raises KernelError."""

@@ -1,4 +1,4 @@
-"""The tables of a kernel library as C++ (standard library only): what ``csrc/kernel_tables.h`` declares.
+"""The tables of a kernel library as C++ (standard library only): what ``csrc/gpu/kernel_tables.h`` declares.
 
 ``variants`` with their plans come from ``plugins/library/build.py``; the machine code is included from files.
 """
@@ -21,7 +21,7 @@ _OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.LtE: "<="}
 
 @dataclass(frozen=True)
 class Kernel:
-    """Machine code in the file ``image``, beside the source; the fields of ``csrc/kernel_tables.h``."""
+    """Machine code in the file ``image``, beside the source; the fields of ``csrc/gpu/kernel_tables.h``."""
 
     symbol: str
     image: Path

@@ -99,16 +99,18 @@ def main(arguments: list[str] | None = None) -> int:
                 start, worst, size = time.monotonic(), (0.0, 0, ""), 0
                 launches = variants(op, dtype, arch)
                 for launch in launches:
-                    made = compile_launch(launch, arch)
-                    over += made.shared > launch.tile.shared
-                    worst = max(worst, (made.shared / launch.tile.shared, made.shared, launch.kernel))
-                    size += len(made.cubin)
+                    compiled = compile_launch(launch, arch)
+                    over += compiled.shared > launch.tile.shared
+                    worst = max(worst, (compiled.shared / launch.tile.shared, compiled.shared, launch.kernel))
+                    size += len(compiled.cubin)
                     if options.verbose:
-                        print(f"  {launch.kernel}: {made.shared} of {launch.tile.shared} estimated; {dict(launch.constants)}")
+                        print(
+                            f"  {launch.kernel}: {compiled.shared} of {launch.tile.shared} estimated; {dict(launch.constants)}"
+                        )
                 count += len(launches)
                 print(
-                    f"sm_{arch} {dtype} {op}: {len(launches)} kernels, {size / 1e6:.1f} MB, at most {worst[0]:.0%} of the estimate "
-                    f"({worst[2]}, {worst[1]} bytes; limit {shared_limit(arch)}), {time.monotonic() - start:.0f} s",
+                    f"sm_{arch} {dtype} {op}: {len(launches)} kernels, {size / 1e6:.1f} MB, at most {worst[0]:.0%} of the "
+                    f"estimate ({worst[2]}, {worst[1]} bytes; limit {shared_limit(arch)}), {time.monotonic() - start:.0f} s",
                     flush=True,
                 )
     print(f"{count} kernels compiled, {over} above their estimate of shared memory, none above its limit")

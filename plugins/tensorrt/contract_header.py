@@ -1,4 +1,4 @@
-"""The contract as a C++ header, ``csrc/gpu/contract.h``: made from ``bilevel/contract.py``, never by hand (standard library only).
+"""The contract as a C++ header, ``csrc/gpu/contract.h``: made from ``bilevel/contract.py``, never by hand.
 
 ``python -m bilevel.plugins.tensorrt.contract_header`` writes it anew.
 """

@@ -1,9 +1,10 @@
 """What a TensorRT plugin of the contract carries, and how it travels (standard library only).
 
-While an engine is built, a plugin gets a node's attributes as the ONNX parser gives them: INT as one INT32, FLOAT as one FLOAT32, STRING
-as CHARs with a closing zero. Into the plan goes the same, in the contract's order, behind ``format_version`` (INT32) and before
-``dtype`` (INT32: the model's float type as bilevel_kernels.h numbers it, 0 where the operator has none) and ``dims`` (INT64: the largest
-size of every axis of every input, in order; empty where no profile was seen). ``csrc/tensorrt_fields.cpp`` does the same in C++.
+While an engine is built, a plugin gets a node's attributes as the ONNX parser gives them: INT as one INT32, FLOAT as one
+FLOAT32, STRING as CHARs with a closing zero. Into the plan goes the same, in the contract's order, behind ``format_version``
+(INT32) and before ``dtype`` (INT32: the model's float type as bilevel_kernels.h numbers it, 0 where the operator has none) and
+``dims`` (INT64: the largest size of every axis of every input, in order; empty where no profile was seen).
+``csrc/tensorrt/fields.cpp`` does the same in C++.
 """
 
 from __future__ import annotations
@@ -101,13 +102,13 @@ def read_fields(op: contract.Op, fields: Iterable[Field], *, from_plan: bool) ->
 
 def write_fields(node: PluginNode) -> list[Field]:
     """The fields that go into a plan."""
-    found = [Field("format_version", "INT32", (FORMAT_VERSION,))]
+    fields = [Field("format_version", "INT32", (FORMAT_VERSION,))]
     for attribute in node.op.attributes:
         value = node.attributes[attribute.name]
         data = (*value.encode(), 0) if isinstance(value, str) else (value,)
-        found.append(Field(attribute.name, _KINDS[attribute.kind], data))
-    found.append(Field("dtype", "INT32", (_FLOAT_CODES[node.dtype],)))
-    return [*found, Field("dims", "INT64", tuple(size for shape in node.dims for size in shape))]
+        fields.append(Field(attribute.name, _KINDS[attribute.kind], data))
+    fields.append(Field("dtype", "INT32", (_FLOAT_CODES[node.dtype],)))
+    return [*fields, Field("dims", "INT64", tuple(size for shape in node.dims for size in shape))]
 
 
 def largest_sizes(op: contract.Op, shapes: Sequence[Sequence[int]], fixed: Sequence[Sequence[bool]]) -> dict[str, int]:
@@ -128,7 +129,7 @@ def largest_sizes(op: contract.Op, shapes: Sequence[Sequence[int]], fixed: Seque
 
 def workspace_limit(plans: Sequence[LaunchPlan], most: Mapping[str, int]) -> int:
     """Bytes of workspace that suffice for every call whose sizes are not larger than ``most``."""
-    found = 0
+    limit = 0
     for plan in plans:
         sizes = dict(most)
         # Conditions say that L, or T, is at most so much, and buffers grow with every size: the largest size counts.
@@ -138,8 +139,8 @@ def workspace_limit(plans: Sequence[LaunchPlan], most: Mapping[str, int]) -> int
             sizes[name] = (low + high + 1) // 2
             low, high = (sizes[name], high) if evaluate(plan.when, sizes) else (low, sizes[name] - 1)
         sizes[name] = high
-        found = max(found, plan.workspace_bytes(sizes))
-    return found
+        limit = max(limit, plan.workspace_bytes(sizes))
+    return limit
 
 
 def geometry_of(node: PluginNode, sizes: Mapping[str, int]) -> dict[str, Value]:

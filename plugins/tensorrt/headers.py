@@ -33,20 +33,23 @@ class Headers:
 def find_headers() -> Headers | str:
     """The headers, or one sentence that says what is missing and what brings it.
 
-    TensorRT's are looked for in $TENSORRT_ROOT/include (and nowhere else where it is set), then in the usual system folders; the CUDA
-    runtime's beside them, in $CUDA_HOME/include, in the usual system folders and in NVIDIA's wheels.
+    TensorRT's are looked for in $TENSORRT_ROOT/include (nowhere else where it is set), then in the usual system folders; the
+    CUDA runtime's beside them, in $CUDA_HOME/include, in the usual system folders and in NVIDIA's wheels.
     """
     root = os.environ.get(VARIABLE, "")
     folder = _first(_TENSORRT, [Path(root) / "include", Path(root)] if root else _system_folders())
     if folder is None:
         where = f"{VARIABLE}={root} holds no include/{_TENSORRT}" if root else f"{_TENSORRT} is in none of the usual folders"
-        return f"{where}; install TensorRT's headers (libnvinfer-headers-dev), or let {VARIABLE} name the folder above their include/"
+        return (
+            f"{where}; install TensorRT's headers (libnvinfer-headers-dev), "
+            f"or let {VARIABLE} name the folder above their include/"
+        )
     version = _version(folder / _VERSION)
     if version is None:
         return f"{folder / _VERSION} names no version; let {VARIABLE} name a whole TensorRT {OLDEST[0]} or newer"
     if version[:2] < OLDEST:
-        found = ".".join(map(str, version))
-        return f"{folder} holds TensorRT {found}, the plugins need {OLDEST[0]}.{OLDEST[1]} or newer; install a newer one"
+        installed = ".".join(map(str, version))
+        return f"{folder} holds TensorRT {installed}, the plugins need {OLDEST[0]}.{OLDEST[1]} or newer; install a newer one"
     cuda = _first(_CUDA, [folder, *_cuda_folders()])
     if cuda is None:
         return (
@@ -80,8 +83,8 @@ def _version(path: Path) -> tuple[int, int, int] | None:
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     numbers = []
     for part in ("MAJOR", "MINOR", "PATCH"):
-        found = re.search(rf"#define\s+(?:NV_TENSORRT|TRT)_{part}(?:_ENTERPRISE)?\s+(\d+)", text)
-        if found is None:
+        number = re.search(rf"#define\s+(?:NV_TENSORRT|TRT)_{part}(?:_ENTERPRISE)?\s+(\d+)", text)
+        if number is None:
             return None
-        numbers.append(int(found[1]))
+        numbers.append(int(number[1]))
     return numbers[0], numbers[1], numbers[2]

@@ -1,8 +1,8 @@
-"""The operators as TensorRT plugins written in Python, for development machines and for building engines without a kernel library.
+"""The operators as TensorRT plugins written in Python: for development machines, and to build engines without a kernel library.
 
-``register_plugins(trt)`` makes them known to ``tensorrt`` or ``tensorrt_rtx``. They take and give the same shapes, types and fields
-as the C++ plugins (``csrc/tensorrt_plugin.cpp``), so an engine that was built with one runs with the other. ``enqueue`` runs the
-Triton kernels through PyTorch on TensorRT's stream and needs both packages; building an engine needs neither.
+``register_plugins(trt)`` makes them known to ``tensorrt`` or ``tensorrt_rtx``. They take and give the same shapes, types and
+fields as the C++ plugins (``csrc/tensorrt/plugin.cpp``), so an engine that was built with one runs with the other. ``enqueue``
+runs the Triton kernels through PyTorch on TensorRT's stream and needs both packages; building an engine needs neither.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _FLOATS = {"HALF": "float16", "BF16": "bfloat16", "FLOAT": "float32"}  # TensorR
 _FIXED = {"int32": "INT32", "float32": "FLOAT"}
 _NUMPY = {"INT32": np.int32, "FLOAT32": np.float32, "CHAR": np.uint8, "INT64": np.int64}
 _Result = TypeVar("_Result")
-_log = logging.getLogger("bilevel.tensorrt")  # Python is not told TensorRT's own logger
+_log = logging.getLogger("bilevel.tensorrt")  # TensorRT's own logger does not reach Python plugins
 
 
 class _Bytes:
@@ -66,8 +66,8 @@ def run_at(
 ) -> None:
     """Run an operator on tensors by their addresses, inputs first. Raises ContractError for shapes outside the contract.
 
-    shapes: of the inputs, which decide those of the outputs. node.dtype is the float type. workspace: its address; it must hold what
-    ``workspace_limit`` says.
+    shapes: of the inputs, which decide those of the outputs. node.dtype is the float type. workspace: its address; it must hold
+    what ``workspace_limit`` says.
     """
     import torch
 
@@ -80,18 +80,21 @@ def run_at(
     every_shape = [*shapes, *op.output_shapes(sizes, attributes)]
     tensors = [tensor_at(*place, device) for place in zip(addresses, every_shape, dtypes, strict=True)]
     inputs, outputs = tensors[: len(op.inputs)], tensors[len(op.inputs) :]
-    found, _ = launch.plans_for(op, inputs, attributes)
-    plan = launches.choose_plan(found, sizes)
+    plans, _ = launch.plans_for(op, inputs, attributes)
+    plan = launches.choose_plan(plans, sizes)
     with torch.cuda.stream(torch.cuda.ExternalStream(stream)) if device == "cuda" else nullcontext():
         memory = tensor_at(workspace, (plan.workspace_bytes(sizes),), "uint8", device)
         launch.run_plan(op, plan, inputs, outputs, memory, sizes, attributes)
 
 
 def _most_workspace(node: PluginNode) -> int:
-    """Bytes of workspace that calls within node.dims need on any architecture. Raises ContractError for what no kernel covers."""
+    """Bytes of workspace that calls within node.dims need on any architecture.
+
+    Raises ContractError for what no kernel covers.
+    """
     sizes = largest_sizes(node.op, node.dims, [[False] * len(shape) for shape in node.dims])
     geometry, dtype = geometry_of(node, sizes), node.dtype or "float32"
-    return max(workspace_limit(found, sizes) for found in plans_everywhere(node.op, geometry, dtype).values())
+    return max(workspace_limit(plans, sizes) for plans in plans_everywhere(node.op, geometry, dtype).values())
 
 
 class _Plugin:
@@ -156,7 +159,7 @@ class _Plugin:
             raise ContractError(f"{self.node.op.name} computes in {', '.join(_FLOATS.values())}, not in {names[0]}")
         return _FLOATS[names[0]] if names else ""
 
-    def _seen(self, inputs: Sequence[Any]) -> PluginNode:
+    def _profiled(self, inputs: Sequence[Any]) -> PluginNode:
         """The node with what a profile says of its inputs."""
         op = self.node.op
         fixed = [[size >= 0 for size in given.desc.dims] for given in inputs]
@@ -165,11 +168,11 @@ class _Plugin:
         return dataclasses.replace(self.node, dtype=dtype, dims=tuple(op.input_shapes(sizes)))
 
     def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-        self.node = self._seen(inputs)
+        self.node = self._profiled(inputs)
         _most_workspace(self.node)
 
     def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
-        return self._guarded("gets no workspace", 0, lambda: _most_workspace(self._seen(inputs)))
+        return self._guarded("gets no workspace", 0, lambda: _most_workspace(self._profiled(inputs)))
 
     def get_valid_tactics(self) -> list[int]:
         return []

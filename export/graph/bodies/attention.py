@@ -13,7 +13,7 @@ from onnxscript import script
 from onnxscript.values import Opset
 
 from bilevel.contract import DOMAIN
-from bilevel.export.graph.bodies.routes import horizons, joint_heads, positions
+from bilevel.export.graph.bodies.routes import FLOAT, INT32, INT64, horizons, joint_heads, positions
 from bilevel.export.graph.schemas import ONNX_OPSET
 
 op = Opset("", ONNX_OPSET)
@@ -28,7 +28,7 @@ def spread_routes(routes, virtual):
     selection = op.Shape(routes, start=1, end=2)
     rest = op.Shape(routes, start=2, end=4)
     shape = op.Concat(batch, selection, op.Div(virtual, selection), rest, axis=0)
-    wide = op.Expand(op.Unsqueeze(op.Cast(routes, to=7), [2]), shape)
+    wide = op.Expand(op.Unsqueeze(op.Cast(routes, to=INT64), [2]), shape)
     return op.Reshape(wide, op.Concat(batch, virtual, rest, axis=0))
 
 
@@ -64,20 +64,20 @@ def attend_gathered(q, k, v, blocks, visible, rows, horizon, size, scale):
     earlier = op.Range(0, op.Squeeze(num_kept), 1)
     before = op.Unsqueeze(earlier, [0]) < op.Unsqueeze(earlier, [1])
     same = op.Equal(op.Unsqueeze(blocks, [3]), op.Unsqueeze(blocks, [4]))
-    repeated = op.ReduceMax(op.Cast(op.And(same, before), to=6), [4], keepdims=0) > 0
+    repeated = op.ReduceMax(op.Cast(op.And(same, before), to=INT32), [4], keepdims=0) > 0
     used = op.And(visible, op.Not(repeated))
     index = op.Where(used, blocks, 0) + rows
     flat = op.Concat([-1], size * width, axis=0)
     shape = op.Concat(op.Shape(blocks, start=0, end=3), num_kept * size, width, axis=0)
-    keys = op.Cast(op.Reshape(op.Gather(op.Reshape(k, flat), index, axis=0), shape), to=1)
-    values = op.Cast(op.Reshape(op.Gather(op.Reshape(v, flat), index, axis=0), shape), to=1)
-    scores = op.MatMul(op.Cast(q, to=1), op.Transpose(keys, perm=[0, 1, 2, 4, 3])) * scale
+    keys = op.Cast(op.Reshape(op.Gather(op.Reshape(k, flat), index, axis=0), shape), to=FLOAT)
+    values = op.Cast(op.Reshape(op.Gather(op.Reshape(v, flat), index, axis=0), shape), to=FLOAT)
+    scores = op.MatMul(op.Cast(q, to=FLOAT), op.Transpose(keys, perm=[0, 1, 2, 4, 3])) * scale
     token = op.Unsqueeze(blocks * size, [4]) + op.Range(0, op.Squeeze(size), 1)
     seen = op.And(op.Unsqueeze(used, [4]), token < op.Unsqueeze(horizon, [4]))
     seen = op.Reshape(seen, op.Concat(op.Shape(blocks, start=0, end=3), [1], num_kept * size, axis=0))
     lowest = op.Constant(value_float=-3.4028234663852886e38)
     probability = op.Softmax(op.Where(seen, scores, lowest), axis=-1)
-    any_seen = op.ReduceMax(op.Cast(seen, to=6), [4], keepdims=1) > 0
+    any_seen = op.ReduceMax(op.Cast(seen, to=INT32), [4], keepdims=1) > 0
     return op.Where(any_seen, op.MatMul(probability, values), op.Constant(value_float=0.0))
 
 
@@ -96,17 +96,17 @@ def pair_slots(blocks, visible, num_blocks, tile):
     empty = op.Expand(op.Constant(value_int=0), op.Concat(lists, length, num_blocks + 1, axis=0))
     winner = op.ScatterElements(empty, column, number, axis=2)
     used = op.And(visible, op.Equal(op.GatherElements(winner, column, axis=2), number))
-    kept = op.Cast(winner > 0, to=6)
+    kept = op.Cast(winner > 0, to=INT32)
     order = op.CumSum(kept, op.Constant(value_int=1))
     count = op.Squeeze(op.Slice(order, [-1], [9223372036854775807], [1]), [1])
-    tiles = op.Div(op.Cast(count, to=7) + (tile - 1), tile)
+    tiles = op.Div(op.Cast(count, to=INT64) + (tile - 1), tile)
     # The dummy column's tiles are not laid out.
     tiles = op.Slice(tiles, [0], [-1], [1])
     last = op.CumSum(op.Reshape(tiles, [-1]), op.Constant(value_int=0))
     first = op.Pad(op.Reshape(last, op.Shape(tiles)) - tiles, [0, 0, 0, 1])
     flat = op.Reshape(column, op.Concat(lists, [-1], axis=0))
     start = op.Reshape(op.GatherElements(first, flat, axis=1), op.Shape(blocks))
-    rank = op.Cast(op.GatherElements(order, column, axis=2), to=7) - 1
+    rank = op.Cast(op.GatherElements(order, column, axis=2), to=INT64) - 1
     return start * tile + rank, used
 
 
@@ -138,11 +138,11 @@ def attend_dispatched(q, k, v, blocks, visible, rows, horizon, size, scale):
 
     flat_queries = op.Reshape(q, op.Concat(lists * length, heads * width, axis=0))
     tile_rows = op.Concat(num_tiles, tile * heads, width, axis=0)
-    queries = op.Cast(op.Reshape(op.Gather(flat_queries, slot_query, axis=0), tile_rows), to=1)
+    queries = op.Cast(op.Reshape(op.Gather(flat_queries, slot_query, axis=0), tile_rows), to=FLOAT)
     flat = op.Concat([-1], size * width, axis=0)
     tile_keys = op.Concat(num_tiles, size, width, axis=0)
-    keys = op.Cast(op.Reshape(op.Gather(op.Reshape(k, flat), tile_kv, axis=0), tile_keys), to=1)
-    values = op.Cast(op.Reshape(op.Gather(op.Reshape(v, flat), tile_kv, axis=0), tile_keys), to=1)
+    keys = op.Cast(op.Reshape(op.Gather(op.Reshape(k, flat), tile_kv, axis=0), tile_keys), to=FLOAT)
+    values = op.Cast(op.Reshape(op.Gather(op.Reshape(v, flat), tile_kv, axis=0), tile_keys), to=FLOAT)
 
     # How many tokens of its block each slot's query sees.
     wide_horizon = op.Expand(horizon, op.Concat(op.Shape(blocks, start=0, end=3), [1], axis=0))

@@ -1,4 +1,4 @@
-"""Portable bodies of ``ExpertRoute`` and ``RoutedExperts`` in standard ONNX operators (semantics: ``bilevel.operators.reference``)."""
+"""Portable bodies of ``ExpertRoute`` and ``RoutedExperts`` in standard ONNX operators (see ``bilevel.operators.reference``)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from onnxscript.values import Opset
 
 from bilevel.contract import DOMAIN
 from bilevel.export.graph.bodies.attention import pair_slots
-from bilevel.export.graph.bodies.routes import selectable
+from bilevel.export.graph.bodies.routes import FLOAT, INT32, INT64, selectable
 from bilevel.export.graph.schemas import ONNX_OPSET
 
 op = Opset("", ONNX_OPSET)
@@ -74,7 +74,7 @@ def expert_route_body(score_func: str, group_score: str) -> OnnxFunction[..., An
         group = score_groups(grouped, group_logits)
         best_group, index = op.TopK(group, op.Reshape(op.Constant(value_int=topk_group), [1]), axis=-1, largest=1, sorted=1)
         none = op.Expand(op.Constant(value_float=0.0), op.Shape(group))
-        keep = op.ScatterElements(none, index, op.Cast(best_group > lowest, to=1), axis=1) > 0.0
+        keep = op.ScatterElements(none, index, op.Cast(best_group > lowest, to=FLOAT), axis=1) > 0.0
         inside = op.Reshape(op.Where(op.Unsqueeze(keep, [2]), grouped, lowest), op.Shape(logits))
         best, ids = op.TopK(inside, num_kept, axis=-1, largest=1, sorted=1)
         chosen = best > lowest
@@ -82,7 +82,7 @@ def expert_route_body(score_func: str, group_score: str) -> OnnxFunction[..., An
         total = op.ReduceSum(raw, [1], keepdims=1) + op.Constant(value_float=1e-20)
         divisor = op.Where(op.Equal(op.Constant(value_int=normalize), 1), total, op.Constant(value_float=1.0))
         weights = raw / divisor * op.Constant(value_float=scale)
-        return op.Cast(op.Where(chosen, ids, -1), to=6), weights
+        return op.Cast(op.Where(chosen, ids, -1), to=INT32), weights
 
     return ExpertRoute
 
@@ -101,7 +101,7 @@ def experts_gathered(x, expert, used, weights, gate_up, down):
     flat = op.Reshape(expert, [-1])
     shape = op.Concat(op.Shape(expert), op.Shape(x, start=1, end=2), axis=0)
     rows = op.Reshape(op.Expand(op.Unsqueeze(x, [1]), shape), op.Concat([-1, 1], op.Shape(x, start=1, end=2), axis=0))
-    out = op.Cast(swiglu(rows, op.Gather(gate_up, flat, axis=0), op.Gather(down, flat, axis=0)), to=1)
+    out = op.Cast(swiglu(rows, op.Gather(gate_up, flat, axis=0), op.Gather(down, flat, axis=0)), to=FLOAT)
     weight = op.Where(used, weights, op.Constant(value_float=0.0))
     return op.ReduceSum(op.Reshape(out, shape) * op.Unsqueeze(weight, [2]), [1], keepdims=0)
 
@@ -129,7 +129,7 @@ def experts_dispatched(x, expert, used, weights, gate_up, down):
     tile_expert = op.Slice(tile_expert, [0], [-1], [0])
     shape = op.Concat(num_tiles, tile, op.Shape(x, start=1, end=2), axis=0)
     rows = op.Reshape(op.Gather(x, slot_token, axis=0), shape)
-    out = op.Cast(swiglu(rows, op.Gather(gate_up, tile_expert, axis=0), op.Gather(down, tile_expert, axis=0)), to=1)
+    out = op.Cast(swiglu(rows, op.Gather(gate_up, tile_expert, axis=0), op.Gather(down, tile_expert, axis=0)), to=FLOAT)
     flat_out = op.Reshape(out, op.Concat(num_slots, op.Shape(x, start=1, end=2), axis=0))
     per_pair = op.Concat(tokens, num_kept, op.Shape(x, start=1, end=2), axis=0)
     pair_out = op.Reshape(op.Gather(op.Pad(flat_out, [0, 0, 1, 0]), slot, axis=0), per_pair)
@@ -140,7 +140,7 @@ def experts_dispatched(x, expert, used, weights, gate_up, down):
 @script(_bilevel, default_opset=op)
 def RoutedExperts(x, ids, weights, gate_up, down):
     """The chosen experts' SwiGLU, weighted: [T, d] like x; ids out of range are ignored."""
-    given = op.Cast(ids, to=7)
+    given = op.Cast(ids, to=INT64)
     used = op.And(given >= 0, given < op.Shape(down, start=0, end=1))
     expert = op.Where(used, given, 0)
     if op.Squeeze(op.Shape(x, start=0, end=1)) <= 4:

@@ -48,13 +48,13 @@ def sum_heads(x, heads):
 def positions(past_len, length):
     """int64 [B, 1, L, 1]: absolute positions of this call's tokens; length: int64 [1]."""
     offset = op.Range(0, op.Squeeze(length), 1)
-    return op.Unsqueeze(op.Unsqueeze(op.Cast(past_len, to=7), [1]) + op.Unsqueeze(offset, [0]), [1, 3])
+    return op.Unsqueeze(op.Unsqueeze(op.Cast(past_len, to=INT64), [1]) + op.Unsqueeze(offset, [0]), [1, 3])
 
 
 @script(_private, default_opset=op)
 def horizons(position, past_len, new_len, causal):
     """int64 [B, 1, L, 1]: how many tokens each position may see; 0 for rows at or beyond new_len."""
-    valid = op.Unsqueeze(op.Cast(past_len, to=7) + op.Cast(new_len, to=7), [1, 2, 3])
+    valid = op.Unsqueeze(op.Cast(past_len, to=INT64) + op.Cast(new_len, to=INT64), [1, 2, 3])
     end = op.Where(op.Equal(causal, 1), position + 1, valid)
     return op.Where(position < valid, end, 0)
 
@@ -63,16 +63,16 @@ def horizons(position, past_len, new_len, causal):
 def selectable(scores):
     """Scores as the selection sees them: NaN is -inf, +inf the largest finite number (it ties by index)."""
     lowest = op.Constant(value_float=float("-inf"))
-    return op.Where(op.IsNaN(scores), lowest, op.Min(scores, op.Constant(value_float=3.4028234663852886e38)))
+    return op.Where(op.IsNaN(scores), lowest, op.Min(scores, op.Constant(value_float=FLOAT_MAX)))
 
 
 @script(_private, default_opset=op)
 def ascending(blocks, chosen, topk):
     """int32: the chosen block indices in ascending order, -1 in the unused tail."""
-    none = op.Constant(value_float=33554432.0)
-    keyed = op.Where(chosen, op.Cast(blocks, to=1), none)
+    none = op.Constant(value_float=NO_BLOCK)
+    keyed = op.Where(chosen, op.Cast(blocks, to=FLOAT), none)
     ordered, _ = op.TopK(keyed, topk, axis=-1, largest=0, sorted=1)
-    return op.Cast(op.Where(ordered < none, ordered, op.Constant(value_float=-1.0)), to=6)
+    return op.Cast(op.Where(ordered < none, ordered, op.Constant(value_float=-1.0)), to=INT32)
 
 
 @script(_private, default_opset=op)
@@ -108,10 +108,10 @@ def CoarseRoute(
     # Queries that read one key head become rows of one matrix product, so no key is copied.
     joint = joint_heads(num_selected, num_key_heads, op.Shape(query, start=1, end=2))
     rows = op.Reshape(
-        sum_heads(op.Cast(query, to=1), joint),
+        sum_heads(op.Cast(query, to=FLOAT), joint),
         op.Concat(batch, num_key_heads, op.Div(joint, num_key_heads) * length, op.Shape(query, start=3, end=4), axis=0),
     )
-    product = op.MatMul(rows, op.Transpose(op.Cast(unit_key, to=1), perm=[0, 1, 3, 2]))
+    product = op.MatMul(rows, op.Transpose(op.Cast(unit_key, to=FLOAT), perm=[0, 1, 3, 2]))
     scores = sum_heads(op.Reshape(product, op.Concat(batch, joint, length, num_units, axis=0)), num_selected)
 
     position = positions(past_len, length)
@@ -148,8 +148,8 @@ def candidate_scores(query, unit_key, blocks, joint, num_selected):
     first_head = op.Unsqueeze(op.Range(0, op.Squeeze(batch), 1) * num_key_heads, [1])
     row = op.Unsqueeze(op.Unsqueeze(key_head, [0]) + first_head, [2, 3]) * num_units
     flat = op.Reshape(unit_key, op.Concat([-1], width, axis=0))
-    keys = op.Cast(op.Gather(flat, spread + row, axis=0), to=1)
-    scores = op.Squeeze(op.MatMul(keys, op.Unsqueeze(sum_heads(op.Cast(query, to=1), joint), [4])), [4])
+    keys = op.Cast(op.Gather(flat, spread + row, axis=0), to=FLOAT)
+    scores = op.Squeeze(op.MatMul(keys, op.Unsqueeze(sum_heads(op.Cast(query, to=FLOAT), joint), [4])), [4])
     return sum_heads(scores, num_selected)
 
 
@@ -181,13 +181,13 @@ def FineRoute(
     local = op.Min(op.Reshape(op.Constant(value_int=local_blocks), [1]), num_kept)
 
     # Candidates in ascending order: ties then go to the lower index, and repetitions stand side by side.
-    none = op.Constant(value_float=33554432.0)
-    given = op.Cast(candidates, to=7)
-    keyed = op.Where(op.And(given >= 0, given < num_units), op.Cast(given, to=1), none)
+    none = op.Constant(value_float=NO_BLOCK)
+    given = op.Cast(candidates, to=INT64)
+    keyed = op.Where(op.And(given >= 0, given < num_units), op.Cast(given, to=FLOAT), none)
     num_candidates = op.Shape(candidates, start=3, end=4)
     ordered, _ = op.TopK(keyed, num_candidates, axis=-1, largest=0, sorted=1)
     before = op.Pad(op.Slice(ordered, [0], [-1], [3]), [0, 0, 0, 1, 0, 0, 0, 0], op.Constant(value_float=-1.0))
-    blocks = op.Cast(op.Where(ordered < none, ordered, op.Constant(value_float=0.0)), to=7)
+    blocks = op.Cast(op.Where(ordered < none, ordered, op.Constant(value_float=0.0)), to=INT64)
     is_local = op.And(blocks <= own, blocks > own - local)
     is_init = forced_init(blocks, own, num_kept, local, num_init, horizon, size)
     unique = op.And(op.And(ordered < none, ordered > before), op.Not(op.Or(is_local, is_init)))
@@ -199,7 +199,7 @@ def FineRoute(
     repeat = op.Concat([1, 1], op.Div(num_selected, lists), [1, 1], axis=0)
     wide = op.Concat(op.Shape(query, start=0, end=1), num_selected, length, num_candidates, axis=0)
     lowest = op.Constant(value_float=float("-inf"))
-    allowed = op.Reshape(op.Tile(op.Cast(op.Unsqueeze(scored, [2]), to=6), repeat), wide) > 0
+    allowed = op.Reshape(op.Tile(op.Cast(op.Unsqueeze(scored, [2]), to=INT32), repeat), wide) > 0
     choices = op.Reshape(op.Tile(op.Unsqueeze(blocks, [2]), repeat), wide)
     masked = op.Where(allowed, scores, lowest)
 

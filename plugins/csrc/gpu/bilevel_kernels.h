@@ -1,9 +1,9 @@
 /* The routing operators as GPU kernels: the C interface of the library that `bilevel kernels build` makes.
  *
- * The library holds machine code for the geometries, data types and architectures that it was built for. It opens the CUDA driver
- * (libcuda.so.1, or the file that BILEVEL_CUDA_DRIVER names) when the first function asks for a GPU, so it loads on a machine
- * without one. It needs no CUDA runtime, allocates no device memory, never synchronises, and keeps no state but the loaded modules.
- * Every function may be called from any thread.
+ * The library holds machine code for the geometries, data types and architectures that it was built for. It opens the CUDA
+ * driver (libcuda.so.1, or the file that BILEVEL_CUDA_DRIVER names) when the first function asks for a GPU, so it loads on a
+ * machine without one. It needs no CUDA runtime, allocates no device memory, never synchronises, and keeps no state but the
+ * loaded modules. Every function may be called from any thread.
  *
  *   bilevel_tensor inputs[] = {{q, q_dims, 4, BILEVEL_FLOAT16}, ...};            (the order of bilevel/contract.py)
  *   bilevel_call call = {sizeof(call), "RoutedAttention", 6, inputs, 1, &output, 3, attributes};

@@ -102,7 +102,9 @@ void check_attributes(const bilevel_call& call, CheckedCall& checked) {
         checked.geometry.push_back({attribute.name, static_cast<int64_t>(given.number), nullptr});
         break;
       case AttributeKind::kFloat:
-        if (!std::isfinite(given.number)) refuse(std::string(op.name) + ": the attribute " + attribute.name + " must be finite");
+        if (!std::isfinite(given.number)) {
+          refuse(std::string(op.name) + ": the attribute " + attribute.name + " must be finite");
+        }
         checked.floats[i] = static_cast<float>(given.number);
         break;
     }

@@ -1,7 +1,7 @@
 // What a kernel library holds: tables that plugins/library/source.py writes (in C++) and kernel_library.cpp reads.
 //
-// They say in C++ what plugins/launch/launches.py says in Python: a variant (an operator in one geometry and data type) has, for each
-// architecture, plans; a plan has buffers in the workspace and launches; sizes are functions of a call's sizes.
+// They say in C++ what plugins/launch/launches.py says in Python: a variant (an operator in one geometry and data type) has,
+// for each architecture, plans; a plan has buffers in the workspace and launches; sizes are functions of a call's sizes.
 #ifndef BILEVEL_KERNEL_TABLES_H
 #define BILEVEL_KERNEL_TABLES_H
 
@@ -55,8 +55,8 @@ struct Kernel {
 
 enum class ArgumentKind { kPointer, kInt32, kFloat32 };
 
-// index, of a pointer: into the call's inputs, then its outputs, then the plan's buffers; of a float32: into the attributes of the
-// operator in contract.h. expression: the value of an int32.
+// index, of a pointer: into the call's inputs, then its outputs, then the plan's buffers; of a float32: into the attributes of
+// the operator in contract.h. expression: the value of an int32.
 struct Argument {
   ArgumentKind kind;
   int32_t index;
@@ -80,8 +80,8 @@ struct Plan {
   const Launch* launches;
 };
 
-// Every architecture that there are plans for. is_built: the library holds its kernels; else the plans only say what workspace they
-// would take, so that an engine's workspace does not depend on which architectures a library was built for.
+// Every architecture that there are plans for. is_built: the library holds its kernels; else the plans only say what workspace
+// they would take, so that an engine's workspace does not depend on which architectures a library was built for.
 struct ArchitecturePlans {
   int32_t arch;
   bool is_built;

@@ -125,7 +125,8 @@ Call::Call(const Node& node, const std::vector<Shape>& inputs) : shapes_(inputs)
     for (int32_t axis = 0; axis < op.outputs[i].rank; ++axis) {
       const Place place = place_of(op, op.outputs[i].dims[axis]);
       const bool is_attribute = place.attribute >= 0;
-      shape.push_back(is_attribute ? static_cast<int64_t>(node.values[place.attribute].number) : inputs[place.input][place.axis]);
+      shape.push_back(is_attribute ? static_cast<int64_t>(node.values[place.attribute].number)
+                                   : inputs[place.input][place.axis]);
     }
     shapes_.push_back(shape);
   }

@@ -27,8 +27,8 @@ int32_t dtype_of(nvinfer1::DataType type);
 int32_t float_type(const Op& op, const nvinfer1::PluginTensorDesc* inputs);
 int32_t float_type(const Op& op, const nvinfer1::DynamicPluginTensorDesc* inputs);
 
-// The shapes of a profile's largest call. Bounds of axes that vary are computed one by one and need not agree: the largest counts.
-// Throws Refusal where a rank is wrong or sizes that do not vary disagree.
+// The shapes of a profile's largest call. Bounds of axes that vary are computed one by one and need not agree: the largest
+// counts. Throws Refusal where a rank is wrong or sizes that do not vary disagree.
 std::vector<Shape> largest_shapes(const Op& op, const nvinfer1::DynamicPluginTensorDesc* inputs);
 
 std::vector<Shape> split_dims(const Op& op, const std::vector<int64_t>& flat);

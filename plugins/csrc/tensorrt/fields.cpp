@@ -88,7 +88,9 @@ const PluginField& need(const nvinfer1::PluginFieldCollection& fields, const cha
 
 void read_extra(Node& node, const nvinfer1::PluginFieldCollection& fields) {
   const PluginField& version = need(fields, "format_version", PluginFieldType::kINT32);
-  if (version.length != 1 || single<int32_t>(version) < 1) refuse(std::string("the plan's field format_version is damaged") + kRemedy);
+  if (version.length != 1 || single<int32_t>(version) < 1) {
+    refuse(std::string("the plan's field format_version is damaged") + kRemedy);
+  }
   // An engine's workspace was sized by the library that built it: that of another version may need more.
   if (single<int32_t>(version) != kFormatVersion) {
     refuse("the plan's fields have format version " + std::to_string(single<int32_t>(version)) + ", this library reads " +

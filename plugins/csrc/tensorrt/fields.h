@@ -18,7 +18,7 @@ struct Value {
 };
 
 // One plugin: its operator, its attributes in the contract's order, and what an optimisation profile said of its inputs.
-// dtype: a bilevel_dtype, 0 where unknown or not used. dims: the largest size of every axis of every input; empty where unknown.
+// dtype: a bilevel_dtype, 0 where unknown or not used. dims: the largest size of every axis of every input, empty if unknown.
 struct Node {
   const Op* op = nullptr;
   std::vector<Value> values;

@@ -1,6 +1,7 @@
-// The operators as TensorRT plugins, over the C interface of the same library. One class serves all of them: what it does follows from
-// contract.h. It keeps to what TensorRT 10.0 to 11.x and TensorRT-RTX share: IPluginV3 and IPluginCreatorV3One, handed out by
-// getCreators; the registry itself is never called. A GPU is asked for nothing before a plugin is attached to a context.
+// The operators as TensorRT plugins, over the C interface of the same library. One class serves all of them: what it does
+// follows from contract.h. It keeps to what TensorRT 10.0 to 11.x and TensorRT-RTX share: IPluginV3 and IPluginCreatorV3One,
+// handed out by getCreators; the registry itself is never called. A GPU is asked for nothing before a plugin is attached to a
+// context.
 #include <atomic>
 #include <cstdio>
 #include <memory>
@@ -140,7 +141,8 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
   // ---- run --------------------------------------------------------------------------------------------------------------
 
   IPluginV3* attachToContext(IPluginResourceContext*) noexcept override {
-    // Loading modules now lets the first enqueue be captured into a CUDA graph. Whatever fails here fails again, and is told, there.
+    // Loading modules now lets the first enqueue be captured into a CUDA graph. Whatever fails here fails again, and is
+    // reported, there.
     guarded(op().name, "is not prepared", 0, [&] {
       if (!node_.dims.empty()) bilevel_prepare(Call(node_, split_dims(op(), node_.dims)).get());
       return 0;
