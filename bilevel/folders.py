@@ -1,19 +1,42 @@
-"""Writing a folder so that its name only ever stands for something complete."""
+"""Writing files and folders so that their names only ever stand for something complete, and the hash of a file."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from bilevel.errors import BilevelError
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits; the file is read piece by piece."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file in one step: what ``path`` held stays whole until then. Raises OSError."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _exchange(first: Path, second: Path) -> bool:

@@ -9,7 +9,7 @@ import io
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ PACKAGES = {
     "cuda.bindings": ("cuda-bindings",),
 }
 _MAJOR, _MINOR, _INTEGRATED = 75, 76, 18  # CUdevice_attribute
+_ROOT = Path("/")
 _TEGRA, _DPKG = Path("/etc/nv_tegra_release"), Path("/var/lib/dpkg/status")
 
 
@@ -64,6 +65,17 @@ class Machine:
         return {gpu.capability for gpu in self.gpus}
 
 
+def runs_on(code: int, capability: int) -> bool:
+    """Whether machine code for a compute capability (as in 86) runs on a GPU of another one.
+
+    Within 8.x code runs on later ones, but for Orin's (87); everything from 90 on runs on its own only.
+    ``plugins/csrc/gpu/kernel_library.cpp`` has the same rule.
+    """
+    if code == capability:
+        return True
+    return code // 10 == capability // 10 == 8 and code < capability and 87 not in (code, capability)
+
+
 def look() -> Machine:
     """This machine."""
     driver_cuda, gpus, problem = _ask_driver()
@@ -72,7 +84,7 @@ def look() -> Machine:
         system=platform.system(),
         machine=platform.machine(),
         python=platform.python_version(),
-        memory_bytes=_memory_bytes(),
+        memory_bytes=_memory_bytes() or 0,
         gpus=gpus,
         driver_cuda=driver_cuda,
         driver_problem=problem,
@@ -87,8 +99,54 @@ def is_loaded(version: str | None) -> bool:
     return version is not None and not version.startswith("(")
 
 
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+def find_gpu() -> Gpu | None:
+    """The first GPU, None where there is none."""
+    return next(iter(_ask_driver()[1]), None)
+
+
+def _memory_bytes() -> int | None:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+
+
+def available_memory(root: Path = _ROOT) -> int | None:
+    """Bytes that this process can have: the machine's free ones, or what is left of a limit (a container's); None where nothing says.
+
+    root: where /proc and /sys lie.
+    """
+    meminfo = re.search(r"^MemAvailable:\s*(\d+) kB", _read(root / "proc/meminfo"), re.MULTILINE)
+    sizes = [int(meminfo[1]) * 1024 if meminfo else _memory_bytes(), *_room_in_groups(root)]
+    return min((size for size in sizes if size is not None), default=None)
+
+
+def _room_in_groups(root: Path) -> Iterator[int]:
+    """What every control group that this process is in, and every one around it, leaves to it (Linux's cgroups, v1 and v2)."""
+    for line in _read(root / "proc/self/cgroup").splitlines() or ["0::/"]:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+        # A container may see its own group's files at the top, and its name as it is outside, which leads nowhere.
+        for group in (top, *(top / part for part in _and_parents(path))):
+            limit, used = (_read(group / name).strip() for name in names)
+            if limit.isdecimal() and used.isdecimal():  # v2 says "max" where there is no limit
+                # Pages of files are given back when somebody needs them.
+                cached = re.search(r"^(?:total_)?inactive_file (\d+)$", _read(group / "memory.stat"), re.MULTILINE)
+                yield max(0, int(limit) - int(used) + (int(cached[1]) if cached else 0))
+
+
+def _and_parents(path: str) -> Iterator[str]:
+    """ "/a/b" -> "a/b", "a"."""
+    parts = [part for part in path.split("/") if part not in ("", "..")]
+    yield from ("/".join(parts[:count]) for count in range(len(parts), 0, -1))
+
+
+def _read(path: Path) -> str:
+    """A file of the system's, "" where it has none."""
+    try:
+        return path.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return ""
 
 
 def find_package(module: str) -> str | None:
@@ -157,8 +215,8 @@ def find_jetpack(tegra: Path = _TEGRA, dpkg: Path = _DPKG) -> str | None:
     if not tegra.is_file():
         return None
     status = dpkg.read_text(errors="replace") if dpkg.is_file() else ""
-    if found := re.search(r"^Package: nvidia-jetpack\n(?:.+\n)*?Version: (\S+)", status, re.MULTILINE):
-        return f"JetPack {found[1]}"
+    if package := re.search(r"^Package: nvidia-jetpack\n(?:.+\n)*?Version: (\S+)", status, re.MULTILINE):
+        return f"JetPack {package[1]}"
     release = re.search(r"R(\d+).*REVISION: ([\d.]+)", tegra.read_text(errors="replace"))
     return f"Jetson Linux {release[1]}.{release[2]}" if release else "Jetson Linux"
 

@@ -16,7 +16,7 @@ from tests import ROOT
 FOLDERS = {"bilevel": "bilevel", "export": "bilevel.export", "plugins": "bilevel.plugins", "runtime": "bilevel.runtime"}
 
 # What everybody may import, and what needs the standard library only (bilevel.bundle also numpy).
-LEAVES = ("bilevel.contract", "bilevel.errors", "bilevel.folders", "bilevel.machine")
+LEAVES = ("bilevel.contract", "bilevel.errors", "bilevel.folders", "bilevel.machine", "bilevel.sections")
 LIBRARIES = ("bilevel.plugins.library.cpu", "bilevel.plugins.library.gpu")
 SERVING = ("h11", "jinja2", "prometheus_client", "pydantic", "starlette", "uvicorn")
 
@@ -28,6 +28,7 @@ LAW: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     "bilevel.errors": ((), ()),
     "bilevel.folders": (("bilevel.errors",), ()),
     "bilevel.machine": (("bilevel.errors",), ("onnxruntime",)),  # where it is asked for its CUDA provider
+    "bilevel.sections": (("bilevel.errors",), ()),
     "bilevel.bundle": ((*LEAVES, "bilevel.bundle"), ("numpy",)),
     # The one door to the kernels: nothing but this module, inside a function, loads PyTorch's and Triton's side of plugins/.
     "bilevel.gpu_kernels": (("bilevel.plugins.kernels.launch",), ()),

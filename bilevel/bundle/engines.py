@@ -22,41 +22,29 @@ The manifest, format version 1, is one JSON object:
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from bilevel.errors import EngineError
+from bilevel.folders import write_json
+from bilevel.sections import Section
 
 FORMAT, FORMAT_VERSION = "bilevel-engine", 1
 FOLDER = "engines"
 BACKENDS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # backend -> Python module
-_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "created_by": dict,
-    "backend": str,
-    "version": str,
-    "platform": (str, type(None)),
-    "architectures": list,
-    "precision": str,
-    "capacity": int,
-    "batch": list,
-    "new_tokens": list,
-    "plugins": (dict, type(None)),
-    "weight_streaming": bool,
-    "graph_sha256": str,
-    "memory_bytes": dict,
-    "plan": dict,
-}
+_MEMORY = ("weights", "activations", "caches")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """One engine's manifest; fields as the module's docstring gives them."""
+    """One engine's manifest; fields as the module's docstring gives them. path, sha256, num_bytes: of the plan."""
 
     name: str
     path: Path
+    created_by: Mapping[str, str]
     backend: str
     version: str
     platform: str | None
@@ -71,6 +59,21 @@ class Engine:
     memory_bytes: Mapping[str, int]
     sha256: str
     num_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """The manifest's contents."""
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            **{name: getattr(self, name) for name in _COPIED},
+            "plan": {"file": self.path.name, "sha256": self.sha256, "bytes": self.num_bytes},
+        }
+
+    def write(self) -> Path:
+        """Write the manifest beside the plan, in one step; returns where it lies. Raises OSError."""
+        path = self.path.with_name(f"{self.name}.json")
+        write_json(path, self.as_dict())
+        return path
 
     @property
     def device_bytes(self) -> int:
@@ -107,59 +110,70 @@ class Engine:
         return ""
 
 
-def _pair(value: Any, name: str) -> tuple[int, int]:
-    if not (isinstance(value, list) and len(value) == 2 and all(type(v) is int for v in value) and 1 <= value[0] <= value[1]):
-        raise ValueError(f"{name}={value!r} is no range")
-    return value[0], value[1]
+# Fields that a manifest gives under their own names, in its order.
+_COPIED = (
+    "created_by",
+    "backend",
+    "version",
+    "platform",
+    "architectures",
+    "precision",
+    "capacity",
+    "batch",
+    "new_tokens",
+    "plugins",
+    "weight_streaming",
+    "graph_sha256",
+    "memory_bytes",
+)
 
 
-def _parse(path: Path) -> Engine:
-    """Raises ValueError for what is no manifest."""
-    raw = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(raw, dict) or (raw.get("format"), raw.get("format_version")) != (FORMAT, FORMAT_VERSION):
-        raise ValueError(f"it is not of format {FORMAT} version {FORMAT_VERSION}")
-    for name, kind in _FIELDS.items():
-        if name not in raw or not isinstance(raw[name], kind) or (isinstance(raw[name], bool) and kind is not bool):
-            raise ValueError(f"{name} is missing or of the wrong type")
-    if raw["backend"] not in BACKENDS:
-        raise ValueError(f"its backend {raw['backend']!r} is none of {', '.join(BACKENDS)}")
-    plan = raw["plan"]
-    if not isinstance(plan.get("file"), str) or Path(plan["file"]).name != plan["file"]:
-        raise ValueError(f"its plan {plan.get('file')!r} lies outside its folder")
-    if not isinstance(plan.get("sha256"), str) or type(plan.get("bytes")) is not int:
-        raise ValueError("it does not give its plan's hash and size")
-    if not raw["new_tokens"] or not all(type(arch) is int for arch in raw["architectures"]):
-        raise ValueError("it has no profile, or an architecture that is no number")
-    copied = (
-        "backend",
-        "version",
-        "platform",
-        "precision",
-        "capacity",
-        "plugins",
-        "weight_streaming",
-        "graph_sha256",
-        "memory_bytes",
-    )
-    return Engine(
-        name=path.stem,
-        path=path.parent / plan["file"],
-        architectures=tuple(raw["architectures"]),
-        batch=_pair(raw["batch"], "batch"),
-        new_tokens=tuple(_pair(each, "new_tokens") for each in raw["new_tokens"]),
-        sha256=plan["sha256"],
-        num_bytes=plan["bytes"],
-        **{name: raw[name] for name in copied},
-    )
+def _ranges(manifest: Section, key: str, values: list[Any]) -> tuple[tuple[int, int], ...]:
+    """Every value as (fewest, most)."""
+    for value in values:
+        numbers = value if isinstance(value, list) and all(type(each) is int for each in value) else []
+        if len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1]:
+            raise manifest.wrong(key, value, "[fewest, most]")
+    return tuple((fewest, most) for fewest, most in values)
 
 
 def read_engine(path: Path) -> Engine:
     """The engine that the manifest at ``path`` describes. Raises EngineError."""
+
+    def fail(problem: str) -> EngineError:
+        return EngineError(f"{path} is no engine's manifest ({problem}); build it anew: bilevel build {path.parent.parent}")
+
     try:
-        return _parse(path)
-    except (OSError, ValueError, UnicodeDecodeError) as error:
-        folder = path.parent.parent
-        raise EngineError(f"{path} is no engine's manifest ({error}); build it anew: bilevel build {folder}") from None
+        manifest = Section.read(path, fail)
+    except OSError as error:
+        raise fail(error.strerror or str(error)) from None
+    if (manifest.get("format", str), manifest.get("format_version", int)) != (FORMAT, FORMAT_VERSION):
+        raise fail(f"it is not of format {FORMAT} version {FORMAT_VERSION}")
+    plan, new_tokens = manifest.get("plan.file", str), manifest.get("new_tokens", list)
+    if Path(plan).name != plan:
+        raise fail(f"its plan {plan!r} lies outside its folder")
+    if not new_tokens:
+        raise fail("it has no profile")
+    memory = manifest.section("memory_bytes")
+    return Engine(
+        name=path.stem,
+        path=path.parent / plan,
+        created_by=manifest.get("created_by", dict),
+        backend=manifest.choice("backend", BACKENDS),
+        version=manifest.get("version", str),
+        platform=manifest.get("platform", str, NoneType),
+        architectures=manifest.numbers("architectures"),
+        precision=manifest.get("precision", str),
+        capacity=manifest.number("capacity"),
+        batch=_ranges(manifest, "batch", [manifest.get("batch", list)])[0],
+        new_tokens=_ranges(manifest, "new_tokens", new_tokens),
+        plugins=manifest.get("plugins", dict, NoneType),
+        weight_streaming=manifest.get("weight_streaming", bool),
+        graph_sha256=manifest.get("graph_sha256", str),
+        memory_bytes={part: memory.number(part, 0) for part in _MEMORY},
+        sha256=manifest.get("plan.sha256", str),
+        num_bytes=manifest.number("plan.bytes", 0),
+    )
 
 
 def find_engines(bundle: Path) -> tuple[list[Engine], list[EngineError]]:

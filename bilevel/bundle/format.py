@@ -42,26 +42,39 @@ belong to each row's last valid token. Caches start as zeros; a cache's input an
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from bilevel.bundle.tensors import DTYPES, TensorSpec
-from bilevel.bundle.values import FileRecord, Graph, Manifest, RouteOutputs, remedy
+from bilevel.bundle.manifest import (
+    MANIFEST,
+    FileRecord,
+    Graph,
+    open_manifest,
+    read_files,
+    read_graph,
+    read_weights,
+    remedy,
+    write_manifest,
+)
+from bilevel.bundle.tensors import PRECISIONS
 from bilevel.errors import BundleError
+from bilevel.folders import file_sha256
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
     """A bundle's manifest, checked. Fields are those of bundle.json (see the module's docstring).
 
-    state pairs each cache's input with the name of its output.
+    manifest: bundle.json as it stands, for whoever adds to it. graph: what runs; twin: the dense twin's, where there is one.
     """
 
     folder: Path
+    manifest: Mapping[str, Any]
     created_by: Mapping[str, str]
     precision: str
     weights: Mapping[str, Any]
@@ -71,38 +84,27 @@ class Bundle:
     prefill_chunk: int
     bos: int | None
     eos: tuple[int, ...]
-    operators: Mapping[str, int]
-    graph_file: str
     opset: int
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    state: tuple[tuple[TensorSpec, str], ...]
-    vocab_size: int
-    routes: RouteOutputs | None
+    graph: Graph
+    twin: Graph | None
     files: Mapping[str, FileRecord]
     checks: tuple[Mapping[str, Any], ...]
-    twin: Graph | None
 
     def dense_twin(self) -> Bundle:
         """This bundle with the dense twin's graph in the place of its own. Raises BundleError where it has none."""
         if self.twin is None:
             raise BundleError(f"{self.folder} has no dense twin (bundle.json gives no dense_twin); {self.remedy}")
-        twin = self.twin
-        return dataclasses.replace(
-            self,
-            graph_file=twin.file,
-            operators=twin.operators,
-            inputs=twin.inputs,
-            outputs=twin.outputs,
-            state=twin.state,
-            routes=twin.routes,
-            twin=None,
-        )
+        return dataclasses.replace(self, graph=self.twin, twin=None)
+
+    @property
+    def vocab_size(self) -> int:
+        """The width of the logits."""
+        return self.graph.vocab_size
 
     @property
     def graph_path(self) -> Path:
         """The ONNX file."""
-        return self.folder / self.graph_file
+        return self.folder / self.graph.file
 
     @property
     def tokenizer_path(self) -> Path:
@@ -120,7 +122,7 @@ class Bundle:
     def state_bytes(self, batch: int, capacity: int) -> int:
         """Memory of all caches for ``batch`` rows of ``capacity`` tokens."""
         sizes = self.sizes(batch, capacity)
-        return sum(math.prod(spec.resolve(sizes)) * DTYPES[spec.dtype].numpy.itemsize for spec, _ in self.state)
+        return sum(spec.num_bytes(sizes) for spec, _ in self.graph.state)
 
     @property
     def remedy(self) -> str:
@@ -134,16 +136,37 @@ class Bundle:
             return "is missing"
         if not verify:
             return None
-        if (found := path.stat().st_size) != record.num_bytes:
-            return f"holds {found} bytes instead of {record.num_bytes}"
-        return None if _sha256(path) == record.sha256 else "differs from the SHA-256 in bundle.json"
+        if (size := path.stat().st_size) != record.num_bytes:
+            return f"holds {size} bytes instead of {record.num_bytes}"
+        return None if file_sha256(path) == record.sha256 else "differs from the SHA-256 in bundle.json"
 
 
 def read_manifest(path: str | Path) -> Bundle:
     """Read and check bundle.json alone, not the files that it lists. Raises BundleError."""
-    manifest = Manifest(Path(path))
-    manifest.check_format()
-    return _parse(manifest)
+    folder = Path(path)
+    manifest = open_manifest(folder)
+    files = read_files(manifest)
+    if "tokenizer.json" not in files:
+        raise manifest.fail("bundle.json does not list tokenizer.json among its files")
+    twin = manifest.section("dense_twin") if "dense_twin" in manifest else None
+    return Bundle(
+        folder=folder,
+        manifest=manifest.values,
+        created_by=manifest.get("created_by", dict),
+        precision=manifest.choice("precision", PRECISIONS),
+        weights=read_weights(manifest),
+        config=manifest.get("config", dict),
+        block_size=manifest.number("block_size"),
+        max_positions=manifest.number("limits.max_positions"),
+        prefill_chunk=manifest.number("limits.prefill_chunk"),
+        bos=manifest.get("tokens.bos", int, NoneType),
+        eos=manifest.numbers("tokens.eos"),
+        opset=manifest.number("graph.opset"),
+        graph=read_graph(manifest.section("graph"), manifest.section("operators"), files),
+        twin=None if twin is None else read_graph(twin, twin.section("operators"), files),
+        files=files,
+        checks=tuple(manifest.get("checks", list)),
+    )
 
 
 def load_bundle(path: str | Path, verify: bool = True) -> Bundle:
@@ -159,40 +182,22 @@ def load_bundle(path: str | Path, verify: bool = True) -> Bundle:
     return bundle
 
 
-def _parse(manifest: Manifest) -> Bundle:
-    files = manifest.files()
-    graph = manifest.graph("graph", manifest.operators("operators"), files)
-    twin = None
-    if "dense_twin" in manifest.raw:
-        twin = manifest.graph("dense_twin", manifest.operators("dense_twin.operators"), files)
-    return Bundle(
-        folder=manifest.folder,
-        created_by=manifest.get("created_by", dict),
-        precision=manifest.precision(),
-        weights=manifest.weights(),
-        config=manifest.get("config", dict),
-        block_size=manifest.positive("block_size"),
-        max_positions=manifest.positive("limits.max_positions"),
-        prefill_chunk=manifest.positive("limits.prefill_chunk"),
-        bos=manifest.get("tokens.bos", (int, type(None))),
-        eos=manifest.eos(),
-        operators=graph.operators,
-        graph_file=graph.file,
-        opset=manifest.positive("graph.opset"),
-        inputs=graph.inputs,
-        outputs=graph.outputs,
-        state=graph.state,
-        vocab_size=graph.vocab_size,
-        routes=graph.routes,
-        files=files,
-        checks=tuple(manifest.get("checks", list)),
-        twin=twin,
-    )
+_VERDICT = ("passed", "verdicts", "model_sha256", "checkpoint_sha256", "precision", "weights", "backend", "executions", "data")
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+def record_verdict(folder: Path, manifest: Mapping[str, Any], report: Mapping[str, Any]) -> None:
+    """Append the verdict of a report (``bilevel check``'s) to bundle.json, which stays whole if this is interrupted.
+
+    manifest: bundle.json as it stands. Raises BundleError where it cannot be written.
+    """
+    verdict = {key: report[key] for key in _VERDICT} | {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "routes_excused": sum(entry["excused"] for entry in report["selection"]),
+        "largest_error": max(entry["error"] for entry in report["computation"]),
+        "kl_mean": report["end_to_end"]["teacher_forced"]["kl_mean"],
+    }
+    verdict["data"] = {key: value for key, value in report["data"].items() if key != "calls"}
+    try:
+        write_manifest(folder, {**manifest, "checks": [*manifest.get("checks", []), verdict]})
+    except OSError as error:
+        raise BundleError(f"the verdict could not be recorded in {folder / MANIFEST} ({error.strerror})") from error

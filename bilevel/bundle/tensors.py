@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ DTYPES = {
     "int32": ElementType(np.dtype(np.int32), "tensor(int32)", 6),
     "int64": ElementType(np.dtype(np.int64), "tensor(int64)", 7),
 }
+ONNX_DTYPES = {kind.onnx_type: name for name, kind in DTYPES.items()}
 
 
 def encode(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
@@ -56,6 +58,15 @@ class TensorSpec:
     dtype: str
     shape: tuple[int | str, ...]
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one number."""
+        return DTYPES[self.dtype].numpy.itemsize
+
     def resolve(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape with its symbols replaced by ``sizes``."""
         return tuple(size if isinstance(size, int) else sizes[size] for size in self.shape)
+
+    def num_bytes(self, sizes: Mapping[str, int]) -> int:
+        """Memory of the tensor of these sizes."""
+        return math.prod(self.resolve(sizes)) * self.itemsize

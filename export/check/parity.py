@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bilevel.bundle.verdicts import read_manifest, record_verdict
+from bilevel.bundle.format import read_manifest, record_verdict
 from bilevel.checkpoint import Checkpoint
 from bilevel.config import ModelConfig
 from bilevel.config_json import config_to_dict
@@ -33,7 +33,6 @@ from bilevel.export.check.structure import structure_differences
 from bilevel.export.check.text import BACKENDS, Request, make_text, open_tokenizer, token_ids
 from bilevel.export.check.word_states import WordStates
 from bilevel.export.decoder.bundle import GRAPH_FILE, describe_file
-from bilevel.export.graph.quantise import FORMATS
 from bilevel.export.report.schema import SCHEMA_VERSION
 from bilevel.plugins.library.cpu import find_cpu_library
 
@@ -74,7 +73,7 @@ def check_bundle(
     """
     started = time.perf_counter()
     request = Request(Path(bundle), Path(checkpoint), data, tokens, cuts, row_order, backend, shrink)
-    manifest = read_manifest(request.bundle)
+    manifest = dict(read_manifest(request.bundle).manifest)
     if precision is not None and manifest["precision"] != precision:
         raise RequestError(
             f"{bundle} is of precision {manifest['precision']}, not {precision}; give that one, or export the checkpoint again "
@@ -90,21 +89,12 @@ def check_bundle(
     return report
 
 
-def _weights(bundle: Path, manifest: dict[str, Any]) -> str:
-    """The format of the bundle's weights; bundles from before there was a choice do not say."""
-    entry = manifest.get("weights", {"format": "fp32"})
-    found = entry.get("format") if isinstance(entry, dict) else entry
-    if found not in FORMATS:
-        raise BundleError(f"{bundle} says its weights are {found!r}, this bilevel knows {', '.join(FORMATS)}; export it again")
-    return str(found)
-
-
 class _Check:
     """One run."""
 
     def __init__(self, request: Request, manifest: dict[str, Any], source: Checkpoint, on_stage: Stage) -> None:
         self.request, self.manifest, self.source, self.config = request, manifest, source, source.config
-        self.precision, self.weights = str(manifest["precision"]), _weights(request.bundle, manifest)
+        self.precision, self.weights = str(manifest["precision"]), str(manifest.get("weights", {"format": "fp32"})["format"])
         self.path, self._on_stage = request.bundle / GRAPH_FILE, on_stage
         self.longest = int(manifest.get("limits", {}).get("prefill_chunk", 512))
         self.ids, self.data_source = token_ids(request, self.config)

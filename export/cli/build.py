@@ -10,13 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bilevel.errors import BundleError, EngineError, require
+from bilevel import machine
+from bilevel.bundle.engines import BACKENDS, FOLDER, read_engine
+from bilevel.errors import EngineError, require
+from bilevel.machine import Gpu
 
 if TYPE_CHECKING:
+    from bilevel.bundle.format import Bundle
     from bilevel.export.engine.build import Plan
-    from bilevel.export.engine.memory import Gpu
 
-BACKENDS = ("tensorrt-rtx", "tensorrt")
 EPILOG = """\
 An engine is the bundle's graph, optimised by TensorRT for one kind of GPU. It lies in BUNDLE/engines with a manifest; bilevel inspect
 shows it, bilevel run takes the best one that fits the machine.
@@ -77,35 +79,24 @@ def parse_architectures(text: str | None) -> tuple[int, ...]:
 
 def parse_batch(text: str) -> tuple[int, int]:
     """``"8"`` -> (1, 8), ``"2-8"`` -> (2, 8). Raises EngineError."""
-    found = re.fullmatch(r"(?:([0-9]+)-)?([0-9]+)", text)
-    least, most = (int(found[1] or 1), int(found[2])) if found else (0, 0)
+    rows = re.fullmatch(r"(?:([0-9]+)-)?([0-9]+)", text)
+    least, most = (int(rows[1] or 1), int(rows[2])) if rows else (0, 0)
     if not 1 <= least <= most:
         raise EngineError(f"--batch {text} must be a number of rows, or a range such as 1-8")
     return least, most
 
 
-def read_manifest(bundle: Path) -> dict[str, Any]:
-    """``bundle.json`` of a bundle that TensorRT can read. Raises BundleError and EngineError."""
-    path = bundle / "bundle.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise BundleError(
-            f"{bundle} is not a bundle (it has no bundle.json); make one: bilevel export CHECKPOINT {bundle}"
-        ) from None
-    except ValueError:
-        raise BundleError(
-            f"{path} is not valid JSON; make the bundle anew: bilevel export CHECKPOINT {bundle} --force"
-        ) from None
-    if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("format_version")) != ("bilevel-bundle", 1):
-        raise BundleError(f"{path} is of another format; make the bundle anew: bilevel export CHECKPOINT {bundle} --force")
-    stored = manifest.get("weights", {}).get("format", "fp32")
-    if stored != "fp32":
+def _read_bundle(folder: Path) -> Bundle:
+    """A bundle that TensorRT can read. Raises BundleError and EngineError."""
+    from bilevel.bundle.format import read_manifest
+
+    bundle = read_manifest(folder)
+    if bundle.weights["format"] != "fp32":
         raise EngineError(
-            f"{bundle} has {stored} weights in ONNX Runtime's format, which TensorRT cannot read; export another: "
+            f"{folder} has {bundle.weights['format']} weights in ONNX Runtime's format, which TensorRT cannot read; export another: "
             "bilevel export CHECKPOINT BUNDLE --precision fp16"
         )
-    return manifest
+    return bundle
 
 
 def make_plan(args: argparse.Namespace) -> tuple[Plan, Gpu | None]:
@@ -114,41 +105,39 @@ def make_plan(args: argparse.Namespace) -> tuple[Plan, Gpu | None]:
         raise EngineError("--sm goes with --backend tensorrt-rtx; tensorrt builds for the GPU at hand, so run it on the device")
     archs = parse_architectures(args.sm) if args.backend == "tensorrt-rtx" else ()
     least, most = parse_batch(args.batch)
-    manifest = read_manifest(args.bundle)
+    bundle = _read_bundle(args.bundle)
     require("onnx")
-    from bilevel.export.engine.build import FOLDER, Plan
+    from bilevel.export.engine.build import Plan
     from bilevel.export.engine.cache_writes import check_caches
-    from bilevel.export.engine.memory import estimate_memory, gpu_at_hand
+    from bilevel.export.engine.memory import estimate_memory
     from bilevel.export.engine.network import Limits
     from bilevel.export.engine.plugins import choose_plugins
     from bilevel.export.engine.versions import load_flavour, measures_kernels
     from bilevel.export.engine.worker import NO_PLUGINS
 
-    block, positions = manifest["block_size"], manifest["limits"]["max_positions"]
+    block, positions = bundle.block_size, bundle.max_positions
     capacity = positions if args.capacity is None else args.capacity
-    if not 1 <= capacity <= -(-positions // block) * block:
+    if not 1 <= capacity <= bundle.round_up(positions):
         raise EngineError(f"--capacity {capacity} must lie between 1 and the model's {positions} positions")
-    capacity = -(-capacity // block) * block
-    chunk = manifest["limits"]["prefill_chunk"] if args.prefill_chunk is None else args.prefill_chunk
+    capacity = bundle.round_up(capacity)
+    chunk = bundle.prefill_chunk if args.prefill_chunk is None else args.prefill_chunk
     if chunk < 1:
         raise EngineError(f"--prefill-chunk {chunk} must be at least 1")
     limits = Limits(most, capacity, min(chunk, capacity), block, least)
     flavour = load_flavour(args.backend)
-    gpu = gpu_at_hand() if args.backend == "tensorrt" else None
+    gpu = machine.find_gpu() if args.backend == "tensorrt" else None
     archs = _check_architectures(flavour, archs, gpu)
     plugins = choose_plugins(args.bundle, args.plugins, archs)
     if plugins.source == NO_PLUGINS:
-        check_caches(flavour, manifest)
-    graph = args.bundle / manifest["graph"]["file"]
-    estimate = estimate_memory(graph, manifest, limits, plugins.source != NO_PLUGINS)
-    if args.weight_streaming and gpu is not None and gpu.is_shared:
+        check_caches(flavour, bundle.graph.state)
+    estimate = estimate_memory(bundle, limits, plugins.source != NO_PLUGINS)
+    if args.weight_streaming and gpu is not None and gpu.is_integrated:
         raise EngineError("--weight-streaming is of no use here: this GPU's memory is the host's; leave it out")
     if args.timing_cache is not None and not measures_kernels(flavour):
         raise EngineError(f"--timing-cache goes with --backend tensorrt; {args.backend} measures nothing while it builds")
     timings = (args.timing_cache or args.bundle / FOLDER / "timings") if measures_kernels(flavour) else None
     chosen = Plan(
-        args.bundle,
-        manifest,
+        bundle,
         flavour,
         archs,
         limits,
@@ -169,7 +158,7 @@ def _check_architectures(flavour: Any, archs: tuple[int, ...], gpu: Gpu | None) 
             raise EngineError(
                 "tensorrt builds for the GPU at hand, and there is none; run this on the device, or take tensorrt-rtx"
             )
-        return (gpu.architecture,)
+        return (gpu.capability,)
     known = compute_capabilities(flavour)
     for arch in archs:
         if arch not in known:
@@ -185,10 +174,10 @@ def main(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     plan, gpu = make_plan(args)
     from bilevel.export.engine.build import build_engine
-    from bilevel.export.engine.memory import available_memory, human, memory_problem, sizes_in_words
+    from bilevel.export.engine.memory import human, memory_problem, sizes_in_words
 
     console = require("rich.console").Console(stderr=True)
-    available = available_memory()
+    available = machine.available_memory()
     free = "" if available is None else f", {human(available)} are free"
     console.print(f"building takes about {human(plan.estimate.build)} of memory{free}", highlight=False, soft_wrap=True)
     console.print(
@@ -215,14 +204,12 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _report(path: Path, seconds: float, as_json: bool) -> None:
-    manifest = json.loads(path.read_text(encoding="utf-8"))
+    engine = read_engine(path)
     if as_json:
-        print(json.dumps({"manifest": str(path), "seconds": seconds, **manifest}))
+        print(json.dumps({"manifest": str(path), "seconds": seconds, **engine.as_dict()}))
         return
-    plan = path.with_name(manifest["plan"]["file"])
-    archs = ", ".join(f"sm_{arch}" for arch in manifest["architectures"])
-    plugins = manifest["plugins"]
-    served = f"{plugins['nodes']} plugin layers" if plugins else "routed nodes as portable bodies"
-    print(f"wrote {plan} ({manifest['plan']['bytes'] / 1e6:.1f} MB) in {seconds:.1f} s")
-    print(f"for {archs}; capacity {manifest['capacity']}, {served}")
+    archs = ", ".join(f"sm_{arch}" for arch in engine.architectures)
+    served = f"{engine.plugins['nodes']} plugin layers" if engine.plugins else "routed nodes as portable bodies"
+    print(f"wrote {engine.path} ({engine.num_bytes / 1e6:.1f} MB) in {seconds:.1f} s")
+    print(f"for {archs}; capacity {engine.capacity}, {served}")
     print(f"next: bilevel inspect {path.parent.parent}")

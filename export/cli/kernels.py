@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bilevel.errors import BundleError, ContractError, KernelError, require
+from bilevel.errors import ContractError, KernelError, require
 from bilevel.plugins.launch.tiles import ARCHITECTURES, shared_limit
 from bilevel.plugins.library.assemblers import CHOICES
 from bilevel.plugins.library.gpu import needed_versions, read_info
@@ -71,40 +71,40 @@ def parse_architectures(text: str | None) -> list[int]:
     """``"sm_87,90"`` -> [87, 90]; "all": every one that there are kernels for. Raises ContractError."""
     if text == "all":
         return list(ARCHITECTURES)
-    found = []
+    archs = []
     for part in (text or "").split(","):
         digits = part.strip().removeprefix("sm_")
         if not digits.isascii() or not digits.isdigit():
             known = ",".join(f"sm_{arch}" for arch in ARCHITECTURES)
             raise ContractError(f"--arch {text or '(nothing)'} must list architectures such as sm_87,sm_90; there are {known}")
         shared_limit(int(digits))
-        found.append(int(digits))
-    return sorted(set(found))
+        archs.append(int(digits))
+    return sorted(set(archs))
 
 
-def _check(args: argparse.Namespace) -> list[int]:
-    """The architectures; options that do not go together are refused before anything heavy is imported."""
+def _check(args: argparse.Namespace) -> tuple[list[int], list[Path]]:
+    """(the architectures, the bundles' graphs); options that do not go together are refused before anything heavy is imported."""
     if args.action == "show":
         if args.library is None or args.geometry or args.arch or args.out:
             raise KernelError("show takes a library and nothing else: bilevel kernels show LIBRARY")
-        return []
+        return [], []
     if args.library is not None or not args.geometry:
         raise ContractError("build takes the bundle as an option: bilevel kernels build --geometry BUNDLE --arch sm_87")
     if args.jobs < 0:
         raise ContractError(f"--jobs {args.jobs} must be at least 0 (0: one process per core)")
-    for bundle in args.geometry:
-        if not (bundle / "bundle.json").is_file():
-            raise BundleError(f"{bundle} is not a bundle (it has no bundle.json); make one: bilevel export CHECKPOINT {bundle}")
-    return parse_architectures(args.arch)
+    from bilevel.bundle.format import read_manifest
+
+    graphs = [read_manifest(bundle).graph_path for bundle in args.geometry]
+    return parse_architectures(args.arch), graphs
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    archs = _check(args)
-    return _show(args) if args.action == "show" else _build(args, archs)
+    archs, graphs = _check(args)
+    return _show(args) if args.action == "show" else _build(args, archs, graphs)
 
 
-def _build(args: argparse.Namespace, archs: list[int]) -> int:
+def _build(args: argparse.Namespace, archs: list[int], graphs: list[Path]) -> int:
     for name in ("triton", "onnx"):
         require(name)
     from bilevel.export.graph.operator_geometry import read_requests
@@ -113,11 +113,7 @@ def _build(args: argparse.Namespace, archs: list[int]) -> int:
     started = time.perf_counter()
     target = args.target or platform.machine()
     out = args.out or args.geometry[0] / "kernels" / target / LIBRARY
-    requests = [
-        request
-        for bundle in args.geometry
-        for request in read_requests(bundle / json.loads((bundle / "bundle.json").read_text())["graph"]["file"])
-    ]
+    requests = [request for graph in graphs for request in read_requests(graph)]
     if not requests:
         raise ContractError(f"{args.geometry[0]} has no routed nodes and no caches, so it needs no kernels; run it as it is")
     rich = require("rich.progress")

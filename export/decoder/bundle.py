@@ -6,7 +6,6 @@ complete: an interrupted export leaves what was there before.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ import onnx
 import torch
 
 import bilevel
-from bilevel.bundle.values import FORMAT, FORMAT_VERSION, MANIFEST
+from bilevel.bundle.manifest import MANIFEST, FileRecord, write_manifest
+from bilevel.bundle.tensors import ONNX_DTYPES
 from bilevel.checkpoint import load_model
 from bilevel.config import ModelConfig
 from bilevel.config_json import config_to_dict, load_config
@@ -32,19 +32,11 @@ from bilevel.export.graph.precision import PRECISIONS, TWIN_PRECISIONS, check_pr
 from bilevel.export.graph.quantise import check_format, quantise_graph
 from bilevel.export.graph.schemas import ONNX_OPSET
 from bilevel.export.graph.shared_weights import share_weights
-from bilevel.folders import replacing
+from bilevel.folders import replacing, write_json
 from bilevel.model import CausalLM
 
 GRAPH_FILE = "model.onnx"
 TWIN_FILE = "dense.onnx"
-_DTYPES = {
-    onnx.TensorProto.FLOAT: "float32",
-    onnx.TensorProto.FLOAT16: "float16",
-    onnx.TensorProto.BFLOAT16: "bfloat16",
-    onnx.TensorProto.INT8: "int8",
-    onnx.TensorProto.INT32: "int32",
-    onnx.TensorProto.INT64: "int64",
-}
 _CALIBRATION = 512  # tokens that the range of an int8 cache is taken from
 # Copied as they are where the checkpoint has them.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -95,14 +87,14 @@ def export_bundle(
         on_stage("writing the bundle")
         for name, contents in tokenizer.items():
             (folder / name).write_bytes(contents)
-        _write_json(folder / "config.json", config_to_dict(config))
+        write_json(folder / "config.json", config_to_dict(config))
         manifest = _manifest(graphs[GRAPH_FILE], config, _end_tokens(checkpoint, config), prefill_chunk)
         if TWIN_FILE in graphs:
             twin = graphs[TWIN_FILE]
             manifest["dense_twin"] = {**_ports(TWIN_FILE, twin, dense_config(config)), "operators": _versions(twin)}
         manifest |= {"precision": PRECISIONS[precision], "weights": stored}
         manifest["files"] = {path.name: describe_file(path) for path in sorted(folder.iterdir())}
-        _write_json(folder / MANIFEST, manifest)
+        write_manifest(folder, manifest)
     counts: dict[str, int] = {}
     for node in routed_nodes(graphs[GRAPH_FILE].graph):
         counts[node.op_type] = counts.get(node.op_type, 0) + 1
@@ -163,17 +155,9 @@ def _end_tokens(checkpoint: Path, config: ModelConfig) -> list[int]:
     return list(listed) if isinstance(listed, list) else [listed]
 
 
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def describe_file(path: Path) -> dict[str, Any]:
     """SHA-256 and size in bytes of one file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}
+    return FileRecord.of(path).as_dict()
 
 
 def _specs(values: Any) -> list[dict[str, Any]]:
@@ -181,7 +165,7 @@ def _specs(values: Any) -> list[dict[str, Any]]:
     return [
         {
             "name": value.name,
-            "dtype": _DTYPES[value.type.tensor_type.elem_type],
+            "dtype": ONNX_DTYPES[value.type.tensor_type.elem_type],
             "shape": [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim],
         }
         for value in values
@@ -206,10 +190,8 @@ def _versions(graph: onnx.ModelProto) -> dict[str, int]:
 
 
 def _manifest(graph: onnx.ModelProto, config: ModelConfig, end_tokens: list[int], prefill_chunk: int) -> dict[str, Any]:
-    """``bundle.json`` without its ``files``, ``precision``, ``weights`` and ``dense_twin``."""
+    """``bundle.json`` without its format, ``files``, ``precision``, ``weights`` and ``dense_twin``."""
     return {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
         "created_by": {"bilevel": bilevel.__version__, "torch": torch.__version__, "onnx": onnx.__version__},
         "config": config_to_dict(config),
         "block_size": config.routing.block_size,

@@ -13,21 +13,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from bilevel.bundle.format import Bundle, read_manifest
+from bilevel.bundle.tensors import TensorSpec
 from bilevel.errors import ExportError
 from bilevel.folders import replacing
 
 VERSION = "1"
-_TYPES = {
-    "float32": "TYPE_FP32",
-    "float16": "TYPE_FP16",
-    "bfloat16": "TYPE_BF16",
-    "int8": "TYPE_INT8",
-    "int32": "TYPE_INT32",
-    "int64": "TYPE_INT64",
-}
 _HEADER = """\
 # Written by bilevel export. Triton's ONNX Runtime runs the routed operators' portable bodies; the fast CPU kernels take their
 # place where the server has the library of bilevel's installation: model_operations { op_library_filename: ["/PATH/_cpu.abi3.so"] }
@@ -40,9 +34,9 @@ def write_repository(bundle: Path, repository: Path, *, capacity: int | None = N
     capacity: tokens of one sequence, a multiple of the block size, which Triton has to know to allocate the caches (None: the
     model's positions, 4,096 at most). sequences: that it keeps at once. Raises ExportError.
     """
-    manifest = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
-    size, most = manifest["block_size"], manifest["limits"]["max_positions"]
-    whole = -(-min(capacity or 4096, most) // size) * size
+    manifest = read_manifest(bundle)
+    size, most = manifest.block_size, manifest.max_positions
+    whole = manifest.round_up(min(capacity or 4096, most))
     if capacity is not None and capacity != whole:
         raise ExportError(f"capacity={capacity} must be a multiple of block_size={size}, at most the model's {most} positions")
     if sequences < 1:
@@ -53,28 +47,26 @@ def write_repository(bundle: Path, repository: Path, *, capacity: int | None = N
     repository.mkdir(parents=True, exist_ok=True)
     with replacing(target, ExportError) as folder:
         (folder / VERSION).mkdir()
-        for name in (manifest["graph"]["file"], "model.data"):
+        for name in (manifest.graph.file, "model.data"):
             shutil.copyfile(bundle / name, folder / VERSION / name)
         (folder / "config.pbtxt").write_text(config_pbtxt(manifest, target.name, whole, sequences), encoding="utf-8")
     return target
 
 
-def config_pbtxt(manifest: dict[str, Any], name: str, capacity: int, sequences: int) -> str:
+def config_pbtxt(bundle: Bundle, name: str, capacity: int, sequences: int) -> str:
     """The model's configuration in Protocol Buffers' text format (message inference.ModelConfig).
 
     The first axis of every tensor is the batch, which Triton adds to what is written here.
     """
-    graph = manifest["graph"]
-    ports = {port["name"]: port for port in (*graph["inputs"], *graph["outputs"])}
-    sizes = {"capacity": capacity, "num_blocks": capacity // manifest["block_size"]}
-    kept = {each["output"] for each in graph["state"]}
-    called = [_tensor("input", ports[each], sizes) for each in ("input_ids", "past_len", "new_len")]
-    given = [_tensor("output", port, sizes) for port in graph["outputs"] if port["name"] not in kept]
-    states = [_state(ports[each["input"]], each["output"], sizes) for each in graph["state"]]
+    graph, sizes = bundle.graph, bundle.sizes(-1, capacity)
+    caches = {name for spec, output in graph.state for name in (spec.name, output)}
+    called = [_tensor("input", spec, sizes) for spec in graph.inputs if spec.name not in caches]
+    given = [_tensor("output", spec, sizes) for spec in graph.outputs if spec.name not in caches]
+    states = [_state(spec, output, sizes) for spec, output in graph.state]
     lines = [
         f"name: {json.dumps(name)}",
         'backend: "onnxruntime"',
-        f"default_model_filename: {json.dumps(graph['file'])}",
+        f"default_model_filename: {json.dumps(graph.file)}",
         "max_batch_size: 1  # a sequence is one row, with a length of its own",
         *called,
         *given,
@@ -88,20 +80,25 @@ def config_pbtxt(manifest: dict[str, Any], name: str, capacity: int, sequences: 
     return _HEADER + "\n".join(lines) + "\n"
 
 
-def _dims(port: dict[str, Any], sizes: dict[str, int]) -> str:
+def _type(spec: TensorSpec) -> str:
+    """Triton's name of a dtype: TYPE_FP32, TYPE_BF16, TYPE_INT64."""
+    return "TYPE_" + spec.dtype.replace("bfloat", "bf").replace("float", "fp").upper()
+
+
+def _dims(spec: TensorSpec, sizes: Mapping[str, int]) -> str:
     """The sizes behind the batch; -1 is free."""
-    return ", ".join(str(sizes.get(size, -1) if isinstance(size, str) else size) for size in port["shape"][1:])
+    return ", ".join(map(str, spec.resolve({**sizes, "new_tokens": -1})[1:]))
 
 
-def _tensor(kind: str, port: dict[str, Any], sizes: dict[str, int]) -> str:
-    dims = _dims(port, sizes)
+def _tensor(kind: str, spec: TensorSpec, sizes: Mapping[str, int]) -> str:
+    dims = _dims(spec, sizes)
     # Triton knows no tensor of the batch alone: a client sends one value in an axis of its own, which the graph does not see.
     shape = f"dims: [ {dims} ]" if dims else "dims: [ 1 ] reshape { shape: [ ] }"
-    return f"{kind} [ {{ name: {json.dumps(port['name'])} data_type: {_TYPES[port['dtype']]} {shape} }} ]"
+    return f"{kind} [ {{ name: {json.dumps(spec.name)} data_type: {_type(spec)} {shape} }} ]"
 
 
-def _state(port: dict[str, Any], output: str, sizes: dict[str, int]) -> str:
+def _state(spec: TensorSpec, output: str, sizes: Mapping[str, int]) -> str:
     """One cache: zeros when a sequence begins, then what the last call gave."""
-    kind, dims = f"data_type: {_TYPES[port['dtype']]}", f"dims: [ {_dims(port, sizes)} ]"
-    names = f"input_name: {json.dumps(port['name'])} output_name: {json.dumps(output)}"
+    kind, dims = f"data_type: {_type(spec)}", f"dims: [ {_dims(spec, sizes)} ]"
+    names = f"input_name: {json.dumps(spec.name)} output_name: {json.dumps(output)}"
     return f'  state [ {{ {names} {kind} {dims} initial_state [ {{ name: "zeros" {kind} {dims} zero_data: true }} ] }} ]'

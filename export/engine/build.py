@@ -6,7 +6,6 @@ The build itself runs in a process of its own (``worker``). Nothing appears in `
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import platform
@@ -14,7 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,8 @@ from typing import Any
 import onnx
 
 import bilevel
+from bilevel.bundle.engines import FOLDER, Engine
+from bilevel.bundle.format import Bundle
 from bilevel.errors import EngineError
 from bilevel.export.engine.cache_writes import write_in_place
 from bilevel.export.engine.memory import Estimate
@@ -38,19 +39,17 @@ from bilevel.export.engine.versions import (
 )
 from bilevel.export.engine.worker import NO_PLUGINS, Job
 from bilevel.export.graph.nodes import routed_nodes
+from bilevel.folders import file_sha256
 
-FORMAT, FORMAT_VERSION = "bilevel-engine", 1
-FOLDER = "engines"
 _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH")  # what a reproducible build keeps
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to build. bundle: the folder; manifest: its bundle.json; archs: what for, as in 89. timings: where measurements are kept."""
+    """What to build. archs: what for, as in 89. timings: where measurements are kept."""
 
-    bundle: Path
-    manifest: Mapping[str, Any]
+    bundle: Bundle
     flavour: Flavour
     archs: tuple[int, ...]
     limits: Limits
@@ -61,11 +60,6 @@ class Plan:
     reproducible: bool = False
 
     @property
-    def graph(self) -> Path:
-        """The ONNX file."""
-        return self.bundle / str(self.manifest["graph"]["file"])
-
-    @property
     def name(self) -> str:
         """The same for the same options, so that an engine is replaced by its like and by nothing else."""
         rows, least = self.limits.batch, self.limits.batch_least
@@ -73,7 +67,7 @@ class Plan:
         batch = str(rows) if least == rows else f"{least}to{rows}"
         marks = ("-portable" if self.plugins.source == NO_PLUGINS else "") + ("-streaming" if self.weight_streaming else "")
         sizes = f"capacity{self.limits.capacity}-chunk{self.limits.chunk}-batch{batch}"
-        return f"{self.flavour.backend}-{archs}-{self.manifest['precision']}-{sizes}{marks}"
+        return f"{self.flavour.backend}-{archs}-{self.bundle.precision}-{sizes}{marks}"
 
 
 def build_engine(plan: Plan, on_progress: Progress = lambda phase, done, total: None) -> Path:
@@ -81,33 +75,31 @@ def build_engine(plan: Plan, on_progress: Progress = lambda phase, done, total: 
 
     on_progress(phase, done, all): called often; all is 0 where a phase has no steps.
     """
-    folder = plan.bundle / FOLDER
+    bundle = plan.bundle.folder
+    folder = bundle / FOLDER
     with _scratch_folder(folder, plan.name) as scratch:
         model, nodes = _prepare_model(plan, scratch)
         built = scratch / "plan"
         # Files by their places in the bundle: a plan's bytes depend on the lengths of paths.
         job = Job(
-            model=str(model.relative_to(plan.bundle)),
-            graph=str(plan.graph.relative_to(plan.bundle)),
+            model=str(model.relative_to(bundle)),
+            graph=str(plan.bundle.graph_path.relative_to(bundle)),
             nodes=nodes if plan.plugins.source != NO_PLUGINS else 0,
             backend=plan.flavour.backend,
             archs=plan.archs if builds_ahead_of_time(plan.flavour) else (),
             limits=plan.limits,
             plugins=plan.plugins.source,
-            out=str(built.relative_to(plan.bundle)),
+            out=str(built.relative_to(bundle)),
             timings="" if plan.timings is None else str(plan.timings.absolute()),
             weight_streaming=plan.weight_streaming,
             reproducible=plan.reproducible,
         )
-        result = _run(job, plan.bundle, scratch / "log", on_progress)
-        manifest = describe_engine(plan, nodes, built, result["version"])
-        (scratch / "json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        target = folder / f"{plan.name}.json"
+        result = _run(job, bundle, scratch / "log", on_progress)
+        engine = describe_engine(plan, nodes, built, result["version"])
         # A manifest stands for a whole plan, at every moment.
-        target.unlink(missing_ok=True)
-        os.replace(built, folder / f"{plan.name}.plan")
-        os.replace(scratch / "json", target)
-        return target
+        (folder / f"{plan.name}.json").unlink(missing_ok=True)
+        os.replace(built, engine.path)
+        return engine.write()
 
 
 @contextmanager
@@ -148,14 +140,14 @@ def _is_free(scratch: Path) -> bool:
 
 def _prepare_model(plan: Plan, scratch: Path) -> tuple[Path, int]:
     """(the ONNX file to parse, its nodes that are to be plugins): caches written in place; no functions where they would win over plugins."""
-    model = onnx.load(str(plan.graph), load_external_data=False)
+    model = onnx.load(str(plan.bundle.graph_path), load_external_data=False)
     limits = plan.limits
     sizes = {name: limits.sizes(limits.batch, 1)[name] for name in ("capacity", "num_blocks")}
     if limits.batch_least == limits.batch:
         sizes["batch"] = limits.batch
     write_in_place(
         model,
-        plan.manifest["graph"]["state"],
+        plan.bundle.graph.state,
         sizes,
         by_plugin=not has_cache_layer(plan.flavour),
         with_long_updates=crashes_on_short_updates(plan.flavour),
@@ -218,39 +210,31 @@ def _run(job: Job, bundle: Path, log: Path, on_progress: Progress) -> dict[str, 
     raise EngineError(f"the process that builds {how} ({hint}); try a smaller --capacity or --batch, or --plugins none")
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def describe_engine(plan: Plan, nodes: int, built: Path, version: str) -> dict[str, Any]:
-    """The engine's manifest."""
-    limits, estimate, size = plan.limits, plan.estimate, built.stat().st_size
-    profiles: Sequence[tuple[dict[str, int], ...]] = list(limits.profiles().values())
+def describe_engine(plan: Plan, nodes: int, built: Path, version: str) -> Engine:
+    """The engine of which ``built`` is the plan, as it will lie in the bundle."""
+    backend, limits, estimate, size = plan.flavour.backend, plan.limits, plan.estimate, built.stat().st_size
     has_plugins = plan.plugins.source != NO_PLUGINS
-    return {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "created_by": {"bilevel": bilevel.__version__, plan.flavour.backend: version, "python": platform.python_version()},
-        "backend": plan.flavour.backend,
-        "version": version,
-        "platform": platform.machine() if plan.flavour.backend == "tensorrt" else None,
-        "architectures": list(plan.archs),
-        "precision": plan.manifest["precision"],
-        "capacity": limits.capacity,
-        "batch": [limits.batch_least, limits.batch],
-        "new_tokens": [[calls[0]["new_tokens"], calls[-1]["new_tokens"]] for calls in profiles],
-        "plugins": {"nodes": nodes, "library": plan.plugins.sha256} if has_plugins else None,
-        "weight_streaming": plan.weight_streaming,
-        "graph_sha256": _sha256(plan.graph),
+    return Engine(
+        name=plan.name,
+        path=plan.bundle.folder / FOLDER / f"{plan.name}.plan",
+        created_by={"bilevel": bilevel.__version__, backend: version, "python": platform.python_version()},
+        backend=backend,
+        version=version,
+        platform=platform.machine() if backend == "tensorrt" else None,
+        architectures=plan.archs,
+        precision=plan.bundle.precision,
+        capacity=limits.capacity,
+        batch=(limits.batch_least, limits.batch),
+        new_tokens=tuple((calls[0]["new_tokens"], calls[-1]["new_tokens"]) for calls in limits.profiles().values()),
+        plugins={"nodes": nodes, "library": plan.plugins.sha256} if has_plugins else None,
+        weight_streaming=plan.weight_streaming,
+        graph_sha256=file_sha256(plan.bundle.graph_path),
         # A plan holds weights in the order in which they are read, some of them more than once.
-        "memory_bytes": {
+        memory_bytes={
             "weights": max(size, estimate.weights),
             "activations": estimate.activations,
             "caches": estimate.caches,
         },
-        "plan": {"file": f"{plan.name}.plan", "sha256": _sha256(built), "bytes": size},
-    }
+        sha256=file_sha256(built),
+        num_bytes=size,
+    )

@@ -14,16 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import onnx
 from onnx import TensorProto, helper
 
+from bilevel.bundle.tensors import PRECISIONS, TensorSpec
 from bilevel.contract import DOMAIN, WRITE_CACHE
 from bilevel.errors import EngineError, ExportError
 from bilevel.export.engine.versions import Flavour, has_cache_layer
 
-_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _WORD_KEYS = "past.word_block_key"
 _OPSET = 24  # the first with TensorScatter
 
@@ -39,20 +38,17 @@ class CacheWrite:
     is_float: bool
 
 
-def find_writes(graph: onnx.GraphProto, state: Sequence[Mapping[str, str]]) -> list[CacheWrite]:
-    """The node that writes each cache of ``state`` (a bundle's manifest). Raises ExportError for a graph that is not ours."""
+def find_writes(graph: onnx.GraphProto, state: Sequence[tuple[TensorSpec, str]]) -> list[CacheWrite]:
+    """The node that writes each cache of ``state`` (``Graph.state``'s). Raises ExportError for a graph that is not ours."""
     made = {name: node for node in graph.node for name in node.output}
-    kinds = {value.name: value.type.tensor_type.elem_type for value in graph.input}
-    found = []
-    for pair in state:
-        node = made.get(pair["output"])
-        if node is None or node.op_type != "ScatterND" or node.input[0] != pair["input"]:
-            raise ExportError(
-                f"the graph does not write {pair['output']} by ScatterND; export the bundle anew with this bilevel"
-            )
+    writes = []
+    for past, present in state:
+        node = made.get(present)
+        if node is None or node.op_type != "ScatterND" or node.input[0] != past.name:
+            raise ExportError(f"the graph does not write {present} by ScatterND; export the bundle anew with this bilevel")
         start = _find_start(node.input[1], made)
-        found.append(CacheWrite(pair["input"], pair["output"], node.input[2], start, kinds[pair["input"]] in _FLOATS))
-    return found
+        writes.append(CacheWrite(past.name, present, node.input[2], start, past.dtype in PRECISIONS))
+    return writes
 
 
 def _find_start(index: str, made: Mapping[str, onnx.NodeProto]) -> str:
@@ -69,9 +65,9 @@ def _find_start(index: str, made: Mapping[str, onnx.NodeProto]) -> str:
     raise ExportError(f"the graph computes the indices {index} in an unknown way; export the bundle anew with this bilevel")
 
 
-def check_caches(flavour: Flavour, manifest: Mapping[str, Any]) -> None:
+def check_caches(flavour: Flavour, state: Sequence[tuple[TensorSpec, str]]) -> None:
     """Raises EngineError where this TensorRT needs the plugin for a bundle's caches, for an engine without plugins."""
-    if manifest["graph"]["state"] and not has_cache_layer(flavour):
+    if state and not has_cache_layer(flavour):
         raise EngineError(
             f"{flavour.backend} {flavour.version_text} has no layer that writes caches in place (10.15 has), so that an engine needs the "
             "plugin WriteCache: build the kernel library (bilevel kernels build) and leave --plugins none out"
@@ -80,7 +76,7 @@ def check_caches(flavour: Flavour, manifest: Mapping[str, Any]) -> None:
 
 def write_in_place(
     model: onnx.ModelProto,
-    state: Sequence[Mapping[str, str]],
+    state: Sequence[tuple[TensorSpec, str]],
     sizes: Mapping[str, int],
     *,
     by_plugin: bool,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,15 +10,16 @@ from typing import Any
 
 import onnx
 
+from bilevel.bundle.format import Bundle
+from bilevel.bundle.tensors import DTYPES
 from bilevel.export.engine.network import Limits
 from bilevel.export.graph.operator_geometry import read_requests
+from bilevel.machine import Gpu
 from bilevel.plugins.launch.plans import plans_everywhere
 from bilevel.plugins.tensorrt.fields import workspace_limit
 
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "int32": 4, "int64": 8}
 # Measured with TensorRT-RTX 1.7: the process peaks at 0.45 GiB for 8 MiB of weights, at 2.3 GiB for 370 MiB.
 _BUILD_FIXED, _BUILD_FACTOR = 512 * 2**20, 6
-_MEMORY, _CAPABILITY_MAJOR, _CAPABILITY_MINOR, _INTEGRATED = "cuDeviceTotalMem_v2", 75, 76, 18  # of cuda.h
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,6 @@ class Estimate:
     def run(self) -> int:
         """Of the device, while the engine runs."""
         return self.weights + self.activations + self.caches
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """The GPU at hand. architecture: as in 87; is_shared: its memory is the machine's, as on a Jetson."""
-
-    architecture: int
-    memory: int
-    is_shared: bool
 
 
 def _activations(config: Mapping[str, Any], limits: Limits, size: int) -> int:
@@ -68,52 +59,17 @@ def _workspace(graph: Path, limits: Limits) -> int:
     return most
 
 
-def estimate_memory(graph: Path, manifest: Mapping[str, Any], limits: Limits, with_plugins: bool) -> Estimate:
-    """What an engine of ``graph`` takes; manifest: the bundle's. Raises BilevelError for a graph that no kernel covers."""
-    model = onnx.load(str(graph), load_external_data=False).graph
+def estimate_memory(bundle: Bundle, limits: Limits, with_plugins: bool) -> Estimate:
+    """What an engine of a bundle's graph takes. Raises BilevelError for a graph that no kernel covers."""
+    model = onnx.load(str(bundle.graph_path), load_external_data=False).graph
     weights = sum(
         math.prod(weight.dims) * onnx.helper.tensor_dtype_to_np_dtype(weight.data_type).itemsize for weight in model.initializer
     )
-    sizes = limits.sizes(limits.batch, 1)
-    states = {state["input"] for state in manifest["graph"]["state"]}
-    caches = sum(
-        math.prod(sizes.get(size, size) for size in spec["shape"]) * _BYTES[spec["dtype"]]
-        for spec in manifest["graph"]["inputs"]
-        if spec["name"] in states
-    )
-    activations = _activations(manifest["config"], limits, _BYTES[manifest["precision"]])
+    caches = bundle.state_bytes(limits.batch, limits.capacity)
+    activations = _activations(bundle.config, limits, DTYPES[bundle.precision].numpy.itemsize)
     if with_plugins:
-        activations += _workspace(graph, limits)
+        activations += _workspace(bundle.graph_path, limits)
     return Estimate(weights, activations, caches, _BUILD_FIXED + _BUILD_FACTOR * weights)
-
-
-def available_memory() -> int | None:
-    """Bytes that this machine can give to a process; None where it does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-
-
-def gpu_at_hand() -> Gpu | None:
-    """The first GPU, as the driver tells of it without a context; None where there is none."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
-    device, memory = ctypes.c_int(), ctypes.c_size_t()
-    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0):
-        return None
-    getattr(driver, _MEMORY)(ctypes.byref(memory), device)
-
-    def attribute(number: int) -> int:
-        value = ctypes.c_int()
-        driver.cuDeviceGetAttribute(ctypes.byref(value), number, device)
-        return value.value
-
-    architecture = 10 * attribute(_CAPABILITY_MAJOR) + attribute(_CAPABILITY_MINOR)
-    return Gpu(architecture, memory.value, bool(attribute(_INTEGRATED)))
 
 
 def memory_problem(estimate: Estimate, available: int | None, gpu: Gpu | None) -> str:
@@ -126,7 +82,7 @@ def memory_problem(estimate: Estimate, available: int | None, gpu: Gpu | None) -
         return f"building takes about {human(estimate.build)}, {human(available)} are free here; {advice}"
     if gpu is None:
         return ""
-    room = min(gpu.memory, available) if gpu.is_shared and available is not None else gpu.memory
+    room = min(gpu.memory_bytes, available) if gpu.is_integrated and available is not None else gpu.memory_bytes
     if estimate.run <= room:
         return ""
     parts = sizes_in_words(estimate)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from pathlib import Path
 
 from bilevel.errors import EngineError
 from bilevel.export.engine.worker import NO_PLUGINS, PYTHON_PLUGINS
+from bilevel.folders import file_sha256
+from bilevel.machine import runs_on
 from bilevel.plugins.library.gpu import read_info
 
 LIBRARY = "libbilevel_kernels.so"
@@ -24,11 +25,6 @@ class Plugins:
     why: str = ""
 
 
-def serves(held: Sequence[int], arch: int) -> bool:
-    """Whether a library's machine code runs on ``arch``: that for sm_80 on 86 and 89 too, for 86 on 89, all other on its own only."""
-    return arch in held or (arch in (86, 89) and any(80 <= other < arch and other != 87 for other in held))
-
-
 def library_problem(library: Path, archs: Sequence[int]) -> str:
     """Why an engine for ``archs`` cannot be built with a kernel library; "" where it can. Raises KernelError for another file."""
     info = read_info(library)
@@ -38,7 +34,7 @@ def library_problem(library: Path, archs: Sequence[int]) -> str:
         return f"{library} is for {info['target']}, this machine is {platform.machine()}; build one for it: {remedy}"
     if info.get("tensorrt") is None:
         return f"{library} has no TensorRT plugins; install NVIDIA's headers and build it anew: {remedy} --tensorrt required"
-    missing = [arch for arch in archs if not serves([int(held) for held in info["architectures"]], arch)]
+    missing = [arch for arch in archs if not any(runs_on(int(code), arch) for code in info["architectures"])]
     if missing:
         return f"{library} has no kernels for {', '.join(f'sm_{arch}' for arch in missing)}; build it anew: {remedy}"
     return ""
@@ -61,4 +57,4 @@ def choose_plugins(bundle: Path, asked: str | None, archs: Sequence[int]) -> Plu
         raise EngineError(problem)
     if problem:
         return Plugins(PYTHON_PLUGINS, why=problem)
-    return Plugins(str(library.absolute()), hashlib.sha256(library.read_bytes()).hexdigest())
+    return Plugins(str(library.absolute()), file_sha256(library))

@@ -10,9 +10,9 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from bilevel.bundle.engines import BACKENDS
 from bilevel.errors import EngineError
 
-BACKENDS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _INSTALL = {
     "tensorrt": "JetPack brings it to a Jetson, elsewhere NVIDIA's packages or pip install tensorrt-cu13",
     "tensorrt-rtx": "pip install 'bilevel[rtx]'",

@@ -7,14 +7,13 @@ from pathlib import Path
 import onnx
 from onnx import helper
 
-from bilevel.bundle.tensors import DTYPES
-from bilevel.contract import BY_NAME, FLOAT_TYPES, WRITE_CACHE, Op
+from bilevel.bundle.tensors import ONNX_DTYPES, PRECISIONS
+from bilevel.contract import BY_NAME, WRITE_CACHE, Op
 from bilevel.errors import ExportError
 from bilevel.export.graph.nodes import routed_nodes
 from bilevel.plugins.launch.plans import RUNTIME_SIZES
 from bilevel.plugins.library.build import KernelRequest
 
-_FLOATS = {DTYPES[name].onnx_type: name for name in FLOAT_TYPES}
 Known = dict[str, tuple[int, list[int | str]]]  # value -> (element type, sizes; a name where the size is free)
 
 
@@ -42,7 +41,7 @@ def _request(op: Op, node: onnx.NodeProto, known: Known) -> KernelRequest:
             )
         kind, shape = known[name]
         if port.dtype == "T":
-            dtype = _FLOATS.get(kind, f"element type {kind}")
+            dtype = ONNX_DTYPES.get(kind, f"element type {kind}")
         for dim, size in zip(port.shape, shape, strict=True):
             if dim.symbol in RUNTIME_SIZES:
                 continue
@@ -79,7 +78,7 @@ def read_requests(graph_file: Path) -> list[KernelRequest]:
         node for node in graph.node if node.op_type == "ScatterND" and node.input[0] in inputs and node.output[0] in outputs
     ]
     pairs = [(BY_NAME[node.op_type], node) for node in routed_nodes(graph)]
-    pairs += [(WRITE_CACHE, _as_write(node)) for node in writes if known[node.input[0]][0] in _FLOATS]
+    pairs += [(WRITE_CACHE, _as_write(node)) for node in writes if ONNX_DTYPES.get(known[node.input[0]][0]) in PRECISIONS]
     for op, node in pairs:
         request = _request(op, node, known)
         found.setdefault(repr((request[0].name, sorted(request[1].items()), request[2])), request)

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bilevel.bundle.format import Bundle
+from bilevel.bundle.manifest import CALL_INPUTS
 from bilevel.bundle.tensors import DTYPES, TensorSpec
-from bilevel.bundle.values import CALL_INPUTS
 from bilevel.errors import RequestError
 from bilevel.runtime.backend.device_memory import Device, Memory
 from bilevel.runtime.backend.device_results import DeviceLogits, DeviceRoutes
@@ -82,10 +82,10 @@ class DeviceCaches(ABC):
         sizes = self._bundle.sizes(batch, capacity)
         self._places: dict[int, dict[str, Place]] = {}
         if whole is None:
-            new = {spec.name: self._new(spec, sizes, zeroed=True) for spec, _ in self._bundle.state}
+            new = {spec.name: self._new(spec, sizes, zeroed=True) for spec, _ in self._bundle.graph.state}
             self._state = {name: (memory, memory.address) for name, memory in new.items()}
             longest = {**sizes, "new_tokens": session.longest}
-            call = {spec.name: self._new(spec, longest) for spec in self._bundle.inputs if spec.name in CALL_INPUTS}
+            call = {spec.name: self._new(spec, longest) for spec in self._bundle.graph.inputs if spec.name in CALL_INPUTS}
             # A backend wants an address for every output, those that nobody reads included.
             results = self._device.allocate(max(place.end for place in self.places(session.longest).values()))
             self._buffers = Buffers(call, results)
@@ -112,11 +112,11 @@ class DeviceCaches(ABC):
         """See ``Caches.rows``."""
 
     def _new(self, spec: TensorSpec, sizes: Sizes, *, zeroed: bool = False) -> Memory:
-        return self._device.allocate(math.prod(spec.resolve(sizes)) * DTYPES[spec.dtype].numpy.itemsize, zeroed=zeroed)
+        return self._device.allocate(spec.num_bytes(sizes), zeroed=zeroed)
 
     def _route_names(self) -> tuple[str, ...]:
         """Outputs that tell of routes, in the order of the results; none where one is missing."""
-        routes, results = self._bundle.routes, [spec.name for spec in self._session.results]
+        routes, results = self._bundle.graph.routes, [spec.name for spec in self._session.results]
         if routes is None:
             return ()
         names = {*routes.blocks, *routes.experts.values(), *([routes.candidates] if routes.candidates else [])}
@@ -138,17 +138,17 @@ class DeviceCaches(ABC):
         found = {name: memory.address for name, memory in self._buffers.call.items()}
         found |= {name: self._buffers.results.address + place.offset for name, place in self.places(length).items()}
         # An input and its output share the memory: new tokens are written where the old ones lie.
-        for spec, output in self._bundle.state:
+        for spec, output in self._bundle.graph.state:
             found[spec.name] = found[output] = self._state[spec.name][1]
         return found
 
     def _row_bytes(self, spec: TensorSpec) -> int:
-        return math.prod(spec.resolve(self._bundle.sizes(1, self.capacity))) * DTYPES[spec.dtype].numpy.itemsize
+        return spec.num_bytes(self._bundle.sizes(1, self.capacity))
 
     def _shared_rows(self, first: int) -> dict[str, tuple[Memory, int]]:
         """The state from row ``first`` on. Raises RequestError where a row does not begin where a backend reads."""
         state = {}
-        for spec, _ in self._bundle.state:
+        for spec, _ in self._bundle.graph.state:
             memory, address = self._state[spec.name]
             size = self._row_bytes(spec)
             if size % ALIGNMENT and first:
@@ -164,10 +164,10 @@ class DeviceCaches(ABC):
         # A block that is not whole yet has no key that anybody reads: it is pooled anew by the call that ends it.
         bundle, sizes = self._bundle, self._bundle.sizes(1, self.capacity)
         kept = {"capacity": tokens, "num_blocks": tokens // bundle.block_size}
-        for spec, _ in bundle.state:
+        for spec, _ in bundle.graph.state:
             axis = next((n for n, size in enumerate(spec.shape) if size in kept), 0)
             shape, address, row = spec.resolve(sizes), self._state[spec.name][1], self._row_bytes(spec)
-            step = math.prod(shape[axis + 1 :]) * DTYPES[spec.dtype].numpy.itemsize
+            step = math.prod(shape[axis + 1 :]) * spec.itemsize
             width = kept.get(str(spec.shape[axis]), 1) * step
             if width:
                 places = (address + target * row, address + source * row)
@@ -203,7 +203,7 @@ class DeviceCaches(ABC):
     def _write_tokens(self, past_len: NDArray[np.int32], length: int) -> None:
         """Enqueue copies of the call's tokens, behind those of each row, into the caches that the backend only reads."""
         for spec in self._session.only_read:
-            size, first = DTYPES[spec.dtype].numpy.itemsize, self._state[spec.name][1]
+            size, first = spec.itemsize, self._state[spec.name][1]
             for row, past in enumerate(past_len.tolist()):
                 source = self._buffers.call["input_ids"].address + row * length * size
                 self._device.copy_strips(first + (row * self.capacity + past) * size, source, length * size, length * size, 1)
@@ -214,7 +214,7 @@ class DeviceCaches(ABC):
         Calls go on writing to it. Raises RequestError for a name that is neither.
         """
         sizes = self._bundle.sizes(self.batch, self.capacity)
-        for spec, _ in self._bundle.state:
+        for spec, _ in self._bundle.graph.state:
             if spec.name == name:
                 memory, address = self._state[name]
                 return DeviceTensor(address, spec.resolve(sizes), spec.dtype, self._device, memory)
@@ -223,7 +223,7 @@ class DeviceCaches(ABC):
                 place = self.places(self._length)[name]
                 results = self._buffers.results
                 return DeviceTensor(results.address + place.offset, place.shape, spec.dtype, self._device, results)
-        names = [spec.name for spec in (*self._session.results, *(spec for spec, _ in self._bundle.state))]
+        names = [spec.name for spec in (*self._session.results, *(spec for spec, _ in self._bundle.graph.state))]
         raise RequestError(f"there is no tensor {name!r} on the GPU; take one of {', '.join(names)}")
 
     def reserve(self) -> None:
@@ -237,7 +237,7 @@ class DeviceCaches(ABC):
 
     def read_routes(self) -> Routes:
         """Those of the last call, copied from the GPU the first time."""
-        routes = self._bundle.routes
+        routes = self._bundle.graph.routes
         assert routes is not None
         if self._routes is None:
             found = self.fetch(self._names)

@@ -14,8 +14,8 @@ from typing import Any
 
 from bilevel.bundle.engines import BACKENDS, Engine
 from bilevel.bundle.format import Bundle
+from bilevel.bundle.manifest import CALL_INPUTS
 from bilevel.bundle.tensors import TensorSpec
-from bilevel.bundle.values import CALL_INPUTS
 from bilevel.errors import EngineError, RequestError
 from bilevel.runtime.backend.compiled import CompiledKernels, cache_file
 from bilevel.runtime.backend.device_caches import DeviceCaches
@@ -97,13 +97,13 @@ class EngineSession:
         """The plan's inputs and outputs are those of the graph. Outputs that only tell of routes may be missing, and caches of
         token ids, which it then only reads (``export/engine/cache_writes.py``)."""
         self.tensors = {self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)}
-        present = {name for _, name in self.bundle.state}
-        tokens = {name: spec for spec, name in self.bundle.state if spec.dtype == CALL_INPUTS["input_ids"]}
+        present = {name for _, name in self.bundle.graph.state}
+        tokens = {name: spec for spec, name in self.bundle.graph.state if spec.dtype == CALL_INPUTS["input_ids"]}
         self.only_read = tuple(spec for name, spec in tokens.items() if name not in self.tensors)
-        expected = {spec.name for spec in self.bundle.inputs} | present - tokens.keys() | {"logits"}
+        expected = {spec.name for spec in self.bundle.graph.inputs} | present - tokens.keys() | {"logits"}
         if missing := expected - self.tensors:
             raise EngineError(f"{self.engine.path.name} has no tensor {min(missing)}; {self.engine.remedy}")
-        told = [spec for spec in self.bundle.outputs if spec.name in self.tensors - present]
+        told = [spec for spec in self.bundle.graph.outputs if spec.name in self.tensors - present]
         self.results = (*told, *(self._best_outputs() if self.tensors >= set(BEST) else ()))
         if unknown := self.tensors - expected - tokens.keys() - {spec.name for spec in self.results}:
             raise EngineError(f"{self.engine.path.name} has a tensor {min(unknown)} that the graph lacks; {self.engine.remedy}")
@@ -209,7 +209,7 @@ class EngineCaches(DeviceCaches):
         if self._lengths.get(profile) == length:
             return context
         sizes = {**self._engine_session.bundle.sizes(self.batch, self.capacity), "new_tokens": length}
-        for spec in self._engine_session.bundle.inputs:
+        for spec in self._engine_session.bundle.graph.inputs:
             if not context.set_input_shape(spec.name, spec.resolve(sizes)):
                 raise self._engine_session.failure(f"refuses the shape {spec.resolve(sizes)} for {spec.name}")
         addresses = self.addresses(length)

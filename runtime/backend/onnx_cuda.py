@@ -28,8 +28,8 @@ class CudaSession(OnnxGraph):
     def __init__(self, bundle: Bundle, threads: int = 0, device: Device | None = None) -> None:
         self.device = Device() if device is None else device
         super().__init__(bundle, threads)
-        present = {name for _, name in bundle.state}
-        self.results = tuple(spec for spec in bundle.outputs if spec.name not in present)
+        present = {name for _, name in bundle.graph.state}
+        self.results = tuple(spec for spec in bundle.graph.outputs if spec.name not in present)
         self.only_read: tuple[TensorSpec, ...] = ()
         self.longest = bundle.prefill_chunk
 
@@ -83,7 +83,7 @@ class CudaCaches(DeviceCaches):
         self._bindings = {kept: binding for kept, binding in self._bindings.items() if kept == 1}
         binding, addresses = self._graph.io_binding(), self.addresses(length)
         sizes = {**self._bundle.sizes(self.batch, self.capacity), "new_tokens": length}
-        for specs, bind in ((self._bundle.inputs, binding.bind_input), (self._bundle.outputs, binding.bind_output)):
+        for specs, bind in ((self._bundle.graph.inputs, binding.bind_input), (self._bundle.graph.outputs, binding.bind_output)):
             for spec in specs:
                 kind = DTYPES[spec.dtype].onnx_type
                 bind(spec.name, "cuda", 0, kind, spec.resolve(sizes), addresses[spec.name])

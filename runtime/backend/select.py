@@ -8,7 +8,7 @@ has been measured nowhere, while the CPU has kernels for the same operators whos
 from __future__ import annotations
 
 import argparse
-import hashlib
+import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,8 @@ import bilevel
 from bilevel.bundle.engines import BACKENDS, FOLDER, Engine, find_engines
 from bilevel.bundle.format import Bundle, load_bundle
 from bilevel.errors import EngineError, KernelError, RequestError
-from bilevel.machine import Machine, is_loaded, look
+from bilevel.folders import file_sha256
+from bilevel.machine import Machine, is_loaded, look, runs_on
 from bilevel.plugins.library.gpu import read_info
 from bilevel.runtime.backend.session import OnnxSession, Session
 
@@ -87,15 +88,10 @@ def library_problem(library: Path, machine: Machine) -> str:
         return f"{library} is for {info['target']}, this machine is {machine.machine}; build one: {remedy} --target {machine.machine}"
     if info.get("tensorrt") is None:
         return f"{library} was built without TensorRT's headers and has no plugins; build it again with them: {remedy}"
-    held = {int(arch) for arch in info["architectures"]}
-    if machine.architectures and not any(_runs(held, capability) for capability in machine.architectures):
+    pairs = itertools.product(map(int, info["architectures"]), machine.architectures)
+    if machine.architectures and not any(runs_on(code, capability) for code, capability in pairs):
         return f"{library} holds no kernels for this GPU; build one: {remedy}"
     return ""
-
-
-def _runs(held: set[int], capability: int) -> bool:
-    """As csrc/kernel_library.cpp says: code for sm_80 runs on 86 and 89, all other code on its own GPU only."""
-    return capability in held or (capability in (86, 89) and bool(held & {80, 86} & set(range(80, capability))))
 
 
 def engine_problem(engine: Engine, bundle: Bundle, machine: Machine, library: Path | None, verify: bool = False) -> str:
@@ -116,9 +112,9 @@ def engine_problem(engine: Engine, bundle: Bundle, machine: Machine, library: Pa
         return f"it was built by {module} {engine.version}, installed is {installed}; {engine.remedy}"
     if machine.packages.get("cuda.bindings") is None:
         return "cuda.bindings is not installed; pip install cuda-bindings"
-    graph = bundle.files[bundle.graph_file].sha256
+    graph = bundle.files[bundle.graph.file].sha256
     if engine.graph_sha256 != graph:
-        return f"it was built from another graph than {bundle.graph_file}; {engine.remedy}"
+        return f"it was built from another graph than {bundle.graph.file}; {engine.remedy}"
     return _plugin_problem(engine, machine, library) or _memory_problem(engine, machine) or engine.plan_problem(verify)
 
 
@@ -140,7 +136,7 @@ def _plugin_problem(engine: Engine, machine: Machine, library: Path | None) -> s
     if library is None:
         return f"it needs a kernel library, and there is none; build one: {remedy}"
     wanted = engine.plugins.get("library")
-    if wanted and hashlib.sha256(library.read_bytes()).hexdigest() != wanted:
+    if wanted and file_sha256(library) != wanted:
         return f"{library} is another kernel library than the one it was built with; give that one, or {engine.remedy}"
     return library_problem(library, machine)
 
@@ -173,7 +169,7 @@ def list_ways(bundle: Bundle, machine: Machine, named: Path | None = None, verif
         (ONNX, "on the CPU", _onnx_problem(machine, "cpu")),
         (ONNX_CUDA, "on the GPU (portable bodies, of unknown speed)", _cuda_problem(machine)),
     ):
-        ways.append(Way(backend, f"{bundle.graph_file} in ONNX Runtime {name}", problem))
+        ways.append(Way(backend, f"{bundle.graph.file} in ONNX Runtime {name}", problem))
     return ways
 
 

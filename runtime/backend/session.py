@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bilevel.bundle.format import Bundle, load_bundle
+from bilevel.bundle.manifest import CALL_INPUTS
 from bilevel.bundle.tensors import DTYPES, TensorSpec
-from bilevel.bundle.values import CALL_INPUTS
 from bilevel.errors import BundleError, MissingDependency, RequestError, require
+from bilevel.machine import available_memory
 from bilevel.plugins.library.cpu import VARIABLE, find_cpu_library
 
 
@@ -107,8 +108,8 @@ class OnnxGraph(ABC):
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
         self.cpu_library = self._register_library(options)
         self._session = self._open_graph(options)
-        self._check_ports("input", self._session.get_inputs(), bundle.inputs)
-        self._check_ports("output", self._session.get_outputs(), bundle.outputs)
+        self._check_ports("input", self._session.get_inputs(), bundle.graph.inputs)
+        self._check_ports("output", self._session.get_outputs(), bundle.graph.outputs)
 
     def _register_library(self, options: Any) -> Path | None:
         """Give the options a library of the routed operators; its file, None where the graph's portable bodies run."""
@@ -153,7 +154,7 @@ class OnnxSession(OnnxGraph):
 
     def _register_library(self, options: Any) -> Path | None:
         # The library's kernels are fp32; a graph without routed operators has no use for it.
-        library = find_cpu_library() if self.bundle.operators and self.bundle.precision == "float32" else None
+        library = find_cpu_library() if self.bundle.graph.operators and self.bundle.precision == "float32" else None
         if library is not None:
             with translated(f"{library} cannot be loaded", f"reinstall bilevel, or set {VARIABLE}=none"):
                 options.register_custom_ops_library(str(library))
@@ -177,13 +178,13 @@ class OnnxSession(OnnxGraph):
         self._check_sizes(batch, capacity)
         needed = self.bundle.state_bytes(batch, capacity)
         # The system would grant the memory now and kill the process when it is used.
-        if needed > (present := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
+        if (present := available_memory()) is not None and needed > present:
             raise RequestError(
                 f"caches for {batch} rows of {capacity} tokens need {needed / 2**20:.0f} MiB, this machine has "
-                f"{present / 2**20:.0f} MiB; lower the capacity or the number of prompts"
+                f"{present / 2**20:.0f} MiB free; lower the capacity or the number of prompts"
             )
         sizes = self.bundle.sizes(batch, capacity)
-        state = {spec.name: np.zeros(spec.resolve(sizes), DTYPES[spec.dtype].numpy) for spec, _ in self.bundle.state}
+        state = {spec.name: np.zeros(spec.resolve(sizes), DTYPES[spec.dtype].numpy) for spec, _ in self.bundle.graph.state}
         return OnnxCaches(self._ort, self._session, self.bundle, state, batch, capacity)
 
 
@@ -200,7 +201,7 @@ class OnnxCaches:
         self.batch, self.capacity, self.state = batch, capacity, state
         self.routes: Routes | None = None
         self._ort, self._session, self._binding, self._bundle = ort, session, session.io_binding(), bundle
-        for spec, present in bundle.state:
+        for spec, present in bundle.graph.state:
             value = self._value(state[spec.name], spec.dtype)
             self._binding.bind_ortvalue_input(spec.name, value)
             self._binding.bind_ortvalue_output(present, value)
@@ -219,7 +220,7 @@ class OnnxCaches:
         """See ``Caches.copy_prefix``."""
         # A block that is not whole yet has no key that anybody reads: it is pooled anew by the call that ends it.
         sizes = {"capacity": tokens, "num_blocks": tokens // self._bundle.block_size}
-        for spec, _ in self._bundle.state:
+        for spec, _ in self._bundle.graph.state:
             cut = tuple(slice(sizes.get(str(size))) for size in spec.shape[1:])
             self.state[spec.name][target][cut] = self.state[spec.name][source][cut]
 
@@ -233,10 +234,10 @@ class OnnxCaches:
     def _bind_call(self, length: int) -> None:
         """Buffers for calls of ``length`` columns: their tokens, and what their routers choose."""
         self._input_ids = self._bind_input("input_ids", (self.batch, length))
-        if (names := self._bundle.routes) is None:
+        if (names := self._bundle.graph.routes) is None:
             return
         sizes = {**self._bundle.sizes(self.batch, self.capacity), "new_tokens": length}
-        shapes = {spec.name: spec.resolve(sizes) for spec in self._bundle.outputs}
+        shapes = {spec.name: spec.resolve(sizes) for spec in self._bundle.graph.outputs}
         blocks = np.empty((len(names.blocks), *shapes[names.blocks[0]]), np.int32)
         experts = {layer: np.empty(shapes[name], np.int32) for layer, name in names.experts.items()}
         candidates = np.empty(shapes[names.candidates], np.int32) if names.candidates else None

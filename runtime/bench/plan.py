@@ -12,6 +12,7 @@ import numpy as np
 from bilevel.bundle.format import Bundle
 from bilevel.bundle.tensors import DTYPES
 from bilevel.errors import RequestError
+from bilevel.machine import available_memory
 from bilevel.runtime.bench.roofline import FLOAT_BYTES
 
 DEFAULT_CONTEXTS = (2048, 8192, 32768, 131072)
@@ -117,11 +118,8 @@ class Plan:
     @property
     def twin_cache_bytes(self) -> int:
         """Bytes of one number in the dense twin's caches: quantised bundles have a twin with int8 caches."""
-        return (
-            DTYPES[self.bundle.twin.state[0][0].dtype].numpy.itemsize
-            if self.bundle.twin and self.bundle.twin.state
-            else FLOAT_BYTES
-        )
+        twin = self.bundle.twin
+        return twin.state[0][0].itemsize if twin and twin.state else FLOAT_BYTES
 
     def capacity(self, context: int) -> int:
         """Tokens that the caches of one context hold, whole blocks."""
@@ -162,17 +160,6 @@ def busy_share(seconds: float = 0.5) -> float | None:
     except OSError:
         return None
     return 1 - idle / max(total, 1)
-
-
-def available_memory() -> int | None:
-    """Bytes that this machine can give now (Linux), None where it does not say."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
 
 
 def choose_contexts(plan: Plan, asked: tuple[int, ...] | None) -> tuple[tuple[int, ...], dict[int, str]]:

@@ -79,7 +79,7 @@ class Side:
         """
         random = np.random.default_rng(seed)
         state, size = self._caches.state, self.bundle.block_size
-        dtypes = {spec.name: spec.dtype for spec, _ in self.bundle.state}
+        dtypes = {spec.name: spec.dtype for spec, _ in self.bundle.graph.state}
         for name, cache in state.items():
             kind = name.split(".")[1]
             if kind in ("key", "value"):

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bilevel.bundle.format import load_bundle
-from bilevel.bundle.values import WEIGHT_FORMATS
+from bilevel.bundle.manifest import WEIGHT_FORMATS
 from bilevel.errors import MissingDependency, RequestError, require
 from bilevel.runtime.bench.measure import Benchmark, WrongOutput
 from bilevel.runtime.bench.plan import Plan, choose_contexts, default_threads

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from bilevel.bundle.format import read_manifest
 from bilevel.errors import KernelError
+from bilevel.folders import file_sha256
 from bilevel.machine import Machine, look
 from bilevel.plugins.library.gpu import read_info
 from bilevel.runtime.backend.select import LIBRARY_VARIABLE, library_places, library_problem, list_ways
@@ -67,7 +67,7 @@ def _libraries(machine: Machine, folder: Path | None, library: Path | None) -> l
         entry |= {"sha256": None, "architectures": [], "problem": ""}
         if path.is_file():
             entry["is_taken"] = not any(each["found"] for each in found)
-            entry["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+            entry["sha256"] = file_sha256(path)
             entry["problem"] = library_problem(path, machine)
             try:
                 entry["architectures"] = sorted(map(int, read_info(path)["architectures"]))

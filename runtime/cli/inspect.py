@@ -10,7 +10,7 @@ from typing import Any
 
 from bilevel.bundle.engines import Engine, find_engines
 from bilevel.bundle.format import Bundle, read_manifest
-from bilevel.bundle.values import FORMAT_VERSION
+from bilevel.bundle.manifest import FORMAT_VERSION
 from bilevel.errors import EngineError, MissingDependency, require
 
 # Keys of config.json worth a line, with what they are called in a table.
@@ -63,8 +63,8 @@ def describe(bundle: Bundle) -> dict[str, Any]:
             "prefill_chunk": bundle.prefill_chunk,
         },
         "tokens": {"bos": bundle.bos, "eos": list(bundle.eos)},
-        "graph": {"file": bundle.graph_file, "opset": bundle.opset, "num_states": len(bundle.state)},
-        "operators": dict(bundle.operators),
+        "graph": {"file": bundle.graph.file, "opset": bundle.opset, "num_states": len(bundle.graph.state)},
+        "operators": dict(bundle.graph.operators),
         "state_bytes": {
             "per_1000_tokens": block * 1000 // bundle.block_size,
             "at_max_positions": bundle.state_bytes(1, capacity),

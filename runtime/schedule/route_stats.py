@@ -21,11 +21,11 @@ class RouteStats:
     """
 
     def __init__(self, bundle: Bundle, capacity: int) -> None:
-        assert bundle.routes is not None
+        assert bundle.graph.routes is not None
         routing, self._size = bundle.config.get("routing", {}), bundle.block_size
         self._init, self._local = int(routing.get("init_blocks", 1)), int(routing.get("local_blocks", 1))
-        num_layers, num_blocks = len(bundle.routes.blocks), -(-capacity // self._size)
-        self.layers, self.expert_layers = range(num_layers), sorted(bundle.routes.experts)
+        num_layers, num_blocks = len(bundle.graph.routes.blocks), -(-capacity // self._size)
+        self.layers, self.expert_layers = range(num_layers), sorted(bundle.graph.routes.experts)
         num_experts = int(bundle.config.get("experts", {}).get("num_experts", 0))
         self._read, self._visible = np.zeros(num_layers), 0.0
         self._chosen = np.zeros((num_layers, num_blocks))

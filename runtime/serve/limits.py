@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+import sys
 
 from bilevel.bundle.engines import Engine
 from bilevel.bundle.format import Bundle
 from bilevel.errors import RequestError
+from bilevel.machine import available_memory
 from bilevel.runtime.backend.engine import EngineSession
 from bilevel.runtime.backend.onnx_cuda import CudaSession
 from bilevel.runtime.backend.session import Session
@@ -27,7 +27,7 @@ def choose_limits(session: Session, rows: int | None, capacity: int | None, queu
     if isinstance(session, EngineSession):
         return _engine_limits(bundle, session.engine, rows, capacity, queue)
     rows = rows or ROWS
-    memory = session.device.free_bytes() if isinstance(session, CudaSession) else available_memory()
+    memory = session.device.free_bytes() if isinstance(session, CudaSession) else available_memory() or sys.maxsize
     return SchedulerLimits(rows, queue, capacity or default_capacity(bundle, rows, memory), bundle.prefill_chunk)
 
 
@@ -74,23 +74,3 @@ def default_capacity(bundle: Bundle, rows: int, memory: int) -> int:
     """Tokens per row: the model's, or as many as let the caches of all rows lie in a quarter of the ``memory`` that can be had."""
     fitting = memory // 4 // max(1, bundle.state_bytes(rows, bundle.block_size)) * bundle.block_size
     return max(1, min(bundle.max_positions, fitting - bundle.block_size))
-
-
-def available_memory() -> int:
-    """Bytes that this process can have: the machine's free ones, or what is left of the limit that a container sets."""
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for line in _lines(Path("/proc/meminfo")):
-        if line.startswith("MemAvailable:"):
-            found.append(int(line.split()[1]) * 1024)
-    group = Path("/sys/fs/cgroup")
-    limit, used = (_lines(group / name)[:1] for name in ("memory.max", "memory.current"))
-    if limit and used and limit[0].isdecimal():
-        found.append(max(0, int(limit[0]) - int(used[0])))
-    return min(found)
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return []  # another system, or an older one

@@ -81,7 +81,7 @@ def _submit(
     if len(prompts) * count > most:
         raise RequestError(f"{len(prompts)} prompts with n={count} are {len(prompts) * count} texts, this server takes {most}")
     if asked.routes and not service.scheduler.gives_routes:
-        why = "the engine" if service.scheduler.bundle.routes is not None else "the graph"
+        why = "the engine" if service.scheduler.bundle.graph.routes is not None else "the graph"
         raise ApiError(
             400, f"routes=true: {why} that runs this model does not give its routes; leave routes out", param="routes"
         )

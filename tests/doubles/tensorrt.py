@@ -19,6 +19,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from bilevel.bundle.format import Bundle, read_manifest
 from bilevel.errors import EngineError
 from bilevel.export.engine.cache_writes import write_in_place
 from bilevel.runtime.backend.device_memory import Memory
@@ -315,11 +316,12 @@ def _rank_logits(graph: Path, count: int) -> Path:
     return path
 
 
-def _write_in_place(graph: Path, manifest: dict[str, Any], capacity: int) -> Path:
+def _write_in_place(bundle: Bundle, capacity: int) -> Path:
     """The graph as TensorRT would be given it, beside it."""
+    graph = bundle.graph_path
     model = onnx.load(str(graph), load_external_data=False)
-    sizes = {"capacity": capacity, "num_blocks": capacity // manifest["block_size"]}
-    write_in_place(model, manifest["graph"]["state"], sizes, by_plugin=False)
+    sizes = {"capacity": capacity, "num_blocks": capacity // bundle.block_size}
+    write_in_place(model, bundle.graph.state, sizes, by_plugin=False)
     path = graph.with_suffix(f".{capacity}.onnx")
     path.write_bytes(model.SerializeToString())
     return path
@@ -336,7 +338,7 @@ def write_engine(bundle: Path, name: str = "fake", num_best: int = 0, as_built: 
     new_tokens = changes.get("new_tokens", [[1, manifest["limits"]["prefill_chunk"]], [1, 1]])
     graph = bundle / manifest["graph"]["file"]
     capacity = changes.get("capacity", 16 * manifest["block_size"])
-    graph = _write_in_place(graph, manifest, capacity) if as_built else graph
+    graph = _write_in_place(read_manifest(bundle), capacity) if as_built else graph
     graph = _rank_logits(graph, num_best) if num_best else graph
     plan = json.dumps({"graph": str(graph), "new_tokens": new_tokens}).encode()
     folder = bundle / "engines"

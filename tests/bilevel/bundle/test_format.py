@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -37,8 +38,8 @@ def test_load_bundle_reads_the_manifest(folder: Path) -> None:
     bundle = load_bundle(folder)
     assert (bundle.block_size, bundle.max_positions, bundle.prefill_chunk) == (BLOCK_SIZE, MAX_POSITIONS, PREFILL_CHUNK)
     assert (bundle.bos, bundle.eos, bundle.vocab_size) == (None, (EOS,), VOCAB_SIZE)
-    assert bundle.inputs[0] == TensorSpec("input_ids", "int64", ("batch", "new_tokens"))
-    assert [(spec.name, output) for spec, output in bundle.state] == [
+    assert bundle.graph.inputs[0] == TensorSpec("input_ids", "int64", ("batch", "new_tokens"))
+    assert [(spec.name, output) for spec, output in bundle.graph.state] == [
         ("past.token_ids", "present.token_ids"),
         ("past.key.0", "present.key.0"),
         ("past.block_key.0", "present.block_key.0"),
@@ -64,13 +65,15 @@ def test_state_bytes(folder: Path, batch: int, capacity: int) -> None:
 @pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
 def test_precision(tmp_path: Path, precision: str) -> None:
     bundle = load_bundle(write_bundle(tmp_path, precision=precision))
-    assert bundle.precision == precision and {spec.dtype for spec, _ in bundle.state} == {"int64", precision}
+    assert bundle.precision == precision and {spec.dtype for spec, _ in bundle.graph.state} == {"int64", precision}
     assert bundle.state_bytes(1, 16) == 16 * 8 + (16 + 16 // BLOCK_SIZE) * (4 if precision == "float32" else 2)
 
 
 def test_unknown_precision_is_refused(folder: Path) -> None:
     edit_manifest(folder, lambda manifest: manifest.update(precision="float8"))
-    with pytest.raises(BundleError, match="its precision is float8, this bilevel reads float32, float16, bfloat16; make the"):
+    with pytest.raises(
+        BundleError, match="bundle.json gives precision='float8', which must be one of float32, float16, bfloat16; make the"
+    ):
         load_bundle(folder)
 
 
@@ -133,7 +136,10 @@ def test_manifest_that_is_not_json(folder: Path, data: bytes) -> None:
 @pytest.mark.parametrize("text", ["[]", "3", "null"])
 def test_manifest_that_is_not_an_object(folder: Path, text: str) -> None:
     (folder / "bundle.json").write_text(text)
-    with pytest.raises(BundleError, match="does not give format"):
+    with pytest.raises(
+        BundleError,
+        match=f"bundle.json holds {re.escape(repr(json.loads(text)))}, which must be an object; make the bundle anew",
+    ):
         load_bundle(folder)
 
 
@@ -155,13 +161,16 @@ def test_every_required_key_is_missed_by_name(folder: Path) -> None:
 
 WRONG: dict[str, tuple[Edit, str]] = {
     "format": (lambda m: m.update(format="zip"), "format zip version 1"),
-    "type": (lambda m: m.update(block_size="8"), "gives block_size as str"),
-    "bool": (lambda m: m.update(block_size=True), "gives block_size as bool"),
-    "zero": (lambda m: m["limits"].update(prefill_chunk=0), "limits.prefill_chunk=0"),
-    "eos": (lambda m: m["tokens"].update(eos=["</s>"]), "tokens.eos"),
+    "type": (lambda m: m.update(block_size="8"), "gives block_size='8', which must be a whole number"),
+    "bool": (lambda m: m.update(block_size=True), "gives block_size=True, which must be a whole number"),
+    "zero": (lambda m: m["limits"].update(prefill_chunk=0), "limits.prefill_chunk=0, which must be at least 1"),
+    "eos": (lambda m: m["tokens"].update(eos=["</s>"]), "tokens.eos=.'</s>'., which must be a list of whole numbers"),
     "operator": (lambda m: m["operators"].update(Teleport=1), "operator Teleport"),
     "operator-version": (lambda m: m["operators"].update(CoarseRoute=9), "CoarseRoute version 9, this bilevel has version 1"),
-    "dtype": (lambda m: m["graph"]["inputs"][3].update(dtype="float4"), "past.token_ids has dtype float4"),
+    "dtype": (
+        lambda m: m["graph"]["inputs"][3].update(dtype="float4"),
+        "graph.inputs.3..dtype='float4', which must be one of float32",
+    ),
     "symbol": (lambda m: m["graph"]["inputs"][3].update(shape=["batch", "depth"]), "unknown size 'depth'"),
     "shared-buffer": (lambda m: m["graph"]["outputs"][2].update(shape=["batch", 2, "capacity", 1]), "cannot share a buffer"),
     "state": (lambda m: m["graph"]["state"][0].update(output="present.nothing"), "past.token_ids -> present.nothing"),
@@ -169,7 +178,7 @@ WRONG: dict[str, tuple[Edit, str]] = {
     "no-logits": (lambda m: m["graph"]["outputs"].pop(0), "output logits of float32"),
     "file-outside": (lambda m: m["files"].update({"../x": m["files"]["config.json"]}), "lies outside the bundle"),
     "file-absolute": (lambda m: m["files"].update({"/etc/x": m["files"]["config.json"]}), "lies outside the bundle"),
-    "file-record": (lambda m: m["files"].update({"config.json": {"bytes": 3}}), "does not give sha256"),
+    "file-record": (lambda m: m["files"].update({"config.json": {"bytes": 3}}), "does not give files.config.json.sha256"),
     "graph-unlisted": (lambda m: m["files"].pop("model.onnx"), "does not list model.onnx"),
 }
 

@@ -152,7 +152,9 @@ def test_another_format_than_the_manifest_says(copied: Exported, stored: str, cl
 def test_unknown_format(copied: Exported) -> None:
     checkpoint, bundle = copied("moba")
     edit_manifest(bundle, lambda manifest: manifest.update(weights={"format": "int3"}))
-    with pytest.raises(BundleError, match="says its weights are 'int3', this bilevel knows fp32, int8, int4; export it again"):
+    with pytest.raises(
+        BundleError, match="gives weights.format='int3', which must be one of fp32, int8, int4; make the bundle anew"
+    ):
         check_bundle(bundle, checkpoint, tokens=TOKENS)
 
 

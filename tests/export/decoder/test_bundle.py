@@ -76,10 +76,13 @@ def test_export_bundle_is_what_the_runtime_reads(exported: Exported, preset: str
     assert (bundle.block_size, bundle.prefill_chunk, bundle.max_positions) == (BLOCK_SIZE, PREFILL_CHUNK, 96)
     assert (bundle.bos, bundle.eos, bundle.vocab_size, bundle.precision) == (None, (1,), config.vocab_size, "float32")
     two_level = {"CoarseRoute", "FineRoute", "RoutedAttention", "ExpertRoute", "RoutedExperts"}
-    assert set(bundle.operators) == {"two_level": two_level, "moba": {"CoarseRoute", "RoutedAttention"}, "dense": set()}[preset]
-    assert [spec.name for spec, _ in bundle.state] == [f"past.{tensor.name}" for tensor in state_tensors(config)]
-    assert [output for _, output in bundle.state] == [f"present.{tensor.name}" for tensor in state_tensors(config)]
-    for spec, tensor in zip([spec for spec, _ in bundle.state], state_tensors(config), strict=True):
+    assert (
+        set(bundle.graph.operators)
+        == {"two_level": two_level, "moba": {"CoarseRoute", "RoutedAttention"}, "dense": set()}[preset]
+    )
+    assert [spec.name for spec, _ in bundle.graph.state] == [f"past.{tensor.name}" for tensor in state_tensors(config)]
+    assert [output for _, output in bundle.graph.state] == [f"present.{tensor.name}" for tensor in state_tensors(config)]
+    for spec, tensor in zip([spec for spec, _ in bundle.graph.state], state_tensors(config), strict=True):
         assert spec.shape == tensor.shape
     assert bundle.checks == ()
 
@@ -332,11 +335,14 @@ def test_check_command_bad_data(
 @pytest.mark.parametrize(
     ("manifest", "part"),
     [
-        (None, "holds no bundle.json; make a bundle with"),
+        (None, "is not a bundle (it has no bundle.json); make one: bilevel export"),
         ("{", "bundle.json is not valid JSON"),
-        ("[]", "bundle.json has format None version None, this bilevel checks bilevel-bundle version 1"),
-        ('{"format": "bilevel-bundle", "format_version": 2}', "bundle.json has format bilevel-bundle version 2"),
-        ('{"format": "bilevel-bundle", "format_version": 1}', "bundle.json does not give files as it should"),
+        ("[]", "bundle.json holds [], which must be an object; make the bundle anew"),
+        (
+            '{"format": "bilevel-bundle", "format_version": 2}',
+            "it has format bilevel-bundle version 2, this bilevel reads bilevel-bundle version 1",
+        ),
+        ('{"format": "bilevel-bundle", "format_version": 1}', "bundle.json does not give files; make the bundle anew"),
     ],
     ids=["missing", "damaged", "a list", "another version", "incomplete"],
 )

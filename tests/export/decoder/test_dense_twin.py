@@ -104,7 +104,7 @@ def test_twin_in_fp16_equals_dense_pytorch(exported: Exported) -> None:
     """At most twice as far from fp64 as PyTorch in fp16, prefill in chunks and decode; its caches are fp16."""
     checkpoint, folder = exported("two_level", precision="fp16")
     bundle = load_bundle(folder).dense_twin()
-    assert {spec.dtype for spec, _ in bundle.state} == {"float16"}
+    assert {spec.dtype for spec, _ in bundle.graph.state} == {"float16"}
     twin = dense_twin(load_model(checkpoint, dtype=torch.float16))
     ids, ends = torch.randint(0, bundle.vocab_size, (1, 40)), [9, 23, 24, 40]
     last = torch.tensor(ends) - 1
@@ -122,7 +122,7 @@ def test_twin_of_a_quantised_bundle_has_small_caches(exported: Exported) -> None
     """Its weights are the routed graph's codes, its caches int8, its logits those of the float twin up to the rounding."""
     checkpoint, folder = exported("moba", "int8")
     bundle = load_bundle(folder).dense_twin()
-    assert {spec.dtype for spec, _ in bundle.state} == {"int8"}
+    assert {spec.dtype for spec, _ in bundle.graph.state} == {"int8"}
     kinds = [node.op_type for node in onnx.load(bundle.graph_path, load_external_data=False).graph.node]
     assert "MatMulNBits" in kinds
     caches, ids = OnnxSession(bundle).allocate(1, 32), torch.randint(0, bundle.vocab_size, (1, 24))
@@ -169,9 +169,9 @@ def test_twin_is_dense(exported: Exported) -> None:
     graph = onnx.load(twin.graph_path, load_external_data=False).graph
     kinds = [node.op_type for node in graph.node]
     assert kinds.count("GroupQueryAttention") == 2
-    assert {node.op_type for node in graph.node if node.domain == "bilevel"} == set(twin.operators)
-    assert set(twin.operators) == {"ExpertRoute", "RoutedExperts"}
-    assert {spec.name for spec, _ in twin.state} == {f"past.{kind}.{i}" for kind in ("key", "value") for i in (0, 1)}
+    assert {node.op_type for node in graph.node if node.domain == "bilevel"} == set(twin.graph.operators)
+    assert set(twin.graph.operators) == {"ExpertRoute", "RoutedExperts"}
+    assert {spec.name for spec, _ in twin.graph.state} == {f"past.{kind}.{i}" for kind in ("key", "value") for i in (0, 1)}
     assert (twin.config, twin.vocab_size, twin.block_size) == (bundle.config, bundle.vocab_size, bundle.block_size)
 
 

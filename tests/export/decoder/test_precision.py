@@ -114,8 +114,10 @@ def test_manifest(exported: Exported, precision: str) -> None:
     folder = exported("two_level", precision=precision)[1]
     bundle = load_bundle(folder)
     assert bundle.precision == PRECISIONS[precision] and bundle.weights == {"format": "fp32"}
-    assert {spec.name: spec.dtype for spec, _ in bundle.state if spec.dtype != bundle.precision} == {"past.token_ids": "int64"}
-    assert next(spec for spec in bundle.outputs if spec.name == "logits").dtype == "float32"
+    assert {spec.name: spec.dtype for spec, _ in bundle.graph.state if spec.dtype != bundle.precision} == {
+        "past.token_ids": "int64"
+    }
+    assert next(spec for spec in bundle.graph.outputs if spec.name == "logits").dtype == "float32"
     whole = load_bundle(exported("two_level")[1])
     tokens = 8 * 96
     assert bundle.state_bytes(1, 96) - tokens == (whole.state_bytes(1, 96) - tokens) // 2

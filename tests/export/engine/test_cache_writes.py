@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
+from bilevel.bundle.format import Bundle, read_manifest
 from bilevel.contract import DOMAIN
 from bilevel.errors import EngineError, ExportError
 from bilevel.export.engine.cache_writes import check_caches, find_writes, write_in_place
@@ -22,15 +22,14 @@ Exported = Callable[..., tuple[Path, Path]]
 CAPACITY = 48
 
 
-def read(bundle: Path) -> tuple[onnx.ModelProto, dict[str, Any]]:
-    manifest = json.loads((bundle / "bundle.json").read_text())
-    return onnx.load(str(bundle / "model.onnx")), manifest
+def read(folder: Path) -> tuple[onnx.ModelProto, Bundle]:
+    return onnx.load(str(folder / "model.onnx")), read_manifest(folder)
 
 
 def rewrite(bundle: Path, **options: Any) -> onnx.ModelProto:
     model, manifest = read(bundle)
-    sizes = {"capacity": CAPACITY, "num_blocks": CAPACITY // manifest["block_size"]}
-    write_in_place(model, manifest["graph"]["state"], sizes, **options)
+    sizes = {"capacity": CAPACITY, "num_blocks": CAPACITY // manifest.block_size}
+    write_in_place(model, manifest.graph.state, sizes, **options)
     return model
 
 
@@ -77,15 +76,15 @@ def test_the_same_logits(options: dict[str, Any], exported: Exported) -> None:
     original, manifest = read(bundle)
     model = rewrite(bundle, **options)
     written = [node for node in model.graph.node if node.op_type in ("TensorScatter", "WriteCache")]
-    assert len(written) == len(manifest["graph"]["state"]) - 1 and all(node.op_type != "ScatterND" for node in model.graph.node)
+    assert len(written) == len(manifest.graph.state) - 1 and all(node.op_type != "ScatterND" for node in model.graph.node)
     assert {node.op_type for node in written} == {"WriteCache" if options["by_plugin"] else "TensorScatter"}
     assert "present.token_ids" not in {value.name for value in model.graph.output}
     if options["by_plugin"]:
         assert all(node.domain == DOMAIN for node in written) and model.opset_import[0].version == 23
         model.functions.append(as_function())
         model.opset_import[0].version = 24
-    expected = run_calls(original, CAPACITY, manifest["block_size"], tokens_are_written=False)
-    for got, want in zip(run_calls(model, CAPACITY, manifest["block_size"], tokens_are_written=True), expected, strict=True):
+    expected = run_calls(original, CAPACITY, manifest.block_size, tokens_are_written=False)
+    for got, want in zip(run_calls(model, CAPACITY, manifest.block_size, tokens_are_written=True), expected, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -95,14 +94,14 @@ def test_other_presets(preset: str, exported: Exported) -> None:
     bundle = exported(preset)[1]
     original, manifest = read(bundle)
     model = rewrite(bundle, by_plugin=False)
-    pairs = zip(*(run_calls(each, CAPACITY, manifest["block_size"], False) for each in (original, model)), strict=True)
+    pairs = zip(*(run_calls(each, CAPACITY, manifest.block_size, False) for each in (original, model)), strict=True)
     for want, got in pairs:
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_where_each_cache_is_written(exported: Exported) -> None:
     model, manifest = read(exported("two_level")[1])
-    writes = {write.past: write for write in find_writes(model.graph, manifest["graph"]["state"])}
+    writes = {write.past: write for write in find_writes(model.graph, manifest.graph.state)}
     assert [name for name, write in writes.items() if not write.is_float] == ["past.token_ids"]
     starts = {name.split(".")[1]: write.start for name, write in writes.items()}
     assert starts["key"] == starts["value"] == starts["token_ids"] != starts["block_key"] == starts["word_block_key"]
@@ -122,7 +121,7 @@ def test_a_graph_that_is_not_ours_is_refused(exported: Exported) -> None:
             if node.op_type == damage:
                 node.op_type = "Identity"
         with pytest.raises(ExportError, match="the graph .*; export the bundle anew with this bilevel"):
-            find_writes(model.graph, manifest["graph"]["state"])
+            find_writes(model.graph, manifest.graph.state)
 
 
 def test_an_old_tensorrt_needs_the_plugin(exported: Exported) -> None:
@@ -130,7 +129,7 @@ def test_an_old_tensorrt_needs_the_plugin(exported: Exported) -> None:
     with pytest.raises(
         EngineError, match=r"tensorrt 10\.3 has no layer that writes caches in place .*WriteCache.*kernels build"
     ):
-        check_caches(Flavour("tensorrt", None, (10, 3)), manifest)
-    check_caches(Flavour("tensorrt", None, (10, 15)), manifest)
-    check_caches(Flavour("tensorrt-rtx", None, (1, 7)), manifest)
-    check_caches(Flavour("tensorrt", None, (10, 3)), {"graph": {"state": []}})
+        check_caches(Flavour("tensorrt", None, (10, 3)), manifest.graph.state)
+    check_caches(Flavour("tensorrt", None, (10, 15)), manifest.graph.state)
+    check_caches(Flavour("tensorrt-rtx", None, (1, 7)), manifest.graph.state)
+    check_caches(Flavour("tensorrt", None, (10, 3)), ())

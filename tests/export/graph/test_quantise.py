@@ -226,7 +226,7 @@ def test_export_bundle_with_smaller_weights(exported: Exported, weights: str) ->
     assert kinds.count("MatMul") + kinds.count("Gemm") == 4
     assert {"CoarseRoute", "FineRoute", "RoutedAttention", "ExpertRoute", "RoutedExperts"} <= set(kinds)
     functions = {f.name for f in onnx.load(folder / "model.onnx", load_external_data=False).functions}
-    assert set(bundle.operators) <= functions
+    assert set(bundle.graph.operators) <= functions
     assert main(["run", str(folder), "hello", "--max-tokens", "3", "--temperature", "0"]) == 0
 
 

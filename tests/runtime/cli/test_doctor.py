@@ -132,7 +132,7 @@ def no_driver() -> Machine:
         (ORIN, {"graph_sha256": "0" * 64}, "it was built from another graph than model.onnx; build it anew"),
         (
             ORIN,
-            {"memory_bytes": {"weights": 9 << 30}},
+            {"memory_bytes": {"weights": 9 << 30, "activations": 0, "caches": 0}},
             "it needs 9216 MiB, the GPU has 7936 MiB to give; build it with a smaller",
         ),
         (
