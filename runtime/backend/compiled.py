@@ -1,7 +1,8 @@
 """What TensorRT-RTX compiles on the device, kept from process to process.
 
-A plan of TensorRT-RTX is finished on the GPU that runs it, kernel by kernel as shapes come up; done anew in every process that takes
-seconds to a minute. What was compiled lies in the user's cache folder, one file per plan: ``$XDG_CACHE_HOME/bilevel``, else ``~/.cache/bilevel``.
+A plan of TensorRT-RTX is finished on the GPU that runs it, kernel by kernel as shapes come up; done anew in every process that
+takes seconds to a minute. What was compiled lies in the user's cache folder, one file per plan: ``$XDG_CACHE_HOME/bilevel``,
+else ``~/.cache/bilevel``.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ def cache_file(engine: Engine) -> Path:
 
 
 class CompiledKernels:
-    """TensorRT-RTX's runtime cache of one engine. A file of another version or GPU is left out; one that cannot be written, too.
+    """TensorRT-RTX's runtime cache of one engine.
 
-    config: any runtime configuration of the engine.
+    A file of another version or GPU is ignored, and so is a folder that cannot be written to. config: any runtime configuration
+    of the engine.
     """
 
     def __init__(self, config: Any, file: Path) -> None:

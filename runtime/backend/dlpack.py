@@ -3,8 +3,8 @@
 torch.from_dlpack(caches.tensor("past.key.0"))      # PyTorch's, CuPy's or JAX's view of the same memory
 caches.run(torch_ids_on_the_gpu, past_len, new_len)
 
-None of these libraries is needed. NumPy makes the capsules: of an array that nobody reads, whose address is the GPU's, so that memory
-is kept and released by NumPy's own C code, on any thread and at the interpreter's end.
+None of these libraries is needed. NumPy makes the capsules: of an array that nobody reads, whose address is the GPU's, so that
+memory is kept and released by NumPy's own C code, on any thread and at the interpreter's end.
 """
 
 from __future__ import annotations
@@ -89,12 +89,15 @@ class OnDevice(Protocol):
         """Fill with zero bytes."""
 
     def copy_strips(self, target: int, source: int, width: int, pitch: int, count: int, source_pitch: int = 0) -> None:
-        """See ``Device.copy_strips``."""
+        """See ``CudaDevice.copy_strips``."""
 
 
 @dataclass(frozen=True)
 class DeviceTensor:
-    """Memory of a device, dense and in C order. dtype: a key of DTYPES. owner: kept as long as anybody holds what is handed out."""
+    """Memory of a device, dense and in C order.
+
+    dtype: a key of DTYPES. owner: kept as long as anybody holds what is handed out.
+    """
 
     address: int
     shape: tuple[int, ...]
@@ -113,9 +116,10 @@ class DeviceTensor:
         dl_device: tuple[int, int] | None = None,
         copy: bool | None = None,
     ) -> Any:
-        """A capsule, versioned where the consumer knows it. stream: the consumer's, which waits for what is enqueued (-1: it need not).
+        """A capsule, versioned where the consumer knows it.
 
-        Raises BufferError for a copy or another device, ValueError for stream 0, which names no stream.
+        stream: the consumer's, which waits for what is enqueued (-1: it need not). Raises BufferError for a copy or another
+        device, ValueError for stream 0, which names no stream.
         """
         kind, index = self.device.dlpack_device
         if copy or dl_device not in (None, (kind, index)):
@@ -163,7 +167,8 @@ class TokenIds:
             self._check(self._kept.shape, str(self._kept.dtype))
         else:
             raise RequestError(
-                f"input_ids lie on device {place} (DLPack's numbers), the caches on {tuple(device.dlpack_device)}; move them there"
+                f"input_ids lie on device {place} (DLPack's numbers), the caches on {tuple(device.dlpack_device)}; "
+                "move them there"
             )
 
     def _check(self, shape: tuple[int, ...], dtype: str) -> None:

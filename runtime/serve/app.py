@@ -61,9 +61,9 @@ class Guard:
         except ClientDisconnect:
             pass  # nobody is there to be told
         except Exception as error:  # noqa: BLE001 - whatever it is, the server goes on
-            told = as_api_error(error)
+            answer = as_api_error(error)
             if not is_started:
-                await JSONResponse(error_body(told, scope["path"]), told.status, told.headers)(scope, receive, send_more)
+                await JSONResponse(error_body(answer, scope["path"]), answer.status, answer.headers)(scope, receive, send_more)
 
 
 def create_app(service: Service, metrics: Metrics) -> ASGIApp:

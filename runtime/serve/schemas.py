@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from bilevel.errors import RequestError
+from bilevel.errors import ContextTooLong
 from bilevel.runtime.generate.sampling import SamplingParams
 
 MOST_CHOICES, MOST_LOGPROBS, MOST_STOPS = 16, 20, 16
@@ -160,7 +160,7 @@ class InferParameters(Strict):
     binary_data_output: bool = False
 
     def params(self, num_prompt: int, row_tokens: int) -> SamplingParams:
-        """As the scheduler takes them for a prompt of ``num_prompt`` tokens. Raises RequestError where it does not fit."""
+        """As the scheduler takes them for a prompt of ``num_prompt`` tokens. Raises ContextTooLong where it does not fit."""
         room = check_budget(num_prompt, self.max_tokens, row_tokens)
         given = self.model_dump(exclude={"binary_data_output", "max_tokens"}) | {"temperature": _warm(self.temperature)}
         return SamplingParams(**given, max_tokens=min(room, self.max_tokens or SamplingParams().max_tokens))
@@ -176,10 +176,10 @@ class InferRequest(Strict):
 
 
 def check_budget(num_prompt: int, max_tokens: int | None, row_tokens: int) -> int:
-    """Tokens that may be generated. Raises RequestError where prompt and text do not fit a row."""
+    """Tokens that may be generated. Raises ContextTooLong where prompt and text do not fit a row."""
     if num_prompt > row_tokens or num_prompt + (max_tokens or 1) > row_tokens + 1:
         asked = f" and {max_tokens} were asked for" if max_tokens else ""
-        raise RequestError(
+        raise ContextTooLong(
             f"the prompt has {num_prompt} tokens{asked}, but this server holds {row_tokens} in all; shorten it or ask for fewer"
         )
     return max_tokens or row_tokens + 1 - num_prompt

@@ -10,7 +10,7 @@ import pytest
 
 from bilevel.bundle.tensors import decode
 from bilevel.errors import BundleError, MissingDependency, RequestError
-from bilevel.runtime.backend.session import OnnxSession
+from bilevel.runtime.backend.onnx import OnnxSession
 from tests.doubles.bundle import BLOCK_SIZE, VOCAB_SIZE, predict, write_bundle
 
 

@@ -20,7 +20,7 @@ from bilevel.runtime.bench import plan as bench_plan
 from bilevel.runtime.bench import report as bench_report
 from bilevel.runtime.bench import roofline as bench_roofline
 from bilevel.runtime.bench.measure import relative_error
-from bilevel.runtime.bench.plan import DENSE, ROUTED, Case, Plan, SideResult, Spread, choose_contexts
+from bilevel.runtime.bench.plan import DENSE, ROUTED, BenchPlan, Case, SideResult, Spread, choose_contexts
 from bilevel.runtime.bench.profile import PARTS, read_profile, split_call
 from bilevel.runtime.bench.report import decode_parts, save_plot
 from bilevel.runtime.bench.roofline import READ_SIZES, CeilingMeter, Ceilings, Geometry, Work
@@ -74,7 +74,10 @@ def test_one_run(exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.usefixtures("few_bytes")
 def test_quantised_bundle(exported: Exported, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its twin has int8 caches, which are a quarter as large; outputs may differ by the rounding. --no-profile, --no-prefill."""
+    """Its twin has int8 caches, which are a quarter as large; outputs may differ by the rounding.
+
+    --no-profile, --no-prefill.
+    """
     _, bundle = exported("moba", "int8")
     assert (
         main(["bench", str(bundle), "--contexts", "16", "--decode-steps", "2", "--no-prefill", "--no-profile", "--json"]) == 0
@@ -358,7 +361,7 @@ def test_worker_reports_errors_and_death(tmp_path: Path) -> None:
 
 def test_contexts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """100 positions, 20 of them for two bursts and 4 for the check: 72 whole-block tokens are the most."""
-    plan = Plan(load_bundle(write_bundle(tmp_path)), (), decode_steps=16, has_twin=False)
+    plan = BenchPlan(load_bundle(write_bundle(tmp_path)), (), decode_steps=16, has_twin=False)
     assert plan.longest == 72
     assert choose_contexts(plan, None)[0] == (72,), "no default fits, so the longest that does"
     assert set(choose_contexts(plan, None)[1]) == {2048, 8192, 32768, 131072}
@@ -369,7 +372,7 @@ def test_contexts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RequestError, match="it needs about 0.3 GiB and 0.0 GiB are free"):
         choose_contexts(plan, (8,))
     with pytest.raises(RequestError, match="100 positions leave no room .* lower --decode-steps"):
-        choose_contexts(Plan(plan.bundle, (), decode_steps=96, has_twin=False), None)
+        choose_contexts(BenchPlan(plan.bundle, (), decode_steps=96, has_twin=False), None)
 
 
 @pytest.mark.parametrize(

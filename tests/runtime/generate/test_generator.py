@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from bilevel.errors import RequestError
 from bilevel.runtime.generate.generator import Generator
-from bilevel.runtime.generate.rows import Event
+from bilevel.runtime.generate.results import Event
 from bilevel.runtime.generate.sampling import SamplingParams
 from tests.doubles.bundle import EOS, MAX_POSITIONS, PREFILL_CHUNK, VOCAB_SIZE, predict, write_bundle
 

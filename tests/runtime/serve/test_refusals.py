@@ -205,7 +205,10 @@ def test_a_full_queue_answers_429(bundle: Path) -> None:
         jobs = {"model": NAME, "prompt": [[5], [6]], "stream": True}
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
             body = json.dumps(jobs).encode()
-            head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            head = (
+                "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                f"Content-Length: {len(body)}\r\n\r\n"
+            )
             connection.sendall(head.encode() + body)
             assert connection.recv(1000).startswith(b"HTTP/1.1 200")
             status, headers, answer = server.request("POST", "/v1/completions", {"model": NAME, "prompt": [5]})
