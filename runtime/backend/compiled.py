@@ -30,13 +30,13 @@ class CompiledKernels:
 
     def __init__(self, config: Any, file: Path) -> None:
         self._cache, self._file = config.create_runtime_cache(), file
-        self._kept = b""
+        self._stored = b""
         try:
-            self._kept = file.read_bytes()
+            self._stored = file.read_bytes()
         except OSError:
             pass
-        if self._kept and not self._cache.deserialize(self._kept):
-            self._kept = b""
+        if self._stored and not self._cache.deserialize(self._stored):
+            self._stored = b""
 
     def serve(self, config: Any) -> None:
         """Let contexts of a configuration take what is there, and add to it."""
@@ -45,9 +45,9 @@ class CompiledKernels:
     def keep(self) -> None:
         """Write what has been compiled since it was read, in one step."""
         data = bytes(self._cache.serialize())
-        if data == self._kept:
+        if data == self._stored:
             return
-        self._kept = data
+        self._stored = data
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=self._file.parent, delete=False) as new:

@@ -86,7 +86,7 @@ class DeviceCaches(ABC):
 
     def copy_prefix(self, source: int, target: int, tokens: int) -> None:
         """See ``Caches.copy_prefix``."""
-        # A block that is not whole yet has no key that anybody reads: it is pooled anew by the call that ends it.
+        # The key of an incomplete block is never read: the call that completes the block pools it anew.
         bundle, sizes = self._bundle, self._bundle.sizes(1, self.capacity)
         counts = {"capacity": tokens, "num_blocks": tokens // bundle.block_size}
         for spec, _ in bundle.state:

@@ -87,7 +87,7 @@ class RowMemory:
         caches = {spec.name: gpu.allocate(num_bytes(spec, sizes), zeroed=True) for spec, _ in bundle.state}
         longest = {**sizes, "new_tokens": session.longest}
         call = {spec.name: gpu.allocate(num_bytes(spec, longest)) for spec in bundle.inputs if spec.name in CALL_INPUTS}
-        # A backend wants an address for every output, those that nobody reads included.
+        # A backend wants an address for every output, those that are never read included.
         results = gpu.allocate(max(place.end for place in result_places(session.results, longest).values()))
         return cls({name: (memory, memory.address) for name, memory in caches.items()}, Buffers(call, results))
 

@@ -118,5 +118,5 @@ class CudaDevice:
         return lambda: self._call("a graph", cuda.cudaGraphLaunch, executable, self.stream)
 
     def free_bytes(self) -> int:
-        """Memory that nobody uses."""
+        """Memory of the GPU that is free."""
         return int(self._call("to count memory", lambda: self._cuda.cudaMemGetInfo()[:2]))

@@ -1,4 +1,4 @@
-"""What a call leaves on a GPU, read when somebody looks: logits and routes. See ``device_caches``."""
+"""What a call leaves on a GPU, copied when it is first read: logits and routes. See ``device_caches``."""
 
 from __future__ import annotations
 

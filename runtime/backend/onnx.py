@@ -131,7 +131,7 @@ class OnnxCaches:
 
     def copy_prefix(self, source: int, target: int, tokens: int) -> None:
         """See ``Caches.copy_prefix``."""
-        # A block that is not whole yet has no key that anybody reads: it is pooled anew by the call that ends it.
+        # The key of an incomplete block is never read: the call that completes the block pools it anew.
         sizes = {"capacity": tokens, "num_blocks": tokens // self._bundle.block_size}
         for spec, _ in self._bundle.state:
             cut = tuple(slice(sizes.get(str(size))) for size in spec.shape[1:])

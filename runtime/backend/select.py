@@ -44,7 +44,7 @@ def add_backend_options(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class BackendOption:
-    """One of the things that can run a bundle: an engine of its, or its graph in ONNX Runtime.
+    """One of the things that can run a bundle: an engine built from it, or its graph in ONNX Runtime.
 
     problem: why it does not run here, "" where it does; one sentence with the remedy.
     """

@@ -61,7 +61,7 @@ class Caches(Protocol):
     def routes(self) -> Routes | None:
         """Of the last call, overwritten by the next; None where what runs does not give them.
 
-        On a GPU a field costs a copy when it is first looked at, so whoever watches looks at few of the calls.
+        On a GPU a field costs a copy when it is first read, so statistics sample few of the calls.
         """
 
     def run(self, input_ids: NDArray[np.int64], past_len: NDArray[np.int32], new_len: NDArray[np.int32]) -> Logits:

@@ -187,7 +187,7 @@ def _size(num_bytes: int) -> str:
 
 
 def _print(title: str, sections: list[Section]) -> None:
-    """Tables where rich is installed and somebody looks at them, else lines that grep can use."""
+    """Tables on a terminal where rich is installed, else lines that grep can use."""
     if sys.stdout.isatty():
         try:
             return _print_tables(title, sections)

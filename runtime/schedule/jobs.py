@@ -50,7 +50,8 @@ class TokenEvent:
 class TextJob:
     """One text to generate, in token ids. client: whose turn it is in the queue. num_logprobs: None for none at all.
 
-    receive: whoever reads the events; the scheduler only carries it. Times are those of time.perf_counter.
+    receive: a function for the job's events, which the scheduler only passes on with them. Times are those of
+    time.perf_counter.
     """
 
     prompt: list[int]

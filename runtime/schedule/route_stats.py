@@ -1,4 +1,4 @@
-"""Whether routers still choose: how much they read, how many blocks and experts anybody hits, how evenly."""
+"""Whether routers still choose: how much they read, how many blocks and experts they hit, how evenly."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class Scheduler:
     """Runs jobs on one session. Everything but the loop itself may be called from any thread.
 
     publish: given the events, in the scheduler's thread; it must return quickly. publish_seconds: least time between two calls,
-    unless a text begins or ends. On a small machine whoever passes tokens on takes the cores from the model: a wake-up for each
+    unless a text begins or ends. On a small machine passing tokens on takes cores from the model: a wake-up for each
     token of a model that makes 400 a second costs it a tenth, and nobody reads that fast.
     """
 

@@ -25,7 +25,7 @@ def publish_on(loop: asyncio.AbstractEventLoop) -> Any:
         try:
             loop.call_soon_threadsafe(deliver, events)
         except RuntimeError:
-            pass  # the loop is closed, nobody waits any more
+            pass  # the loop is closed: no request waits any more
 
     return publish
 

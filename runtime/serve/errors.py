@@ -32,7 +32,7 @@ class ApiError(Exception):
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """Any exception as what the client is told; what is nobody's fault but ours is logged and stays here."""
+    """Any exception as the client sees it. A fault of the server's own is logged, and the client learns no more of it."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, Overloaded):

@@ -52,7 +52,7 @@ async def read_body(request: Request, limit: int, seconds: float, kinds: Sequenc
 
 
 def check_origin(request: Request) -> None:
-    """Raises ApiError 403 when a browser sends this for a page of somebody else, who has no business with a local server."""
+    """Raises ApiError 403 when a browser sends this on behalf of a page of another origin, against a server on localhost."""
     origin, host = request.headers.get("origin"), request.headers.get("host", "")
     if origin is not None and origin.partition("://")[2] != host:
         raise ApiError(403, "a page of another origin sent this request; only this server's own page may")

@@ -10,7 +10,7 @@ from bilevel.errors import RequestError
 from bilevel.runtime.backend.session import Session, SessionLimits
 from bilevel.runtime.schedule.jobs import SchedulerLimits
 
-ROWS = 8  # where nobody says how many
+ROWS = 8  # where neither the user nor an engine says how many
 
 
 def choose_limits(session: Session, rows: int | None, capacity: int | None, queue: int) -> SchedulerLimits:

@@ -140,7 +140,7 @@ async def run_server(
 ) -> None:
     """Serve on ``listener`` until the server is told to exit; on_start is given the server before it begins.
 
-    why: a line on what runs the model, for whoever started it.
+    why: a line on what runs the model, for the greeting.
     """
     service, metrics = build(session, name, limits, http, keys, asyncio.get_running_loop())
     config = uvicorn.Config(

@@ -31,7 +31,7 @@ class HttpLimits:
 class Service:
     """One served model.
 
-    backend: ``Session.backend`` of what runs it. keys: None where the server is open to whoever reaches it.
+    backend: ``Session.backend`` of what runs it. keys: None where no key is asked for.
     """
 
     name: str

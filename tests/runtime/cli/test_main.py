@@ -26,8 +26,9 @@ class Blocker:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in BLOCKED:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-BLOCKED = {"torch", "onnx", "onnxscript", "onnxruntime", "tokenizers", "safetensors", "rich", "tensorrt", "triton",
-"polygraphy"} sys.meta_path.insert(0, Blocker())
+BLOCKED = {"torch", "onnx", "onnxscript", "onnxruntime", "tokenizers", "safetensors", "rich"}
+BLOCKED |= {"tensorrt", "triton", "polygraphy"}
+sys.meta_path.insert(0, Blocker())
 """
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bilevel.errors import BundleError, Overloaded, RequestError, ShuttingDown
+from bilevel.errors import BundleError, ContextTooLong, Overloaded, RequestError, ShuttingDown
 from bilevel.runtime.backend.onnx import OnnxSession
 from bilevel.runtime.generate.generator import Generator
 from bilevel.runtime.generate.sampling import SamplingParams, log_probabilities
@@ -216,8 +216,9 @@ def test_the_queue_is_fair_to_clients() -> None:
 def test_jobs_that_cannot_be_served_are_refused(session: OnnxSession, prompt: list[int], message: str) -> None:
     log = Log(session, row_tokens=40)
     good = TextJob([5], SamplingParams())
-    with pytest.raises(RequestError, match=message):
+    with pytest.raises(RequestError, match=message) as refusal:
         log.scheduler.submit(good, TextJob(prompt, SamplingParams()))
+    assert isinstance(refusal.value, ContextTooLong) == (len(prompt) > 40)
     assert log.scheduler.num_waiting == 0  # all or none
 
 
