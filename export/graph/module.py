@@ -131,8 +131,10 @@ def _forget_sources(model: onnx_ir.Model) -> None:
     """Drop what torch notes on every node and value: stack traces, with the paths of the machine that exported."""
     graph = model.graph
     values = (value for node in graph.all_nodes() for value in node.outputs)
-    for each in (model, graph, *graph.inputs, *graph.initializers.values(), *graph.all_nodes(), *values):
-        each.metadata_props.clear()
+    for props in (each.metadata_props for each in (*graph.inputs, *graph.initializers.values(), *values)):
+        props.clear()
+    for props in (model.metadata_props, graph.metadata_props, *(node.metadata_props for node in graph.all_nodes())):
+        props.clear()
 
 
 def trace(module: nn.Module, inputs: Inputs, dynamic: Dynamic, names: Sequence[str]) -> onnx_ir.Model:
