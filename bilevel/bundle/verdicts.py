@@ -34,17 +34,10 @@ def read_manifest(bundle: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-def record_verdict(bundle: Path, manifest: dict[str, Any], report: dict[str, Any]) -> None:
-    """Append the verdict of ``report`` to ``bundle.json``, which stays whole if this is interrupted."""
-    kept = ("passed", "verdicts", "model_sha256", "checkpoint_sha256", "precision", "weights", "backend", "executions", "data")
-    verdict = {key: report[key] for key in kept} | {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "routes_excused": sum(entry["excused"] for entry in report["selection"]),
-        "largest_error": max(entry["error"] for entry in report["computation"]),
-        "kl_mean": report["end_to_end"]["teacher_forced"]["kl_mean"],
-    }
-    verdict["data"] = {key: value for key, value in report["data"].items() if key != "calls"}
-    manifest["checks"] = [*manifest.get("checks", []), verdict]
+def record_verdict(bundle: Path, manifest: dict[str, Any], verdict: dict[str, Any]) -> None:
+    """Append a check's ``verdict`` and the time to ``bundle.json``, which stays whole if this is interrupted."""
+    recorded = verdict | {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    manifest["checks"] = [*manifest.get("checks", []), recorded]
     partial = bundle / f".{MANIFEST}.partial"
     try:
         partial.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
