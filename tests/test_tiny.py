@@ -68,4 +68,4 @@ def test_checkpoint_to_check(exported: Callable[[str], tuple[Path, Path]], tmp_p
     checkpoint, bundle = exported("two_level")
     copy = tmp_path / "bundle"
     shutil.copytree(bundle, copy)
-    assert check_bundle(copy, checkpoint, tokens=96)["passed"]
+    assert check_bundle(copy, checkpoint, tokens=96).passed

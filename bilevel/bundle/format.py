@@ -182,22 +182,13 @@ def load_bundle(path: str | Path, verify: bool = True) -> Bundle:
     return bundle
 
 
-_VERDICT = ("passed", "verdicts", "model_sha256", "checkpoint_sha256", "precision", "weights", "backend", "executions", "data")
-
-
-def record_verdict(folder: Path, manifest: Mapping[str, Any], report: Mapping[str, Any]) -> None:
-    """Append the verdict of a report (``bilevel check``'s) to bundle.json, which stays whole if this is interrupted.
+def record_verdict(folder: Path, manifest: Mapping[str, Any], verdict: Mapping[str, Any]) -> None:
+    """Append the verdict of a check and the time to bundle.json, which stays whole if this is interrupted.
 
     manifest: bundle.json as it stands. Raises BundleError where it cannot be written.
     """
-    verdict = {key: report[key] for key in _VERDICT} | {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "routes_excused": sum(entry["excused"] for entry in report["selection"]),
-        "largest_error": max(entry["error"] for entry in report["computation"]),
-        "kl_mean": report["end_to_end"]["teacher_forced"]["kl_mean"],
-    }
-    verdict["data"] = {key: value for key, value in report["data"].items() if key != "calls"}
+    entry = {**verdict, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     try:
-        write_manifest(folder, {**manifest, "checks": [*manifest.get("checks", []), verdict]})
+        write_manifest(folder, {**manifest, "checks": [*manifest.get("checks", []), entry]})
     except OSError as error:
         raise BundleError(f"the verdict could not be recorded in {folder / MANIFEST} ({error.strerror})") from error

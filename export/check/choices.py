@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from bilevel.export.check.judge import UNIT_ROUNDOFF, Array, Choice, dot_bound
+from bilevel.export.check.judge import UNIT_ROUNDOFF, Array, ScoredChoices, dot_bound
 
 
 def as_set(indices: Array, size: int) -> Array:
@@ -32,7 +32,7 @@ def block_choice(
     past_len: Array,
     new_len: Array,
     attributes: dict[str, Any],
-) -> Choice:
+) -> ScoredChoices:
     """Choices of CoarseRoute or FineRoute, one row per (valid token, selection head).
 
     query [B, Hr, L, Dr], unit_key [B, Hk, U, Dr], routes [B, Hs, L, K], candidates [B, Hc, L, K1] or None, as in the contract.
@@ -58,7 +58,7 @@ def block_choice(
         competes = competes & proposed[:, np.arange(selection) * proposed.shape[1] // selection]
     rows = np.broadcast_to(position < valid, (batch, selection, length, 1))[..., 0]
     bound = dot_bound(magnitude, width * heads // selection)
-    return Choice(score[rows], bound[rows], as_set(routes, units)[rows], competes[rows])
+    return ScoredChoices(score[rows], bound[rows], as_set(routes, units)[rows], competes[rows])
 
 
 def _expert_scores(logits: Array, score_func: str) -> Array:
@@ -80,7 +80,7 @@ def expert_weights(logits: Array, ids: Array, attributes: dict[str, Any]) -> Arr
 
 def expert_choices(
     logits: Array, group_logits: Array, bias: Array, ids: Array, attributes: dict[str, Any]
-) -> tuple[Choice, Choice]:
+) -> tuple[ScoredChoices, ScoredChoices]:
     """Choices of ExpertRoute, (groups, experts), one row per token. A token's experts compete inside its kept groups."""
     logits, group_logits = logits.astype(np.float64), group_logits.astype(np.float64)
     tokens, experts = logits.shape
@@ -101,4 +101,6 @@ def expert_choices(
     np.put_along_axis(kept_groups, order, True, axis=1)
     inside = np.repeat(kept_groups, size, axis=1)
     everything = np.ones((tokens, groups), dtype=bool)
-    return Choice(group, group_bound, kept_groups, everything), Choice(choice, bound, as_set(ids, experts), inside)
+    return ScoredChoices(group, group_bound, kept_groups, everything), ScoredChoices(
+        choice, bound, as_set(ids, experts), inside
+    )

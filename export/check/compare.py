@@ -12,10 +12,11 @@ import torch
 from bilevel.config import ModelConfig
 from bilevel.export.check.choices import block_choice, expert_choices, expert_weights, is_proper
 from bilevel.export.check.graph_parts import Part, RoutedNode
-from bilevel.export.check.judge import WRONG, Array, Choice, Computation, Rows, Selection, judge_selection, loosen
-from bilevel.export.check.layered import Call, Passage
+from bilevel.export.check.judge import WRONG, Array, Computation, Rows, ScoredChoices, Selection, judge_selection, loosen
+from bilevel.export.check.layered import Passage, TextCall
 from bilevel.export.check.structure import expected_attributes
 from bilevel.export.graph.sessions import Arrays
+from bilevel.export.report.judgements import Level, RouterResult, TensorResult
 from bilevel.model import hidden_name
 from bilevel.state import Trace
 
@@ -39,7 +40,7 @@ PARTS = (
     "output",
     "logits",
 )
-_LEVELS: dict[str, int | str] = {"level 1": 1, "level 2": 2, "experts": "experts"}
+_LEVELS: dict[str, Level] = {"level 1": 1, "level 2": 2, "experts": "experts"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Where:
     layer: int | None
     execution: str
     number: int
-    call: Call
+    call: TextCall
 
     @property
     def valid(self) -> Array:
@@ -76,11 +77,11 @@ class Entry:
     sides: tuple[Array, Array] | None = None
     message: str = ""
 
-    def as_dict(self) -> dict[str, Any]:
+    def result(self) -> RouterResult | TensorResult:
         """As the report holds it."""
-        common = {"name": self.name, "layer": self.layer, "order": self.order, "operator": self.operator}
-        kind = {"level": _LEVELS[self.part]} if isinstance(self.judged, Selection) else {"part": self.part}
-        return {**common, **kind, **self.judged.as_dict()}
+        if isinstance(self.judged, Selection):
+            return self.judged.result(self.layer, _LEVELS[self.part], self.order, self.operator or "")
+        return self.judged.result(self.layer, self.part, self.order, self.operator)
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def _tokens(heads: Any, valid: Array) -> Array:
     return numpy(heads).swapaxes(1, 2)[valid]
 
 
-def _written(cache: Array, call: Call) -> Array:
+def _written(cache: Array, call: TextCall) -> Array:
     """The entries [B, H, L, D] that a call wrote into a cache [B, H, M, D]."""
     length = call.ids.shape[1]
     return np.stack([row[:, first : first + length] for row, first in zip(cache, call.past, strict=True)])
@@ -225,7 +226,7 @@ class Comparison:
         reference = block_choice(query, keys, expected, proposed, *lengths, attributes)
         heads = np.broadcast_to(where.valid[:, None], expected.shape[:3])
         proper = None
-        device = Choice(reference.score, reference.bound, np.zeros((0, 0), bool))
+        device = ScoredChoices(reference.score, reference.bound, np.zeros((0, 0), bool))
         if selected.shape == expected.shape and shown_keys.shape == keys.shape:
             device = block_choice(shown_query, shown_keys, selected, proposed, *lengths, attributes)
             proper = is_proper(selected)[heads]
@@ -234,7 +235,14 @@ class Comparison:
         )
 
     def _judge(
-        self, entry: Entry, where: Where, value: str, mask: Array, reference: Choice, device: Choice, proper: Array | None
+        self,
+        entry: Entry,
+        where: Where,
+        value: str,
+        mask: Array,
+        reference: ScoredChoices,
+        device: ScoredChoices,
+        proper: Array | None,
     ) -> None:
         stats = entry.judged
         assert isinstance(stats, Selection)
@@ -264,7 +272,7 @@ class Comparison:
         entry = self._entry("experts", where.layer, node.op_type, True)
         outer, inner = expert_choices(logits, groups, bias, ids, attributes)
         if shown_ids.shape != ids.shape:
-            empty = Choice(inner.score, inner.bound, np.zeros((0, 0), bool))
+            empty = ScoredChoices(inner.score, inner.bound, np.zeros((0, 0), bool))
             self._judge(entry, where, node.selected[0], mask, inner, empty, None)
             return
         device_outer, device = expert_choices(shown, shown_groups, bias, shown_ids, attributes)

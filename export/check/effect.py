@@ -13,7 +13,6 @@ Three things are kept apart:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,18 +20,25 @@ import torch
 from bilevel.checkpoint import Checkpoint
 from bilevel.export.check.choices import as_set
 from bilevel.export.check.compare import numpy
-from bilevel.export.check.device import Device
 from bilevel.export.check.end_to_end import KL_LIMIT, Head, divergence, flat, log_softmax
 from bilevel.export.check.graph_parts import GraphParts
 from bilevel.export.check.judge import ALLOWED_FACTOR, Array, Selection, count_equal
 from bilevel.export.check.layered import LayeredModel, Text
 from bilevel.export.check.rounding import round_activations
+from bilevel.export.check.shipped import ShippedGraph
 from bilevel.export.check.structure import expected_nodes
+from bilevel.export.report.judgements import Activations, Effect, RouteChange
 
 
 def judge_rounding(
-    checkpoint: Checkpoint, weights: str, shipped: Device, parts: GraphParts, ids: Array, sizes: Sequence[int], longest: int
-) -> tuple[dict[str, Any], dict[str, Any]]:
+    checkpoint: Checkpoint,
+    weights: str,
+    shipped: ShippedGraph,
+    parts: GraphParts,
+    ids: Array,
+    sizes: Sequence[int],
+    longest: int,
+) -> tuple[Activations, Effect]:
     """(activations, effect) on ``ids`` [L] read in calls of the given sizes; ``shipped`` rounds its activations."""
     text = Text.cut(ids[None], np.array([len(ids)]), sizes, checkpoint.config.routing.block_size, longest)
     hidden, routes = shipped.read(text)
@@ -42,11 +48,12 @@ def judge_rounding(
     emulated = LayeredModel(checkpoint, weights=weights, prepare=round_activations)
     trained = LayeredModel(checkpoint)
     reference, own = (model.head(torch.from_numpy(flat(model.hidden(text), text))).numpy() for model in (rounded, emulated))
-    kl, limit = float(divergence(reference, got).mean()), float(divergence(reference, own).mean())
-    allowed = max(KL_LIMIT, ALLOWED_FACTOR * limit)
-    activations = {"tokens": len(got), "kl_mean": kl, "pytorch_kl_mean": limit, "limit": allowed, "passed": kl <= allowed}
+    kl, own_kl = float(divergence(reference, got).mean()), float(divergence(reference, own).mean())
+    limit = max(KL_LIMIT, ALLOWED_FACTOR * own_kl)
     before, choices = _trained(trained, text)
-    return activations, {**_distribution(before, got, ids), "routes": _routes(checkpoint, text, choices, routes)}
+    return Activations(len(got), kl, own_kl, limit, kl <= limit), _effect(
+        before, got, ids, _routes(checkpoint, choices, routes)
+    )
 
 
 def _trained(model: LayeredModel, text: Text) -> tuple[Array, list[list[Array]]]:
@@ -62,28 +69,21 @@ def _trained(model: LayeredModel, text: Text) -> tuple[Array, list[list[Array]]]
     return model.head(torch.from_numpy(hidden)).numpy(), choices
 
 
-def _distribution(before: Array, got: Array, ids: Array) -> dict[str, Any]:
+def _effect(before: Array, got: Array, ids: Array, routes: tuple[RouteChange, ...]) -> Effect:
+    """Logits [L, vocab] of the checkpoint and of the shipped file behind each of the tokens ``ids`` [L]."""
     losses = [-np.take_along_axis(log_softmax(logits[:-1]), ids[1:, None], 1).mean() for logits in (before, got)]
-    return {
-        "tokens": len(got),
-        "kl_mean": float(divergence(before, got).mean()),
-        "top1_agreement": float((before.argmax(-1) == got.argmax(-1)).mean()),
-        "loss_before": float(losses[0]),
-        "loss_after": float(losses[1]),
-    }
+    same_best = float((before.argmax(-1) == got.argmax(-1)).mean())
+    return Effect(len(got), float(divergence(before, got).mean()), same_best, float(losses[0]), float(losses[1]), routes)
 
 
-def _routes(
-    checkpoint: Checkpoint, text: Text, before: list[list[Array]], after: dict[str, list[Array]]
-) -> list[dict[str, Any]]:
+def _routes(checkpoint: Checkpoint, before: list[list[Array]], after: dict[str, list[Array]]) -> tuple[RouteChange, ...]:
     """Per router: choices compared, share of equal sets, mean Jaccard. Both lists are in graph order."""
     routers = [name for name, op, _ in expected_nodes(checkpoint.config) if op in ("CoarseRoute", "FineRoute", "ExpertRoute")]
-    table = []
+    changes = []
     for name, ours, theirs in zip(routers, before, after.values(), strict=True):
         stats = Selection(name)
         for one, two in zip(ours, theirs, strict=True):
             options = int(max(one.max(), two.max(), 0)) + 1
             count_equal(stats, *(as_set(x, options).reshape(-1, options) for x in (one, two)))
-        rates = {"exact_rate": stats.exact / stats.rows, "jaccard": stats.jaccard_sum / stats.rows}
-        table.append({"name": name, "rows": stats.rows, **rates})
-    return table
+        changes.append(RouteChange(name, stats.rows, stats.exact / stats.rows, stats.jaccard_sum / stats.rows))
+    return tuple(changes)

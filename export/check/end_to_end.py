@@ -10,16 +10,19 @@ Künsch 1989, Annals of Statistics 17(3)); the interval is the middle 95 % of ``
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from bilevel.export.check.device import Device
 from bilevel.export.check.graph_parts import GraphParts, infer
 from bilevel.export.check.judge import ALLOWED_FACTOR, COMPUTATION_LIMIT, Array
 from bilevel.export.check.layered import LayeredModel, Text
+from bilevel.export.check.shipped import ShippedGraph
+from bilevel.export.report.judgements import EndToEnd, Greedy, Invariant, TeacherForced
 from bilevel.model import hidden_name
 from bilevel.state import Trace
 
@@ -42,14 +45,15 @@ def divergence(expected: Array, got: Array) -> Array:
     return np.asarray(np.maximum((np.exp(p) * (p - q)).sum(-1), 0))
 
 
-def bootstrap(values: Array) -> list[float]:
-    """[low, high] of the mean of ``values``, one per token in the text's order."""
+def bootstrap(values: Array) -> tuple[float, float]:
+    """(low, high) of the mean of ``values``, one per token in the text's order."""
     size = min(BOOTSTRAP_BLOCK, len(values))
     starts = np.random.default_rng(0).integers(0, len(values), (BOOTSTRAP_DRAWS, -(-len(values) // size)))
     # The text is closed to a ring, so that its ends are drawn as often as the rest.
     sums = np.concatenate([[0.0], np.cumsum([*values, *values[:size]], dtype=np.float64)])
     means = ((sums[starts + size] - sums[starts]) / size).mean(1)
-    return [float(x) for x in np.percentile(means, [2.5, 97.5])]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
 
 
 class Head:
@@ -108,7 +112,7 @@ class Reference:
             yield expected, device.logits(hidden[piece]), plain
 
 
-def teacher_forced(reference: Reference, device: Head, hidden: Array) -> dict[str, Any]:
+def teacher_forced(reference: Reference, device: Head, hidden: Array) -> TeacherForced:
     """Every position's next-token distribution. hidden: the device's hidden states, as ``reference.hidden``."""
     kl, same, floor_kl, floor_same = [], [], [], []
     for expected, got, plain in reference.pieces(np.arange(len(hidden)), device, hidden):
@@ -121,22 +125,22 @@ def teacher_forced(reference: Reference, device: Head, hidden: Array) -> dict[st
     floor = float(np.concatenate(floor_kl).mean()) if floor_kl else None
     limit = max(KL_LIMIT, ALLOWED_FACTOR * (floor or 0.0))
     most = max(DISAGREEMENT_LIMIT, ALLOWED_FACTOR * float(1 - np.concatenate(floor_same).mean()) if floor_same else 0.0)
-    return {
-        "tokens": len(values),
-        "kl_mean": float(values.mean()),
-        "kl_interval": bootstrap(values),
-        "kl_max": float(values.max()),
-        "top1_agreement": float(equal.mean()),
-        "top1_interval": bootstrap(equal),
-        "floor_kl": floor,
-        "kl_same_choices": None,
-        "limit": limit,
-        "passed": bool(values.mean() <= limit and (~equal).sum() <= max(most * len(equal), 0 if floor is None else 1)),
-    }
+    return TeacherForced(
+        tokens=len(values),
+        kl_mean=float(values.mean()),
+        kl_interval=bootstrap(values),
+        kl_max=float(values.max()),
+        top1_agreement=float(equal.mean()),
+        top1_interval=bootstrap(equal),
+        floor_kl=floor,
+        kl_same_choices=None,
+        limit=limit,
+        passed=bool(values.mean() <= limit and (~equal).sum() <= max(most * len(equal), 0 if floor is None else 1)),
+    )
 
 
 def next_token(
-    device: Device,
+    device: ShippedGraph,
     head: Head,
     text: Text,
     models: tuple[LayeredModel, LayeredModel],
@@ -144,18 +148,18 @@ def next_token(
     *,
     hidden: Sequence[Any],
     excused: bool,
-) -> dict[str, Any]:
+) -> TeacherForced:
     """The report's ``teacher_forced``. models: PyTorch in the bundle's precision and in fp64; hidden: what the first one gives.
 
-    excused: whether selection excused differences. A block turned over at a near-tie may rightly move the distributions by more than
-    the limit; what then decides is the device against PyTorch that obeys the device's choices on this text.
+    excused: whether selection excused differences. A block turned over at a near-tie may rightly move the distributions by more
+    than the limit; what then decides is the device against PyTorch that obeys the device's choices on this text.
     """
-    found, routes = device.read(text)
-    states = flat(found, text)
+    device_hidden, routes = device.read(text)
+    states = flat(device_hidden, text)
     result = teacher_forced(Reference(*models, text, precision, hidden=hidden), head, states)
-    if excused and not result["passed"]:
+    if excused and not result.passed:
         same = teacher_forced(Reference(*models, text, precision, obeyed=device.choices(routes)), head, states)
-        result |= {"kl_same_choices": same["kl_mean"], "passed": same["passed"]}
+        return replace(result, kl_same_choices=same.kl_mean, passed=same.passed)
     return result
 
 
@@ -171,7 +175,7 @@ def greedy_prompts(ids: Array, tokens: int, block_size: int, longest: int) -> tu
 
 def greedy(
     models: tuple[LayeredModel, LayeredModel],
-    device: Device,
+    device: ShippedGraph,
     head: Head,
     prompts: Sequence[Array],
     count: int,
@@ -179,7 +183,7 @@ def greedy(
     precision: str,
     *,
     excused: bool,
-) -> dict[str, Any]:
+) -> Greedy:
     """Generate ``count`` tokens behind each prompt on the device; PyTorch reads them and says where it would go on otherwise.
 
     models, excused: as in :func:`next_token`; a token that PyTorch chooses too once it obeys the device's choices is excused.
@@ -199,17 +203,17 @@ def greedy(
         same, close, _ = _agreement(Reference(*models, text, precision, obeyed=obeyed), head, places, chosen)
         near |= (same | close) & ~equal
     allowed = 0.0 if own is None else max(DISAGREEMENT_LIMIT, ALLOWED_FACTOR * (1 - own))
-    return {
-        "rows": len(prompts),
-        "tokens": len(equal),
-        "agreed": int(equal.sum()),
-        "agreement": float(equal.mean()),
-        "interval": bootstrap(equal),
-        "floor": own,
-        "limit": 1 - allowed,
-        "excused": int(near.sum()),
-        "passed": bool((~(equal | near)).sum() <= allowed * len(equal)),
-    }
+    return Greedy(
+        rows=len(prompts),
+        tokens=len(equal),
+        agreed=int(equal.sum()),
+        agreement=float(equal.mean()),
+        interval=bootstrap(equal),
+        floor=own,
+        limit=1 - allowed,
+        excused=int(near.sum()),
+        passed=bool((~(equal | near)).sum() <= allowed * len(equal)),
+    )
 
 
 def _agreement(reference: Reference, head: Head, places: Array, chosen: Array) -> tuple[Array, Array, float | None]:
@@ -231,17 +235,9 @@ def _agreement(reference: Reference, head: Head, places: Array, chosen: Array) -
     return np.concatenate(equal), np.concatenate(near), own
 
 
-def as_report(forced: dict[str, Any], greedy: dict[str, Any]) -> dict[str, Any]:
-    """The report's ``end_to_end``."""
-    return {"teacher_forced": forced, "greedy": greedy, "method": METHOD}
-
-
-def could_not_run(message: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(end_to_end, invariants) of a graph that fails while it runs; that it computes otherwise is known by then."""
-    none = [0.0, 0.0]
-    forced = {"tokens": 0, "kl_mean": float("inf"), "kl_interval": none, "kl_max": float("inf"), "top1_agreement": 0.0}
-    forced |= {"top1_interval": none, "floor_kl": None, "kl_same_choices": None, "limit": KL_LIMIT, "passed": False}
-    text = {"rows": 0, "tokens": 0, "agreed": 0, "agreement": 0.0, "interval": none, "floor": None, "limit": 1.0, "excused": 0}
-    return as_report(forced, text | {"passed": False}), [
-        {"name": "the graph runs on its own", "passed": False, "detail": message}
-    ]
+def could_not_run(message: str) -> tuple[EndToEnd, list[Invariant]]:
+    """(end to end, invariants) of a graph that fails while it runs; that it computes otherwise is known by then."""
+    none = (0.0, 0.0)
+    forced = TeacherForced(0, math.inf, none, math.inf, 0.0, none, None, None, KL_LIMIT, False)
+    text = Greedy(0, 0, 0, 0.0, none, None, 1.0, 0, False)
+    return EndToEnd(forced, text, METHOD), [Invariant("the graph runs on its own", False, message)]

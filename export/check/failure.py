@@ -1,7 +1,7 @@
 """Where a failure starts: the first layer and operator, the graph's nodes in question, and the smallest input that shows it.
 
-Every part of the graph was fed PyTorch's own hidden state and choices, so that the first failing entry in graph order is a cause and
-no consequence. Its input is then cut down: one row, as few calls and as few tokens as still fail.
+Every part of the graph was fed PyTorch's own hidden state and choices, so that the first failing entry in graph order is a cause
+and no consequence. Its input is then cut down: one row, as few calls and as few tokens as still fail.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -21,6 +20,8 @@ from bilevel.export.check.graph_parts import Part
 from bilevel.export.check.judge import Array, Selection
 from bilevel.export.check.layered import Text
 from bilevel.export.check.replay import Replay
+from bilevel.export.report.judgements import StructureDifference
+from bilevel.export.report.model import Failure, SmallestInput
 
 _MOST_NODES = 16
 Decode = Callable[[Array], str]
@@ -31,23 +32,23 @@ def first_failing(entries: list[Entry]) -> Entry | None:
     return next((entry for entry in entries if not entry.judged.passed), None)
 
 
-def describe_structure(difference: dict[str, Any]) -> dict[str, Any]:
-    """The report's ``failure`` where it starts with a node that is not what the model means (an entry of ``structure``)."""
-    name, operator, attribute = difference["name"], difference["operator"], difference["attribute"]
-    what = f"{attribute}={difference['graph']}" if attribute else f"{difference['graph']} {operator} nodes"
-    meant = f"{attribute}={difference['model']}" if attribute else str(difference["model"])
-    return {
-        "name": name,
-        "layer": layer_of(name),
-        "operator": operator,
-        "execution": "",
-        "judgement": "structure",
-        "message": f"{name}: the graph has {what}, the model {meant}",
-        "nodes": [],
-        "input": {"token_ids": [], "text": "", "calls": [], "row_position": 0},
-        "difference": "",
-        "outliers": "",
-    }
+def describe_structure(difference: StructureDifference) -> Failure:
+    """A failure that starts with a node which is not what the model means."""
+    name, attribute = difference.name, difference.attribute
+    what = f"{attribute}={difference.graph}" if attribute else f"{difference.graph} {difference.operator} nodes"
+    meant = f"{attribute}={difference.model}" if attribute else str(difference.model)
+    return Failure(
+        name=name,
+        layer=layer_of(name),
+        operator=difference.operator,
+        execution="",
+        judgement="structure",
+        message=f"{name}: the graph has {what}, the model {meant}",
+        nodes=(),
+        input=SmallestInput((), "", (), 0),
+        difference="",
+        outliers="",
+    )
 
 
 def layer_of(name: str) -> int | None:
@@ -57,13 +58,15 @@ def layer_of(name: str) -> int | None:
 
 
 def where_it_starts(
-    replay: Replay, text: Text, structure: list[dict[str, Any]], decode: Decode, *, shrink: bool = True
-) -> dict[str, Any] | None:
-    """The report's ``failure``: the failing entry or the difference of structure that comes first in the graph; None if all is
-    well. decode: token ids -> text. shrink: look for the smallest input that shows it."""
+    replay: Replay, text: Text, structure: list[StructureDifference], decode: Decode, *, shrink: bool = True
+) -> Failure | None:
+    """The failing entry or the difference of structure that comes first in the graph; None if all is well.
+
+    decode: token ids -> text. shrink: look for the smallest input that shows it.
+    """
     comparison = replay.comparison
     entry = first_failing(comparison.entries)
-    orders = [comparison.order(_part_of(difference["name"]), layer_of(difference["name"])) for difference in structure]
+    orders = [comparison.order(_part_of(difference.name), layer_of(difference.name)) for difference in structure]
     first = min(range(len(orders)), key=orders.__getitem__, default=None)
     if first is not None and (entry is None or orders[first] < entry.order):
         return describe_structure(structure[first])
@@ -74,8 +77,8 @@ def _part_of(name: str) -> str:
     return name if layer_of(name) is None else (name.split(" ", 2)[2:] or ["output"])[0]
 
 
-def describe(replay: Replay, text: Text, entry: Entry, decode: Decode, shrink: bool) -> dict[str, Any]:
-    """The report's ``failure`` for ``entry`` (``bilevel.export.report.folder`` says what it holds)."""
+def describe(replay: Replay, text: Text, entry: Entry, decode: Decode, shrink: bool) -> Failure:
+    """A failure that starts with ``entry``."""
     assert entry.first is not None
     execution = entry.first.execution
     shrunk = _shrink(_Part(replay, entry), text, entry) if shrink else None
@@ -85,23 +88,19 @@ def describe(replay: Replay, text: Text, entry: Entry, decode: Decode, shrink: b
     kind = "selection" if isinstance(entry.judged, Selection) else "computation"
     needs = f"{len(tokens)} tokens in {len(sizes)} call{'s' if len(sizes) > 1 else ''}"
     smaller = f"{needs} show it" if shrunk is not None or not shrink else "no smaller input than the whole text shows it"
-    return {
-        "name": entry.name,
-        "layer": entry.layer,
-        "operator": entry.operator,
-        "execution": execution,
-        "judgement": kind,
-        "message": f"{entry.name} differs first, in the {execution}; {smaller}",
-        "nodes": nodes,
-        "input": {
-            "token_ids": [int(token) for token in tokens],
-            "text": decode(tokens),
-            "calls": [int(size) for size in sizes],
-            "row_position": max(len(tokens) - 1, 0),
-        },
-        "difference": judged.judged.example if isinstance(judged.judged, Selection) else _largest(judged),
-        "outliers": _outliers(judged),
-    }
+    token_ids, calls = (tuple(int(number) for number in numbers) for numbers in (tokens, sizes))
+    return Failure(
+        name=entry.name,
+        layer=entry.layer,
+        operator=entry.operator,
+        execution=execution,
+        judgement=kind,
+        message=f"{entry.name} differs first, in the {execution}; {smaller}",
+        nodes=tuple(nodes),
+        input=SmallestInput(token_ids, decode(tokens), calls, max(len(tokens) - 1, 0)),
+        difference=judged.judged.example if isinstance(judged.judged, Selection) else _largest(judged),
+        outliers=_outliers(judged),
+    )
 
 
 class _Part:
@@ -136,8 +135,8 @@ class _Part:
                 replay.head(text, plain)
             else:
                 replay.layer(layer or 0, text, plain, exact)
-        found = first_failing(comparison.entries)
-        return found if found is not None and found.name == self._entry.name else None
+        first = first_failing(comparison.entries)
+        return first if first is not None and first.name == self._entry.name else None
 
 
 def _shrink(part: _Part, text: Text, entry: Entry) -> tuple[Entry, list[int], Array] | None:
@@ -149,17 +148,19 @@ def _shrink(part: _Part, text: Text, entry: Entry) -> tuple[Entry, list[int], Ar
         end = int(call.past[row] + call.new[row])
         tokens = text.ids[row, :end]
         for sizes in ([], before) if before else ([],):
-            found = part.failing(_cut(tokens, sizes, text.block_size))
-            if found is not None:
-                least = sum(sizes) + 1
-                tokens, found = _fewest(part, tokens, sizes, least, text.block_size, found)
-                return found, _cut(tokens, sizes, text.block_size).sizes, tokens
+            failing = part.failing(_cut(tokens, sizes, text.block_size))
+            if failing is not None:
+                tokens, failing = _fewest(part, tokens, sizes, text.block_size, failing)
+                return failing, _cut(tokens, sizes, text.block_size).sizes, tokens
     return None
 
 
-def _fewest(part: _Part, tokens: Array, sizes: list[int], least: int, block_size: int, found: Entry) -> tuple[Array, Entry]:
-    """By bisection, the shortest beginning of ``tokens`` that still fails (the shortest one met, should failures come and go)."""
-    low, high = least, len(tokens)
+def _fewest(part: _Part, tokens: Array, sizes: list[int], block_size: int, failing: Entry) -> tuple[Array, Entry]:
+    """By bisection, the shortest beginning of ``tokens`` that still fails (of those tried, should failures come and go).
+
+    sizes: of the calls before the one that fails. failing: the entry as all of ``tokens`` show it.
+    """
+    low, high = sum(sizes) + 1, len(tokens)
     while low < high:
         middle = (low + high) // 2
         try:
@@ -169,8 +170,8 @@ def _fewest(part: _Part, tokens: Array, sizes: list[int], least: int, block_size
         if shorter is None:
             low = middle + 1
         else:
-            high, found = middle, shorter
-    return tokens[:high], found
+            high, failing = middle, shorter
+    return tokens[:high], failing
 
 
 def _cut(tokens: Array, sizes: list[int], block_size: int) -> Text:
@@ -183,8 +184,8 @@ def _nodes_between(part: Part, value: str) -> list[str]:
     known = set(part.inputs) | {name for name in part.outputs if name != value}
     pending, nodes = [values.get(value)], set()
     while pending:
-        found = pending.pop()
-        node = found.producer() if found is not None else None
+        wanted = pending.pop()
+        node = wanted.producer() if wanted is not None else None
         if node is None or node in nodes:
             continue
         nodes.add(node)

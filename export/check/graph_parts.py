@@ -187,7 +187,7 @@ class GraphParts:
 def infer(runner: BaseRunner, part: Part, feeds: Mapping[str, Any]) -> Arrays:
     """Run a part once; a graph that fails while it runs is a BundleError."""
     try:
-        found = runner.infer({name: feeds[name] for name in part.inputs}, check_inputs=False)
+        arrays = runner.infer({name: feeds[name] for name in part.inputs}, check_inputs=False)
     except KeyError as error:
         raise BundleError(
             f"the graph's {part.name} reads {error}, which that part of the model does not have; export it again"
@@ -197,7 +197,7 @@ def infer(runner: BaseRunner, part: Part, feeds: Mapping[str, Any]) -> Arrays:
         raise BundleError(
             f"ONNX Runtime cannot run the graph's {part.name} on the check's tokens ({summary}); export it again"
         ) from error
-    return Shown({name: np.asarray(value) for name, value in found.items()})
+    return Shown({name: np.asarray(value) for name, value in arrays.items()})
 
 
 class Shown(dict[str, Any]):
@@ -213,9 +213,9 @@ def _owners(graph: ir.Graph, layers: int) -> dict[ir.Node, int | None]:
     names = {hidden_name(index): index for index in range(layers + 1)}
     owners: dict[ir.Node, int | None] = {}
     for node in graph:
-        found = max((last.get(value, -1) for value in node.inputs if value is not None), default=-1)
+        latest = max((last.get(value, -1) for value in node.inputs if value is not None), default=-1)
         if node.domain == DOMAIN:
-            owners[node] = found if found >= 0 else None
+            owners[node] = latest if latest >= 0 else None
         for value in node.outputs:
-            last[value] = names.get(value.name or "", found)
+            last[value] = names.get(value.name or "", latest)
     return owners

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 
 from bilevel.config import ModelConfig, Routing
-from bilevel.export.check.device import Device
 from bilevel.export.check.end_to_end import divergence
 from bilevel.export.check.judge import COMPUTATION_LIMIT, Array, relative_error
 from bilevel.export.check.layered import LayeredModel, Text
-
-
-def _entry(name: str, passed: bool, detail: str) -> dict[str, Any]:
-    return {"name": name, "passed": bool(passed), "detail": detail}
+from bilevel.export.check.shipped import ShippedGraph
+from bilevel.export.report.judgements import Invariant
 
 
 def _close(got: Array, expected: Array, precision: str, kl_limit: float) -> tuple[bool, str]:
@@ -30,13 +26,13 @@ def _close(got: Array, expected: Array, precision: str, kl_limit: float) -> tupl
     return kl <= 10 * kl_limit, f"KL {kl:.1e} nats at the last token, {10 * kl_limit:.1e} allowed"
 
 
-def any_cut(device: Device, ids: Array, precision: str, kl_limit: float) -> dict[str, Any]:
+def any_cut(device: ShippedGraph, ids: Array, precision: str, kl_limit: float) -> Invariant:
     """Decode equals prefill: one call against calls that end inside, at and across block borders."""
     size = device.config.routing.block_size
     whole = device.last_logits(ids, [])
     cuts = (1, size, size + 1, 3, 2 * size, 1, 1)
     passed, detail = _close(device.last_logits(ids, cuts), whole, precision, kl_limit)
-    return _entry(
+    return Invariant(
         "any cut into calls",
         passed,
         f"{len(ids)} tokens in one call and in calls of {', '.join(map(str, cuts))}, ...: {detail}",
@@ -50,7 +46,7 @@ def dense_model(model: LayeredModel) -> LayeredModel:
     return model.with_config(dataclasses.replace(config, routing=routing))
 
 
-def all_kept(device: Device, model: LayeredModel, ids: Array, precision: str, kl_limit: float) -> dict[str, Any] | None:
+def all_kept(device: ShippedGraph, model: LayeredModel, ids: Array, precision: str, kl_limit: float) -> Invariant | None:
     """Where the routes hold every block, the graph equals ordinary attention in PyTorch. None for a dense model."""
     routing = device.config.routing
     if routing.is_dense:
@@ -61,47 +57,47 @@ def all_kept(device: Device, model: LayeredModel, ids: Array, precision: str, kl
     hidden = dense.hidden(text)[0][0, -1:]
     expected = dense.head(hidden)[0].double().numpy()
     passed, detail = _close(device.last_logits(ids, []), expected, precision, kl_limit)
-    return _entry("all blocks kept equals dense", passed, f"{len(ids)} tokens against ordinary attention: {detail}")
+    return Invariant("all blocks kept equals dense", passed, f"{len(ids)} tokens against ordinary attention: {detail}")
 
 
-def no_future(device: Device, ids: Array) -> dict[str, Any] | None:
+def no_future(device: ShippedGraph, ids: Array) -> Invariant | None:
     """A changed later token moves no earlier route. None for a model without routers."""
     half = len(ids) * 2 // 3
     other = ids.copy()
     other[half:] = (other[half:] + 1) % device.config.vocab_size
-    found = []
+    routes = []
     for tokens in (ids, other):
         text = Text.cut(tokens[None], np.array([len(ids)]), [], device.config.routing.block_size)
-        found.append({name: calls[0] for name, calls in device.read(text)[1].items()})
-    if not found[0]:
+        routes.append({name: calls[0] for name, calls in device.read(text)[1].items()})
+    if not routes[0]:
         return None
     moved = {}
-    for name, before in found[0].items():
-        after = found[1][name]
+    for name, before in routes[0].items():
+        after = routes[1][name]
         early = (lambda x: x[..., :half, :]) if before.ndim == 4 else (lambda x: x[:half])
         count = int((early(before) != early(after)).any(-1).sum())
         if count:
             moved[name] = count
     detail = f"{len(ids) - half} of {len(ids)} tokens changed, {sum(moved.values())} earlier choices moved"
-    return _entry(
+    return Invariant(
         "the future moves no earlier route", not moved, detail + (f" (first at {next(iter(moved))})" if moved else "")
     )
 
 
 def check_invariants(
-    device: Device,
+    device: ShippedGraph,
     model: LayeredModel,
     ids: Array,
     precision: str,
     kl_limit: float,
     on_stage: Callable[[str], None] = lambda stage: None,
-) -> list[dict[str, Any]]:
-    """Every invariant of the graph on its own; ``reordered`` comes from the replay."""
+) -> list[Invariant]:
+    """Every invariant of the graph on its own; that of order and repetition comes from the replay."""
     on_stage("invariants")
     with torch.no_grad():
-        found = [
+        invariants = [
             any_cut(device, ids, precision, kl_limit),
             all_kept(device, model, ids, precision, kl_limit),
             no_future(device, ids),
         ]
-    return [entry for entry in found if entry is not None]
+    return [invariant for invariant in invariants if invariant is not None]

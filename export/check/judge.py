@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from bilevel.export.report.judgements import Level, Margins, RouterResult, TensorResult, Tolerance
+
 Array = np.ndarray[Any, Any]
 UNIT_ROUNDOFF = 2.0**-24  # fp32
 ROUNDOFF = {"float32": UNIT_ROUNDOFF, "float16": 2.0**-11, "bfloat16": 2.0**-8}
@@ -60,43 +62,41 @@ class Selection:
     def passed(self) -> bool:
         return self.unexcused == 0
 
-    def as_dict(self) -> dict[str, Any]:
-        """The counts, the smallest margin and the histogram of margins (``bilevel.export.report.folder`` describes them)."""
+    def result(self, layer: int | None, level: Level, order: int, operator: str) -> RouterResult:
+        """The counts, the smallest margin and the histogram of margins."""
         rows = max(self.rows, 1)
         margins, tolerances = (np.concatenate(parts) if parts else np.zeros(0) for parts in (self.margins, self.tolerances))
         had_choice = np.isfinite(margins)  # its tolerance may be infinite: a choice that loosen() excused as a whole
         margins, tolerances = margins[had_choice], tolerances[had_choice]
         finite = tolerances[np.isfinite(tolerances)]
-        return {
-            "rows": self.rows,
-            "exact_rate": self.exact / rows,
-            "jaccard": self.jaccard_sum / rows,
-            "excused": self.excused,
-            "unexcused": self.unexcused,
-            "smallest_margin": float(margins.min()) if margins.size else None,
-            "margins": _histogram(margins, tolerances),
-            "tolerance": {
-                "median": float(np.median(finite)) if finite.size else None,
-                "largest": float(finite.max()) if finite.size else None,
-            },
-            "example": self.example,
-            "passed": self.passed,
-        }
+        return RouterResult(
+            name=self.name,
+            layer=layer,
+            level=level,
+            order=order,
+            operator=operator,
+            rows=self.rows,
+            exact_rate=self.exact / rows,
+            jaccard=self.jaccard_sum / rows,
+            excused=self.excused,
+            unexcused=self.unexcused,
+            smallest_margin=float(margins.min()) if margins.size else None,
+            margins=_histogram(margins, tolerances),
+            tolerance=Tolerance(float(np.median(finite)), float(finite.max())) if finite.size else Tolerance(None, None),
+            example=self.example,
+            passed=self.passed,
+        )
 
 
-def _histogram(margins: Array, tolerances: Array) -> dict[str, Any]:
+def _histogram(margins: Array, tolerances: Array) -> Margins:
     """Margins in bins of a quarter of a decade, and how many rows rounding could have turned over."""
     positive = margins[margins > 0]
     logs = np.log10(positive) if positive.size else np.zeros(1)
     low, high = np.floor(logs.min() * 4), np.floor(logs.max() * 4) + 1
     edges = np.arange(low, high + 1) / 4
     counts = np.histogram(logs, edges)[0] if positive.size else np.zeros(len(edges) - 1, int)
-    return {
-        "edges": edges.tolist(),
-        "counts": counts.tolist(),
-        "fragile": int((margins <= tolerances).sum()),
-        "ties": int((margins == 0).sum()),
-    }
+    fragile, ties = int((margins <= tolerances).sum()), int((margins == 0).sum())
+    return Margins(tuple(edges.tolist()), tuple(counts.tolist()), fragile, ties)
 
 
 @dataclass
@@ -121,10 +121,10 @@ class Computation:
         """
         if plain is not None:
             self.floor = max(self.floor, relative_error(plain, exact))
-        found = relative_error(got, exact)
-        self.executions[execution] = max(self.executions.get(execution, 0.0), found)
-        if not self.worst or found > self.error:
-            self.error, self.worst = max(found, self.error), execution
+        error = relative_error(got, exact)
+        self.executions[execution] = max(self.executions.get(execution, 0.0), error)
+        if not self.worst or error > self.error:
+            self.error, self.worst = max(error, self.error), execution
         return self.passed
 
     @property
@@ -138,14 +138,9 @@ class Computation:
     def passed(self) -> bool:
         return self.error <= self.limit
 
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "error": self.error,
-            "floor": self.floor,
-            "limit": self.limit,
-            "worst": self.worst,
-            "passed": self.passed,
-        }
+    def result(self, layer: int | None, part: str, order: int, operator: str | None) -> TensorResult:
+        limit, passed = self.limit, self.passed
+        return TensorResult(self.name, layer, part, order, operator, self.error, self.floor, limit, self.worst, passed)
 
 
 def relative_error(got: Array, exact: Array) -> float:
@@ -161,7 +156,7 @@ def relative_error(got: Array, exact: Array) -> float:
 
 
 @dataclass
-class Choice:
+class ScoredChoices:
     """What one router chose among, on one side. score: fp64 [rows, options], bound: what rounding may move it by.
 
     kept: bool [rows, options]. open: bool, the options that compete (not forced, visible, proposed).
@@ -179,7 +174,7 @@ def dot_bound(magnitude: Array, terms: int) -> Array:
     return magnitude * gamma
 
 
-def loosen(inner: Choice, outer_reference: Choice, outer_device: Choice) -> None:
+def loosen(inner: ScoredChoices, outer_reference: ScoredChoices, outer_device: ScoredChoices) -> None:
     """Excuse inner differences in rows whose outer choice could rightly have gone the other way (groups before experts)."""
     kept, score = outer_reference.kept, outer_reference.score
     slack = (outer_reference.bound + outer_device.bound + np.abs(outer_device.score - score)).max(1)
@@ -197,7 +192,7 @@ def count_equal(stats: Selection, ours: Array, theirs: Array) -> None:
     stats.jaccard_sum += float(np.where(union, (ours & theirs).sum(1) / np.maximum(union, 1), 1.0).sum())
 
 
-def judge_selection(stats: Selection, reference: Choice, device: Choice, where: str = "") -> Rows:
+def judge_selection(stats: Selection, reference: ScoredChoices, device: ScoredChoices, where: str = "") -> Rows:
     """Compare two sides' choices row by row and add them to ``stats``; ``reference.open`` says what competed.
 
     Where PyTorch kept x and the graph kept y instead, both sides sorted rightly only if the exact scores of x and y lie
@@ -235,7 +230,7 @@ def judge_selection(stats: Selection, reference: Choice, device: Choice, where: 
     return Rows(state, margin, tolerance)
 
 
-def relative_margins(choice: Choice, slack: Array) -> tuple[Array, Array]:
+def relative_margins(choice: ScoredChoices, slack: Array) -> tuple[Array, Array]:
     """Of each row, the distance between its last kept and first dropped open score, and the slack of these two: both over the
     larger of the two magnitudes; nan where the row had no choice."""
     rows = np.arange(len(choice.score))

@@ -27,7 +27,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 @dataclass(frozen=True)
-class Call:
+class TextCall:
     """One call of the graph: ids int64 [B, L], past_len and new_len int32 [B]."""
 
     ids: Array
@@ -47,7 +47,7 @@ class Text:
 
     ids: Array
     lengths: Array
-    calls: tuple[Call, ...]
+    calls: tuple[TextCall, ...]
     block_size: int
 
     @classmethod
@@ -78,7 +78,7 @@ class Text:
             for row, tokens in enumerate(ids):
                 given = tokens[past[row] : past[row] + size]
                 piece[row, : len(given)] = given
-            calls.append(Call(piece, past, new))
+            calls.append(TextCall(piece, past, new))
             first += size
         return cls(ids, lengths, tuple(calls), block_size)
 
@@ -101,7 +101,7 @@ class Passage:
     chose. key, value: the cache entries of this call's tokens [B, Hkv, L, D], of the part that ran last.
     """
 
-    call: Call
+    call: TextCall
     x: Tensor
     step: Step
     trace: Trace
@@ -235,7 +235,7 @@ class LayeredModel:
         return [passage.x for passage in passages]
 
 
-def _written(cache: Tensor, call: Call) -> Tensor:
+def _written(cache: Tensor, call: TextCall) -> Tensor:
     """The entries [B, H, L, D] that a call wrote into a cache [B, H, M, D]."""
     length = call.ids.shape[1]
     return torch.stack([row[:, first : first + length] for row, first in zip(cache, call.past.tolist(), strict=True)])

@@ -1,14 +1,17 @@
 """Parity of a bundle with the checkpoint it came from: selection, computation, end to end, and what must hold anyway.
 
-``check_bundle`` returns the report that ``bilevel.export.report.folder`` documents and records the verdict in ``bundle.json``. Nothing of
-the checkpoint is in memory but one part at a time; of the graph, one part at a time and once the whole.
+``check_bundle`` returns the report and records the verdict in ``bundle.json``. Of the checkpoint one part at a time is in memory; of
+the graph one part at a time, and once the whole.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +24,28 @@ from bilevel.config_json import config_to_dict
 from bilevel.errors import BundleError, RequestError
 from bilevel.export.check import end_to_end
 from bilevel.export.check.compare import Comparison
-from bilevel.export.check.device import Device
 from bilevel.export.check.effect import judge_rounding
 from bilevel.export.check.failure import first_failing, where_it_starts
 from bilevel.export.check.graph_parts import GraphParts
 from bilevel.export.check.invariants import check_invariants
-from bilevel.export.check.judge import Array, Selection
+from bilevel.export.check.judge import Array
 from bilevel.export.check.layered import LayeredModel, Passage
 from bilevel.export.check.replay import Replay
+from bilevel.export.check.shipped import ShippedGraph
 from bilevel.export.check.structure import structure_differences
 from bilevel.export.check.text import BACKENDS, Request, make_text, open_tokenizer, token_ids
 from bilevel.export.check.word_states import WordStates
 from bilevel.export.decoder.bundle import GRAPH_FILE, describe_file
-from bilevel.export.report.schema import SCHEMA_VERSION
+from bilevel.export.report.judgements import (
+    Activations,
+    Effect,
+    EndToEnd,
+    Invariant,
+    RouterResult,
+    StructureDifference,
+    TensorResult,
+)
+from bilevel.export.report.model import Failure, JudgedText, ModelShape, Report, Verdicts
 from bilevel.plugins.library.cpu import find_cpu_library
 
 Stage = Callable[[str], None]
@@ -65,11 +77,11 @@ def check_bundle(
     precision: str | None = None,
     shrink: bool = True,
     on_stage: Stage = _silent,
-) -> dict[str, Any]:
+) -> Report:
     """Compare ``bundle`` with ``checkpoint`` and record the verdict in the bundle; returns the report.
 
-    The arguments are those of :class:`Request`. precision: refuse a bundle of another one. Raises BilevelError when the comparison
-    could not run; a parity failure is a report with ``passed`` False.
+    The arguments are those of :class:`Request`. precision: refuse a bundle of another one. on_stage: is told what is being done.
+    Raises BilevelError when the comparison could not run; a parity failure is a report with ``passed`` False.
     """
     started = time.perf_counter()
     request = Request(Path(bundle), Path(checkpoint), data, tokens, cuts, row_order, backend, shrink)
@@ -83,9 +95,8 @@ def check_bundle(
     source = Checkpoint(request.checkpoint)
     _verify(request.bundle, manifest, source.config)
     check = _Check(request, manifest, source, on_stage)
-    report = check.report()
-    report["seconds"] = time.perf_counter() - started
-    record_verdict(request.bundle, manifest, report)
+    report = replace(check.report(), seconds=time.perf_counter() - started)
+    record_verdict(request.bundle, manifest, report.verdict())
     return report
 
 
@@ -118,57 +129,56 @@ class _Check:
         executions: dict[str, Path | None] = {} if backend == "kernels" and has_kernels else {"bodies": None}
         return {**executions, "CPU kernels": library} if has_kernels else executions
 
-    def report(self) -> dict[str, Any]:
-        """Run every judgement."""
+    def report(self) -> Report:
+        """Run every judgement. How long it took is for the caller to say."""
         words = WordStates(self.text)
         comparison = Comparison(self.config, self.precision, words.add)
         replay = Replay(self.plain, self.exact, self.parts, comparison, self._on_stage)
         with torch.no_grad():
             passages = replay.run(self.text)
-        entries = comparison.entries
+        results = [entry.result() for entry in comparison.entries]
+        selection = tuple(result for result in results if isinstance(result, RouterResult))
+        computation = tuple(result for result in results if isinstance(result, TensorResult))
         structure = structure_differences(self.config, self.parts.nodes)
-        excused = any(entry.judged.excused for entry in entries if isinstance(entry.judged, Selection))
         try:
-            ends, invariants = self._alone(passages, excused)
+            ends, invariants = self._alone(passages, any(router.excused for router in selection))
         except BundleError as error:
-            if first_failing(entries) is None and not structure:
+            if all(result.passed for result in results) and not structure:
                 raise
             ends, invariants = end_to_end.could_not_run(str(error))
         order = replay.order_invariant()
         invariants += [order] if order is not None else []
-        rounding = self._rounding() if ends["teacher_forced"]["tokens"] else {}
-        selection = [entry.as_dict() for entry in entries if isinstance(entry.judged, Selection)]
-        computation = [entry.as_dict() for entry in entries if not isinstance(entry.judged, Selection)]
-        verdicts = {
-            "structure": not structure,
-            "selection": all(entry["passed"] for entry in selection),
-            "computation": all(entry["passed"] for entry in computation),
-            "end_to_end": ends["teacher_forced"]["passed"] and ends["greedy"]["passed"],
-            "invariants": all(entry["passed"] for entry in invariants),
-        }
-        if rounding:
-            verdicts["activations"] = rounding["activations"]["passed"]
-        return {
-            **self._head(verdicts),
-            "structure": structure,
-            "selection": selection,
-            "computation": computation,
-            "end_to_end": ends,
-            "invariants": invariants,
-            **rounding,
-            "words": words.as_list(self._decode),
-            "failure": self._failure(replay, structure),
-        }
+        activations, effect = self._rounding() if ends.teacher_forced.tokens else (None, None)
+        verdicts = Verdicts(
+            structure=not structure,
+            selection=all(router.passed for router in selection),
+            computation=all(tensor.passed for tensor in computation),
+            end_to_end=ends.passed,
+            invariants=all(invariant.passed for invariant in invariants),
+            activations=activations.passed if activations is not None else None,
+        )
+        return Report(
+            passed=verdicts.passed,
+            verdicts=verdicts,
+            **self._compared(),
+            structure=tuple(structure),
+            selection=selection,
+            computation=computation,
+            end_to_end=ends,
+            invariants=tuple(invariants),
+            activations=activations,
+            effect=effect,
+            words=words.words(self._decode),
+            failure=self._failure(replay, structure),
+            seconds=0.0,
+        )
 
-    def _head(self, verdicts: dict[str, bool]) -> dict[str, Any]:
-        """What was compared with what."""
+    def _compared(self) -> dict[str, Any]:
+        """The report's fields that say what was compared with what."""
         import onnxruntime
 
         routing, experts = self.config.routing, self.config.experts
         return {
-            "schema": SCHEMA_VERSION,
-            "passed": all(verdicts.values()),
-            "verdicts": verdicts,
             "bundle": str(self.request.bundle),
             "against": str(self.request.checkpoint),
             "model_sha256": self.manifest["files"][GRAPH_FILE]["sha256"],
@@ -176,28 +186,23 @@ class _Check:
             "precision": self.precision,
             "weights": self.weights,
             "backend": f"ONNX Runtime {onnxruntime.__version__} on CPU, PyTorch {torch.__version__}",
-            "executions": list(self.executions),
-            "model": {
-                "layers": self.config.num_hidden_layers,
-                "expert_layers": sorted(experts.layers) if experts else [],
-                "preset": routing.preset,
-                "block_size": routing.block_size,
-                "coarse_topk": routing.coarse_topk if routing.is_two_level else None,
-                "topk": routing.topk,
-            },
-            "data": {
-                "source": self.data_source,
-                "tokens": int(self.text.lengths.sum()),
-                "rows": len(self.text.ids),
-                "calls": self.text.sizes,
-            },
+            "executions": tuple(self.executions),
+            "model": ModelShape(
+                layers=self.config.num_hidden_layers,
+                expert_layers=tuple(sorted(experts.layers)) if experts else (),
+                preset=routing.preset,
+                block_size=routing.block_size,
+                coarse_topk=routing.coarse_topk if routing.is_two_level else None,
+                topk=routing.topk,
+            ),
+            "data": JudgedText(self.data_source, int(self.text.lengths.sum()), len(self.text.ids), tuple(self.text.sizes)),
         }
 
-    def _alone(self, passages: list[Passage], excused: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def _alone(self, passages: list[Passage], excused: bool) -> tuple[EndToEnd, list[Invariant]]:
         """The shipped graph on its own: next token, greedy text, invariants."""
         self._on_stage("the whole graph on its own: next token")
         library = self.executions.get("CPU kernels")
-        device, head = Device(self.path, self.config, self.precision, library=library), end_to_end.Head(self.parts)
+        device, head = ShippedGraph(self.path, self.config, self.precision, library=library), end_to_end.Head(self.parts)
         with torch.no_grad():
             models, hidden = (self.plain, self.exact), [passage.x for passage in passages]
             forced = end_to_end.next_token(device, head, self.text, models, self.precision, hidden=hidden, excused=excused)
@@ -208,27 +213,27 @@ class _Check:
             greedy = end_to_end.greedy(models, device, head, prompts, count, self.longest, self.precision, excused=excused)
         # As far as every invariant has something to say; the longest texts only take longer.
         ids = self.ids[: min(int(self.text.lengths.max()), self.longest, 16 * size)]
-        invariants = check_invariants(device, self.plain, ids, self.precision, forced["limit"], self._on_stage)
-        return end_to_end.as_report(forced, greedy), invariants
+        kl_limit = math.inf if forced.limit is None else forced.limit
+        invariants = check_invariants(device, self.plain, ids, self.precision, kl_limit, self._on_stage)
+        return EndToEnd(forced, greedy, end_to_end.METHOD), invariants
 
-    def _rounding(self) -> dict[str, Any]:
+    def _rounding(self) -> tuple[Activations | None, Effect | None]:
         if self.weights == "fp32":
-            return {}
+            return None, None
         self._on_stage("the shipped graph against the checkpoint as it was trained")
-        shipped = Device(self.path, self.config, self.precision, fp32_activations=False)
+        shipped = ShippedGraph(self.path, self.config, self.precision, fp32_activations=False)
         row, sizes = int(self.text.lengths.argmax()), self.text.sizes
         with torch.no_grad():
-            activations, effect = judge_rounding(
-                self.source, self.weights, shipped, self.parts, self.text.ids[row], sizes, self.longest
-            )
-        return {"activations": activations, "effect": effect}
+            return judge_rounding(self.source, self.weights, shipped, self.parts, self.text.ids[row], sizes, self.longest)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return open_tokenizer(self.request.bundle)
 
     def _decode(self, ids: Array) -> str:
-        if not hasattr(self, "_tokens"):
-            self._tokens = open_tokenizer(self.request.bundle)
-        return str(self._tokens.decode([int(token) for token in ids], skip_special_tokens=False))
+        return str(self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=False))
 
-    def _failure(self, replay: Replay, structure: list[dict[str, Any]]) -> dict[str, Any] | None:
+    def _failure(self, replay: Replay, structure: list[StructureDifference]) -> Failure | None:
         if first_failing(replay.comparison.entries) is not None:
             self._on_stage("looking for the smallest input that shows the difference")
         with torch.no_grad():

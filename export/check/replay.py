@@ -21,6 +21,7 @@ from bilevel.export.check.graph_parts import GraphParts, Part, infer
 from bilevel.export.check.judge import ALLOWED_FACTOR, COMPUTATION_LIMIT, ROUNDOFF, Array, relative_error
 from bilevel.export.check.layered import LayeredModel, Passage, Text
 from bilevel.export.graph.sessions import Arrays
+from bilevel.export.report.judgements import Invariant
 from bilevel.model import hidden_name
 
 
@@ -135,13 +136,13 @@ class Replay:
         trace, candidates = passage.trace, passage.step.candidates
         for node in self.parts.nodes:
             if node.op_type == "ExpertRoute":
-                found: tuple[Any, ...] = (*trace.expert_ids[:1], *trace.expert_weights[:1])
+                choices: tuple[Any, ...] = (*trace.expert_ids[:1], *trace.expert_weights[:1])
             elif node.layer is None:
-                found = () if candidates is None else (candidates,)
+                choices = () if candidates is None else (candidates,)
             else:
-                found = tuple(trace.routes[:1])
+                choices = tuple(trace.routes[:1])
             if node.selected:
-                forced |= {name: numpy(tensor) for name, tensor in zip(node.outputs, found, strict=False)}
+                forced |= {name: numpy(tensor) for name, tensor in zip(node.outputs, choices, strict=False)}
         return forced
 
     def _reorder(self, part: Part, execution: str, runner: BaseRunner, feeds: Arrays) -> None:
@@ -161,7 +162,7 @@ class Replay:
                 error = relative_error(again[name], once[name].astype(np.float64))
                 self.reordered[key] = max(self.reordered.get(key, 0.0), error)
 
-    def order_invariant(self) -> dict[str, Any] | None:
+    def order_invariant(self) -> Invariant | None:
         """The invariant "order and repetition of routes", None where nothing is routed."""
         if not self.reordered:
             return None
@@ -172,7 +173,7 @@ class Replay:
             f"every list reversed and filled up with repetitions: largest change {self.reordered[worst]:.1e} ({worst}), "
             f"{limit:.0e} allowed"
         )
-        return {"name": "order and repetition of routes", "passed": self.reordered[worst] <= limit, "detail": detail}
+        return Invariant("order and repetition of routes", self.reordered[worst] <= limit, detail)
 
 
 def _shorter(routes: Array) -> Array:

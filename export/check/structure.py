@@ -7,22 +7,13 @@ can therefore not show a wrong one. Nor can it show a layer that became dense wh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from bilevel.config import ModelConfig
-
-
-class Node(Protocol):
-    """What is asked of a routed node; layer is None for level 1."""
-
-    @property
-    def op_type(self) -> str: ...
-    @property
-    def layer(self) -> int | None: ...
-    @property
-    def attributes(self) -> dict[str, Any]: ...
+from bilevel.export.check.graph_parts import RoutedNode
+from bilevel.export.report.judgements import StructureDifference
 
 
 def expected_nodes(config: ModelConfig) -> list[tuple[str, str, int | None]]:
@@ -51,36 +42,27 @@ def expected_attributes(config: ModelConfig, op_type: str, level: int) -> dict[s
     return {}
 
 
-def structure_differences(config: ModelConfig, nodes: Sequence[Node]) -> list[dict[str, Any]]:
-    """One entry (name, operator, attribute, graph, model) for every node too few or too many and every differing attribute.
-
-    For a count, attribute is None and graph and model are how many nodes there are. Floats are compared in fp32, as stored.
-    """
+def structure_differences(config: ModelConfig, nodes: Sequence[RoutedNode]) -> list[StructureDifference]:
+    """One for every node too few or too many and every differing attribute. Floats are compared in fp32, as stored."""
     expected = expected_nodes(config)
-    found: list[dict[str, Any]] = []
+    differences: list[StructureDifference] = []
     for name, op_type, layer in expected:
-        here = [node for node in nodes if node.op_type == op_type and node.layer == layer]
+        here = [node for node in nodes if (node.op_type, node.layer) == (op_type, layer)]
         if len(here) != 1:
-            found.append({"name": name, "operator": op_type, "attribute": None, "graph": len(here), "model": 1})
-        for node in here:
-            wanted = expected_attributes(config, op_type, 1 if layer is None else 2)
-            found += [
-                {
-                    "name": name,
-                    "operator": op_type,
-                    "attribute": key,
-                    "graph": node.attributes.get(key),
-                    "model": wanted.get(key),
-                }
-                for key in sorted(wanted.keys() | node.attributes.keys())
-                if _stored(node.attributes.get(key)) != _stored(wanted.get(key))
-            ]
+            differences.append(StructureDifference(name, op_type, None, len(here), 1))
+        meant = expected_attributes(config, op_type, 1 if layer is None else 2)
+        differences += [
+            StructureDifference(name, op_type, key, node.attributes.get(key), meant.get(key))
+            for node in here
+            for key in sorted(meant.keys() | node.attributes.keys())
+            if _stored(node.attributes.get(key)) != _stored(meant.get(key))
+        ]
     known = {(op_type, layer) for _, op_type, layer in expected}
     for op_type, layer in sorted({(node.op_type, node.layer) for node in nodes} - known, key=str):
         count = sum((node.op_type, node.layer) == (op_type, layer) for node in nodes)
         name = "level 1" if layer is None else f"layer {layer}"
-        found.append({"name": name, "operator": op_type, "attribute": None, "graph": count, "model": 0})
-    return found
+        differences.append(StructureDifference(name, op_type, None, count, 0))
+    return differences
 
 
 def _stored(value: Any) -> Any:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
 from bilevel.export.check.compare import Judged
 from bilevel.export.check.judge import EXCUSED, SAME, WRONG, Array
 from bilevel.export.check.layered import Text
+from bilevel.export.report.model import Word, WordState
 
-_NAMES = {SAME: "same", EXCUSED: "excused", WRONG: "wrong"}
+_NAMES: dict[int, WordState] = {SAME: "same", EXCUSED: "excused", WRONG: "wrong"}
 
 
 class WordStates:
@@ -35,30 +35,23 @@ class WordStates:
         margin = np.where(np.isnan(judged.rows.margin[first]), np.inf, judged.rows.margin[first])
         np.minimum.at(self._margin, position, margin)
         state = judged.rows.state[first]
-        for word, found in zip(position[state != SAME], state[state != SAME], strict=True):
+        for word, new_state in zip(position[state != SAME], state[state != SAME], strict=True):
             known = self._differs.setdefault(int(word), {})
-            known[name] = max(known.get(name, SAME), int(found))
+            known[name] = max(known.get(name, SAME), int(new_state))
 
-    def as_list(self, decode: Callable[[Array], str]) -> list[dict[str, Any]]:
+    def words(self, decode: Callable[[Array], str]) -> tuple[Word, ...]:
         """The report's ``words``. decode: token ids -> text."""
-        entries = []
+        words = []
         for position, text in enumerate(token_texts(self.ids, decode)):
             differs = self._differs.get(position, {})
-            margin = self._margin[position]
-            entries.append(
-                {
-                    "text": text,
-                    "state": _NAMES[max(differs.values(), default=SAME)],
-                    "excused": [name for name, state in differs.items() if state == EXCUSED],
-                    "wrong": [name for name, state in differs.items() if state == WRONG],
-                    "margin": float(margin) if np.isfinite(margin) else None,
-                }
-            )
-        return entries
+            excused, wrong = (tuple(name for name, state in differs.items() if state == kind) for kind in (EXCUSED, WRONG))
+            state = _NAMES[max(differs.values(), default=SAME)]
+            words.append(Word(text, state, excused, wrong, float(self._margin[position])))  # infinite without a choice: None
+        return tuple(words)
 
 
 def token_texts(ids: Array, decode: Callable[[Array], str], window: int = 8) -> list[str]:
-    """What each token adds to the text. A token that ends in the middle of a character adds nothing; the next one adds it whole."""
+    """What each token adds to the text. Of tokens that make one character together, the last one adds it."""
     texts, start = [], 0
     for position in range(len(ids)):
         start = max(start, position - window)

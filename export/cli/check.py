@@ -73,10 +73,10 @@ def main(args: argparse.Namespace) -> int:
     for name in ("torch", "onnx", "onnxruntime", "safetensors", "tokenizers", "polygraphy", "jinja2"):
         require(name)
     from bilevel.export.check.parity import check_bundle
-    from bilevel.export.report import folder as reports
+    from bilevel.export.report.write import check_report_folder, write_report
 
     if args.report is not None:
-        reports.check_report_folder(args.report)
+        check_report_folder(args.report)
     console = require("rich.console").Console(stderr=True)
     with console.status("starting") as status:
         report = check_bundle(
@@ -89,12 +89,12 @@ def main(args: argparse.Namespace) -> int:
             on_stage=lambda stage: status.update(stage),
         )
     if args.report is not None:
-        page = reports.write_report(report, args.report)
+        page = write_report(report, args.report)
         console.print(f"report written to {page}", highlight=False, soft_wrap=True)
     if args.json:
-        print(reports.report_json(report))
+        print(report.to_json())
     else:
         from bilevel.export.report.terminal import print_report, print_summary
 
         (print_summary if args.summary else print_report)(report)
-    return 0 if report["passed"] else 1
+    return 0 if report.passed else 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,14 +18,14 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from bilevel.export.report.judgements import Effect, EndToEnd, RouterResult
 from bilevel.export.report.map import column_points, map_tables
+from bilevel.export.report.model import Report
 from bilevel.export.report.summary import (
-    Entry,
     by_level,
     by_part,
     count,
     effect_sentence,
-    is_finite,
     layer_map,
     percent,
     route_kind,
@@ -50,7 +51,7 @@ _SECTIONS = {
 SHOWN_HISTOGRAMS = 8  # of each kind of router
 
 
-def render_page(report: Entry) -> str:
+def render_page(report: Report) -> str:
     """The whole page as text."""
     style, script = (_read(f"page.{kind}") for kind in ("css", "js"))
     policy = (
@@ -79,23 +80,23 @@ def _shown(value: Any) -> Any:
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _view(report: Entry) -> dict[str, Any]:
+def _view(report: Report) -> dict[str, Any]:
     """Everything the template shows that the report does not hold as it is shown."""
     columns, rows = layer_map(report)
-    words, bounds = report["words"], shade_bounds(report["selection"])
+    words, bounds = report.words, shade_bounds(report.selection)
     return {
         "lines": verdict_lines(report),
         "sections": _SECTIONS,
         "facts": _facts(report),
-        "structure": [structure_sentence(entry) for entry in report["structure"]],
+        "structure": [structure_sentence(entry) for entry in report.structure],
         "columns": columns,
-        "tables": map_tables(columns, rows, report["failure"]),
-        "levels": _levels(report["selection"]),
+        "tables": map_tables(columns, rows, report.failure),
+        "levels": _levels(report.selection),
         "charts": _charts(columns, rows),
-        "parts": by_part(report["computation"]),
-        "has_floor": any(is_finite(entry["floor"]) for entry in report["computation"]),
-        "ends": _ends(report["end_to_end"]),
-        "effect": _effect(report) if "effect" in report else None,
+        "parts": by_part(report.computation),
+        "has_floor": any(tensor.floor is not None for tensor in report.computation),
+        "ends": _ends(report.end_to_end),
+        "effect": _effect(report.effect) if report.effect else None,
         "words": word_spans(words, bounds),
         "shades": bounds,
         "word_counts": word_counts(words),
@@ -103,29 +104,29 @@ def _view(report: Entry) -> dict[str, Any]:
     }
 
 
-def _facts(report: Entry) -> list[tuple[str, str]]:
+def _facts(report: Report) -> list[tuple[str, str]]:
     """What was compared, for the list at the page's end."""
-    model, data = report["model"], report["data"]
-    layers = f"{count(model['layers'], 'layer')}, preset {model['preset']}, blocks of {model['block_size']} tokens"
-    kept = f", level 1 keeps {model['coarse_topk']}" if model["coarse_topk"] is not None else ""
-    kept += f", level 2 keeps {model['topk']}" if model["preset"] != "dense" else ""
-    experts = f"; experts in layers {', '.join(map(str, model['expert_layers']))}" if model["expert_layers"] else ""
+    model, data = report.model, report.data
+    layers = f"{count(model.layers, 'layer')}, preset {model.preset}, blocks of {model.block_size} tokens"
+    routing = f", level 1 keeps {model.coarse_topk}" if model.coarse_topk is not None else ""
+    routing += f", level 2 keeps {model.topk}" if model.preset != "dense" else ""
+    experts = f"; experts in layers {', '.join(map(str, model.expert_layers))}" if model.expert_layers else ""
     return [
-        ("Bundle", report["bundle"]),
-        ("Graph, SHA-256", report["model_sha256"]),
-        ("Checkpoint", report["against"]),
-        ("Weights, SHA-256", report["checkpoint_sha256"]),
-        ("Model", layers + kept + experts),
-        ("Precision", f"{report['precision']}, {report['weights']} weights"),
-        ("Ran on", report["backend"]),
-        ("Routed nodes ran as", ", ".join(report["executions"])),
-        ("Text", f"{count(data['tokens'], 'token')} of {data['source']}, {count(data['rows'], 'row')}"),
-        ("Calls of", f"{', '.join(map(str, data['calls']))} tokens"),
-        ("Took", f"{report['seconds']:.1f} s"),
+        ("Bundle", report.bundle),
+        ("Graph, SHA-256", report.model_sha256),
+        ("Checkpoint", report.against),
+        ("Weights, SHA-256", report.checkpoint_sha256),
+        ("Model", layers + routing + experts),
+        ("Precision", f"{report.precision}, {report.weights} weights"),
+        ("Ran on", report.backend),
+        ("Routed nodes ran as", ", ".join(report.executions)),
+        ("Text", f"{count(data.tokens, 'token')} of {data.source}, {count(data.rows, 'row')}"),
+        ("Calls of", f"{', '.join(map(str, data.calls))} tokens"),
+        ("Took", f"{report.seconds:.1f} s"),
     ]
 
 
-def _levels(selection: Sequence[Entry]) -> list[dict[str, Any]]:
+def _levels(selection: Sequence[RouterResult]) -> list[dict[str, Any]]:
     """Histograms by kind of router: of many only the ones to look at (failing, fragile, smallest margin), the rest folded."""
     span = histogram_range(selection)
     levels = []
@@ -137,19 +138,19 @@ def _levels(selection: Sequence[Entry]) -> list[dict[str, Any]]:
     return levels
 
 
-def _calmness(entry: Entry) -> tuple[Any, ...]:
+def _calmness(router: RouterResult) -> tuple[Any, ...]:
     """Sorts routers by how little there is to see."""
-    margin = entry["smallest_margin"]
-    return entry["passed"], -entry["excused"], -entry["margins"]["fragile"], margin if is_finite(margin) else 1e9
+    margin = router.smallest_margin
+    return router.passed, -router.excused, -router.margins.fragile, math.inf if margin is None else margin
 
 
-def margin_words(entry: Entry) -> str:
+def margin_words(router: RouterResult) -> str:
     """What a histogram shows, in a sentence or two."""
-    margins, rows = entry["margins"], entry["rows"]
-    if not is_finite(entry["smallest_margin"]) and not margins["ties"]:
+    margins, rows = router.margins, router.rows
+    if router.smallest_margin is None and not margins.ties:
         return f"{count(rows, 'row')}, none of which had a choice."
-    text = f"{count(rows, 'row')}, smallest margin {short(entry['smallest_margin'], '0')}."
-    fragile, ties = margins["fragile"], margins["ties"]
+    text = f"{count(rows, 'row')}, smallest margin {short(router.smallest_margin, '0')}."
+    fragile, ties = margins.fragile, margins.ties
     if fragile:
         text += f" {count(fragile, 'row')} fragile: rounding may decide."
     if ties:
@@ -164,27 +165,25 @@ def _charts(columns: Sequence[Any], rows: dict[str, Any]) -> list[dict[str, Any]
     return [{"title": title, "svg": layer_chart(title, points, span)} for title, points in series.items()]
 
 
-def _ends(ends: Entry) -> list[dict[str, Any]]:
+def _ends(ends: EndToEnd) -> list[dict[str, Any]]:
     """Two groups of measurements, each judged as one: the next token, and greedy text."""
-    forced, greedy = ends["teacher_forced"], ends["greedy"]
-    parted = f"; {greedy['excused']} parted at a near-tie" if greedy["excused"] else ""
+    forced, greedy = ends.teacher_forced, ends.greedy
+    parted = f"; {greedy.excused} differ at a near-tie" if greedy.excused else ""
     return [
         {
             "title": "Next token, the text given",
-            "detail": f"{count(forced['tokens'], 'prediction')}; the largest KL is {short(forced['kl_max'])}",
-            "passed": forced["passed"],
+            "detail": f"{count(forced.tokens, 'prediction')}; the largest KL is {short(forced.kl_max)}",
+            "passed": forced.passed,
             "strips": [
-                _strip(
-                    "KL, nats a token", forced["kl_mean"], forced["kl_interval"], forced["limit"], forced["floor_kl"], log=True
-                ),
-                _strip("same best token", forced["top1_agreement"], forced["top1_interval"]),
+                _strip("KL, nats a token", forced.kl_mean, forced.kl_interval, forced.limit, forced.floor_kl, log=True),
+                _strip("same best token", forced.top1_agreement, forced.top1_interval),
             ],
         },
         {
             "title": "Greedy text",
-            "detail": f"{greedy['agreed']} of {greedy['tokens']} tokens in {count(greedy['rows'], 'row')}{parted}",
-            "passed": greedy["passed"],
-            "strips": [_strip("equal tokens", greedy["agreement"], greedy["interval"], greedy["limit"], greedy["floor"])],
+            "detail": f"{greedy.agreed} of {greedy.tokens} tokens in {count(greedy.rows, 'row')}{parted}",
+            "passed": greedy.passed,
+            "strips": [_strip("equal tokens", greedy.agreement, greedy.interval, greedy.limit, greedy.floor)],
         },
     ]
 
@@ -200,17 +199,17 @@ def _strip(title: str, value: Any, bounds: Any, limit: Any = None, floor: Any = 
     return {"title": title, "value": show(value), "words": words, "svg": svg}
 
 
-def _effect(report: Entry) -> dict[str, Any]:
+def _effect(effect: Effect) -> dict[str, Any]:
     """What rounded weights changed: a sentence, and a chart of equal sets per kind of router with layers."""
     kinds: dict[str, list[Point]] = {}
-    for entry in report["effect"]["routes"]:
-        layer = re.match(r"layer (\d+) ", entry["name"])
+    for entry in effect.routes:
+        layer = re.match(r"layer (\d+) ", entry.name)
         if layer:
-            point = Point(int(layer[1]), entry["exact_rate"], None, None, True, entry["name"])
-            kinds.setdefault(route_kind(entry["name"]), []).append(point)
+            point = Point(int(layer[1]), entry.exact_rate, None, None, True, entry.name)
+            kinds.setdefault(route_kind(entry.name), []).append(point)
     lowest = min((p.value or 0.0 for points in kinds.values() for p in points), default=0.9)
     span = (max(lowest - (1 - lowest) * 0.2 - 0.001, 0.0), 1.0)
     charts = [
         {"title": f"{kind}: equal sets", "svg": layer_chart(kind, points, span, log=False)} for kind, points in kinds.items()
     ]
-    return {"sentence": effect_sentence(report), "charts": charts}
+    return {"sentence": effect_sentence(effect), "charts": charts}

@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bilevel.export.report.summary import Cell, Column, Entry, count, percent, ratio, scientific
+from bilevel.export.report.judgements import RouterResult, TensorResult
+from bilevel.export.report.model import Failure
+from bilevel.export.report.summary import Cell, Column, count, percent, ratio, scientific
 from bilevel.export.report.svg import Point
 
 ROWS_PER_TABLE = 28  # deeper models get several tables, which a wide screen shows side by side
@@ -33,9 +35,9 @@ class MapRow:
     cells: list[MapCell | None]
 
 
-def map_tables(columns: Sequence[Column], rows: dict[str, dict[str, Cell]], failure: Entry | None) -> list[list[MapRow]]:
+def map_tables(columns: Sequence[Column], rows: dict[str, dict[str, Cell]], failure: Failure | None) -> list[list[MapRow]]:
     """The map's rows, cut into equal tables of at most ROWS_PER_TABLE rows."""
-    start = failure["name"] if failure else _first_failing(rows)
+    start = failure.name if failure else _first_failing(rows)
     lines = [
         MapRow(name.removeprefix("layer "), name, [_cell(cells.get(column.title), start) for column in columns])
         for name, cells in rows.items()
@@ -47,41 +49,41 @@ def map_tables(columns: Sequence[Column], rows: dict[str, dict[str, Cell]], fail
 
 def _first_failing(rows: dict[str, dict[str, Cell]]) -> str:
     """The name of the failing entry that comes first in the graph."""
-    failing = [e for cells in rows.values() for cell in cells.values() for e in cell.entries if not e["passed"]]
-    return str(min(failing, key=lambda entry: entry["order"])["name"]) if failing else ""
+    failing = [e for cells in rows.values() for cell in cells.values() for e in cell.entries if not e.passed]
+    return min(failing, key=lambda entry: entry.order).name if failing else ""
 
 
 def _cell(cell: Cell | None, start: str) -> MapCell | None:
     if cell is None:
         return None
-    starts = any(entry["name"] == start for entry in cell.entries) and not cell.passed
-    return (_selection_cell if "jaccard" in cell.worst else _computation_cell)(cell, starts)
-
-
-def _selection_cell(cell: Cell, start: bool) -> MapCell:
+    starts = any(entry.name == start for entry in cell.entries) and not cell.passed
     worst = cell.worst
-    wrong, excused = worst["unexcused"], worst["excused"]
-    kind = "wrong" if not cell.passed else "near" if excused else "s0"
-    title = f"{worst['name']}: {percent(worst['exact_rate'])} of {count(worst['rows'], 'row')} equal, {wrong} wrong, {excused} excused"
-    return MapCell(kind, None, percent(worst["exact_rate"]).replace(" ", ""), title, start)
+    return _router_cell(worst, starts) if isinstance(worst, RouterResult) else _tensor_cell(worst, starts)
 
 
-def _computation_cell(cell: Cell, start: bool) -> MapCell:
-    worst = cell.worst
-    share = ratio(worst)
-    kind = next((f"s{level}" for level, bound in enumerate(_SHADES) if share <= bound), "s4") if cell.passed else "wrong"
-    title = f"{worst['name']}: error {scientific(worst['error'])}, limit {scientific(worst['limit'])}"
-    if worst["floor"] is not None:
-        title += f", PyTorch's own {scientific(worst['floor'])}"
-    return MapCell(kind, worst["error"], "", title, start)
+def _router_cell(router: RouterResult, start: bool) -> MapCell:
+    kind = "wrong" if not router.passed else "near" if router.excused else "s0"
+    equal = percent(router.exact_rate)
+    title = f"{router.name}: {equal} of {count(router.rows, 'row')} equal, {router.unexcused} wrong, {router.excused} excused"
+    return MapCell(kind, None, equal.replace(" ", ""), title, start)
+
+
+def _tensor_cell(tensor: TensorResult, start: bool) -> MapCell:
+    share = ratio(tensor)
+    kind = next((f"s{level}" for level, bound in enumerate(_SHADES) if share <= bound), "s4") if tensor.passed else "wrong"
+    title = f"{tensor.name}: error {scientific(tensor.error)}, limit {scientific(tensor.limit)}"
+    if tensor.floor is not None:
+        title += f", PyTorch's own {scientific(tensor.floor)}"
+    return MapCell(kind, tensor.error, "", title, start)
 
 
 def column_points(title: str, rows: dict[str, dict[str, Cell]]) -> list[Point]:
     """One column of tensors as points of a chart; what lies before the layers stands at -1, what lies after them behind."""
-    found: list[Point] = []
+    points: list[Point] = []
     for name, cells in rows.items():
-        if title in cells:
-            worst, last = cells[title].worst, max((point.x for point in found), default=-1)
-            x = worst["layer"] if worst["layer"] is not None else (last + 1 if found and last >= 0 else -1)
-            found.append(Point(x, worst["error"], worst["floor"], worst["limit"], cells[title].passed, name))
-    return found
+        worst = cells[title].worst if title in cells else None
+        if isinstance(worst, TensorResult):
+            last = max((point.x for point in points), default=-1)
+            x = worst.layer if worst.layer is not None else (last + 1 if last >= 0 else -1)
+            points.append(Point(x, worst.error, worst.floor, worst.limit, worst.passed, name))
+    return points

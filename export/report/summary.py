@@ -1,8 +1,4 @@
-"""A report in words and in columns: what the terminal and the page both show of it.
-
-Every function takes the report of ``folder.py`` as it is or as read back from JSON: a number that is null, infinite or NaN is
-"not finite" where something was measured.
-"""
+"""A report in words and in columns: what the terminal and the page both show of it."""
 
 from __future__ import annotations
 
@@ -10,9 +6,12 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import TypeVar
 
-Entry = dict[str, Any]
+from bilevel.export.report.judgements import Effect, RouterResult, StructureDifference, TensorResult
+from bilevel.export.report.model import Report
+
+Result = TypeVar("Result", bound=RouterResult | TensorResult)
 LEVELS = {1: "level 1", 2: "level 2", "experts": "experts"}
 _HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 _EXPONENT = re.compile(r"(?<=\d)e([+-])0*(\d+)\b")
@@ -32,16 +31,16 @@ class Line:
 class Cell:
     """What one column says of one row of the map: entries of ``selection`` or of ``computation``."""
 
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[RouterResult | TensorResult] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
-        return all(entry["passed"] for entry in self.entries)
+        return all(entry.passed for entry in self.entries)
 
     @property
-    def worst(self) -> Entry:
-        """The entry to show: the least agreeing router, or the tensor nearest to its limit (or furthest beyond it)."""
-        return worst_router(self.entries) if "jaccard" in self.entries[0] else worst_tensor(self.entries)
+    def worst(self) -> RouterResult | TensorResult:
+        """The entry to show."""
+        return worst(self.entries)
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Column:
 
     title: str
     kind: str
-    members: tuple[Any, ...]
+    members: tuple[int | str, ...]
 
 
 _BLOCKS = ("level 1 query", "level 1 block keys", "level 2 query", "keys", "values", "level 2 block keys")
@@ -76,11 +75,6 @@ def visible(text: str, newlines: bool = True) -> str:
     return shown if newlines else shown.replace("\n", "\u2424").replace("\t", "\u2409")
 
 
-def is_finite(value: float | None) -> TypeGuard[float]:
-    """Whether a number of the report is one; JSON has null where it was infinite or NaN."""
-    return value is not None and math.isfinite(value)
-
-
 def scientific(value: float | None, missing: str = "not finite") -> str:
     """A measured number with two digits; ``missing`` where there is none."""
     if value is None or not math.isfinite(value):
@@ -103,83 +97,74 @@ def shorten(text: str) -> str:
 
 def percent(rate: float | None) -> str:
     """A rate as a percentage that says 100 % only of 1."""
-    if rate is None or not math.isfinite(rate):
+    if rate is None:
         return "-"
     digits = 1 if rate < 0.999 else 2
     text = f"{100 * rate:.{digits}f}"
     return "100 %" if rate == 1 else f"{'99.99' if float(text) == 100 else text} %"
 
 
-def ratio(entry: Entry) -> float:
+def ratio(tensor: TensorResult) -> float:
     """A tensor's error as a share of its limit; infinite where the error is not finite."""
-    if not is_finite(entry["error"]):
+    if tensor.error is None:
         return math.inf
-    return entry["error"] / entry["limit"] if entry["limit"] > 0 else (math.inf if entry["error"] > 0 else 0.0)
+    if tensor.limit is None or tensor.error == 0:
+        return 0.0
+    return tensor.error / tensor.limit if tensor.limit else math.inf
 
 
-def worst_tensor(entries: Sequence[Entry]) -> Entry:
-    """The tensor nearest to its limit, or furthest beyond it; of the failing ones the first, where it started."""
-    failing = [entry for entry in entries if not entry["passed"]]
-    return min(failing, key=lambda entry: entry["order"]) if failing else max(entries, key=ratio)
+def worst(entries: Sequence[Result]) -> Result:
+    """Of the failing entries the first, where it started; if none fails the tensor nearest to its limit, or the router that agrees
+    least."""
+    failing = [entry for entry in entries if not entry.passed]
+    return min(failing, key=lambda entry: entry.order) if failing else max(entries, key=_badness)
 
 
-def worst_router(entries: Sequence[Entry]) -> Entry:
-    """The router that agrees least; of the failing ones the first."""
-    failing = [entry for entry in entries if not entry["passed"]]
-    if failing:
-        return min(failing, key=lambda entry: entry["order"])
-
-    def badness(entry: Entry) -> tuple[float, ...]:
-        margin = entry["smallest_margin"]
-        return entry["excused"], -entry["exact_rate"], -(margin if is_finite(margin) else math.inf)
-
-    return max(entries, key=badness)
+def _badness(entry: RouterResult | TensorResult) -> tuple[float, ...]:
+    if isinstance(entry, TensorResult):
+        return (ratio(entry),)
+    return entry.excused, -entry.exact_rate, -(math.inf if entry.smallest_margin is None else entry.smallest_margin)
 
 
-def by_level(selection: Sequence[Entry]) -> dict[str, list[Entry]]:
+def by_level(selection: Sequence[RouterResult]) -> dict[str, list[RouterResult]]:
     """Routers by kind, in the order in which the kinds appear."""
-    kinds: dict[str, list[Entry]] = {}
+    kinds: dict[str, list[RouterResult]] = {}
     for entry in selection:
-        kinds.setdefault(LEVELS[entry["level"]], []).append(entry)
+        kinds.setdefault(LEVELS[entry.level], []).append(entry)
     return kinds
 
 
-def by_part(computation: Sequence[Entry]) -> dict[str, list[Entry]]:
+def by_part(computation: Sequence[TensorResult]) -> dict[str, list[TensorResult]]:
     """Tensors by part, in the order in which the parts appear."""
-    parts: dict[str, list[Entry]] = {}
+    parts: dict[str, list[TensorResult]] = {}
     for entry in computation:
-        parts.setdefault(entry["part"], []).append(entry)
+        parts.setdefault(entry.part, []).append(entry)
     return parts
 
 
-def layer_map(report: Entry) -> tuple[list[Column], dict[str, dict[str, Cell]]]:
+def layer_map(report: Report) -> tuple[list[Column], dict[str, dict[str, Cell]]]:
     """(columns that have an entry, row -> column title -> cell); rows: embedding, level 1, every layer, output."""
     known = {member for column in _COLUMNS for member in column.members}
-    others = [part for part in by_part(report["computation"]) if part not in known]
+    others = [part for part in by_part(report.computation) if part not in known]
     columns = [*_COLUMNS[:-1], *(Column(part, "computation", (part,)) for part in others), _COLUMNS[-1]]
-    entries = sorted((entry["order"], kind, entry) for kind in ("selection", "computation") for entry in report[kind])
-    return _fill(columns, [(kind, entry) for _, kind, entry in entries])
-
-
-def _fill(columns: list[Column], entries: list[tuple[str, Entry]]) -> tuple[list[Column], dict[str, dict[str, Cell]]]:
-    place = {(column.kind, member): column.title for column in columns for member in column.members}
+    titles = {(column.kind, member): column.title for column in columns for member in column.members}
     rows: dict[str, dict[str, Cell]] = {}
-    for kind, entry in entries:
-        part = entry["level"] if kind == "selection" else entry["part"]
-        row = rows.setdefault(row_name(entry), {})
-        row.setdefault(place[kind, part], Cell()).entries.append(entry)
+    entries: list[RouterResult | TensorResult] = [*report.selection, *report.computation]
+    for entry in sorted(entries, key=lambda entry: entry.order):
+        key = ("selection", entry.level) if isinstance(entry, RouterResult) else ("computation", entry.part)
+        rows.setdefault(row_name(entry), {}).setdefault(titles[key], Cell()).entries.append(entry)
     used = {title for row in rows.values() for title in row}
     return [column for column in columns if column.title in used], rows
 
 
-def row_name(entry: Entry) -> str:
+def row_name(entry: RouterResult | TensorResult) -> str:
     """The map's row that an entry belongs to."""
-    if entry["layer"] is not None:
-        return f"layer {entry['layer']}"
-    return "level 1" if entry["name"].startswith("level 1") else entry["name"]
+    if entry.layer is not None:
+        return f"layer {entry.layer}"
+    return "level 1" if entry.name.startswith("level 1") else entry.name
 
 
-def verdict_lines(report: Entry) -> list[Line]:
+def verdict_lines(report: Report) -> list[Line]:
     """One line per judgement, in the order of the design; structure first, the rounding of activations last."""
     makers = {
         "structure": ("structure", _structure),
@@ -189,86 +174,88 @@ def verdict_lines(report: Entry) -> list[Line]:
         "invariants": ("invariants", _invariants),
         "activations": ("activations", _activations),
     }
-    verdicts = report["verdicts"]
+    verdicts = report.verdicts.to_dict()
     return [Line(key, title, verdicts[key], make(report)) for key, (title, make) in makers.items() if key in verdicts]
 
 
-def structure_sentence(entry: Entry) -> str:
+def structure_sentence(entry: StructureDifference) -> str:
     """One difference of the graph's structure."""
-    if entry["attribute"] is None:
-        return f"{entry['name']}: the graph has {entry['graph']}, the model means {entry['model']}"
-    return f"{entry['name']}: the node says {entry['attribute']}={entry['graph']}, the model means {entry['model']}"
+    if entry.attribute is None:
+        return f"{entry.name}: the graph has {entry.graph}, the model means {entry.model}"
+    return f"{entry.name}: the node says {entry.attribute}={entry.graph}, the model means {entry.model}"
 
 
-def _structure(report: Entry) -> str:
-    differences = report["structure"]
+def _structure(report: Report) -> str:
+    differences = report.structure
     if not differences:
         return "the routed nodes and their attributes are the model's"
     more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
     return structure_sentence(differences[0]) + more
 
 
-def _selection(report: Entry) -> str:
-    entries = report["selection"]
+def _selection(report: Report) -> str:
+    entries = report.selection
     if not entries:
-        return "the model has no routers" if report["verdicts"]["selection"] else "no router could be judged"
-    rows, excused, wrong = (sum(entry[key] for entry in entries) for key in ("rows", "excused", "unexcused"))
+        return "the model has no routers" if report.verdicts.selection else "no router could be judged"
+    rows, excused = sum(entry.rows for entry in entries), sum(entry.excused for entry in entries)
+    wrong = sum(entry.unexcused for entry in entries)
     text = f"{rows} choices of {len(entries)} routers: {wrong} wrong, {excused} excused at a near-tie"
-    failing = [entry for entry in entries if not entry["passed"]]
-    return f"{text}; first at {worst_router(failing)['name']}" if failing else text
+    failing = [entry for entry in entries if not entry.passed]
+    return f"{text}; first at {worst(failing).name}" if failing else text
 
 
-def _computation(report: Entry) -> str:
-    entries = report["computation"]
+def _computation(report: Report) -> str:
+    entries = report.computation
     if not entries:
         return "no tensor could be compared"
-    worst, failing = worst_tensor(entries), sum(not entry["passed"] for entry in entries)
+    tensor, failing = worst(entries), sum(not entry.passed for entry in entries)
     if not failing:
-        return f"largest error {scientific(worst['error'])} of the largest magnitude ({worst['name']})"
+        return f"largest error {scientific(tensor.error)} of the largest magnitude ({tensor.name})"
     return (
-        f"{failing} of {len(entries)} tensors beyond their limit; first {worst['name']}: error {scientific(worst['error'])}, "
-        f"{scientific(worst['limit'])} allowed"
+        f"{failing} of {len(entries)} tensors beyond their limit; first {tensor.name}: error {scientific(tensor.error)}, "
+        f"{scientific(tensor.limit)} allowed"
     )
 
 
-def _end_to_end(report: Entry) -> str:
-    forced, greedy = report["end_to_end"]["teacher_forced"], report["end_to_end"]["greedy"]
-    allowed = "" if forced["passed"] else f" ({scientific(forced['limit'])} allowed)"
-    text = f"KL {scientific(forced['kl_mean'])} nats a token{allowed}, "
-    text += f"greedy text {greedy['agreed']} of {greedy['tokens']} tokens equal"
-    if greedy["excused"]:
-        text += f", {count(greedy['excused'], 'row')} of {greedy['rows']} parted at a near-tie"
+def _end_to_end(report: Report) -> str:
+    forced, greedy = report.end_to_end.teacher_forced, report.end_to_end.greedy
+    allowed = "" if forced.passed else f" ({scientific(forced.limit)} allowed)"
+    text = f"KL {scientific(forced.kl_mean)} nats a token{allowed}, "
+    text += f"greedy text {greedy.agreed} of {greedy.tokens} tokens equal"
+    if greedy.excused:
+        text += f", {greedy.excused} differ at a near-tie"
     return text
 
 
-def _invariants(report: Entry) -> str:
-    entries = report["invariants"]
-    failing = [entry for entry in entries if not entry["passed"]]
+def _invariants(report: Report) -> str:
+    entries = report.invariants
+    failing = [entry for entry in entries if not entry.passed]
     if not entries:
         return "none could be tried"
     if not failing:
-        return f"all {len(entries)} hold: {', '.join(entry['name'] for entry in entries)}"
-    return f"{len(failing)} of {len(entries)} broken; first {failing[0]['name']}: {failing[0]['detail']}"
+        return f"all {len(entries)} hold: {', '.join(entry.name for entry in entries)}"
+    return f"{len(failing)} of {len(entries)} broken; first {failing[0].name}: {failing[0].detail}"
 
 
-def _activations(report: Entry) -> str:
-    entry = report["activations"]
+def _activations(report: Report) -> str:
+    entry = report.activations
+    assert entry is not None
     return (
-        f"8 bits: KL {scientific(entry['kl_mean'])} nats, {scientific(entry['limit'])} allowed "
-        f"(PyTorch's own: {scientific(entry['pytorch_kl_mean'])})"
+        f"8 bits: KL {scientific(entry.kl_mean)} nats, {scientific(entry.limit)} allowed "
+        f"(PyTorch's own: {scientific(entry.pytorch_kl_mean)})"
     )
 
 
-def effect_sentence(report: Entry) -> str:
+def effect_sentence(effect: Effect) -> str:
     """What int8 or int4 weights changed, which nobody judges."""
-    effect = report["effect"]
     kinds: dict[str, list[float]] = {}
-    for entry in effect["routes"]:
-        kinds.setdefault(route_kind(entry["name"]), []).append(entry["exact_rate"])
+    for entry in effect.routes:
+        kinds.setdefault(route_kind(entry.name), []).append(entry.exact_rate)
     routes = ", ".join(f"{kind} {percent(min(rates))}" for kind, rates in kinds.items())
-    before, after = (f"{effect[key]:.4f}" if is_finite(effect[key]) else "not finite" for key in ("loss_before", "loss_after"))
-    text = f"loss {before} -> {after} nats a token, KL {scientific(effect['kl_mean'])}, "
-    text += f"same best token {percent(effect['top1_agreement'])}"
+    losses = effect.loss_before, effect.loss_after
+    before, after = ("not finite" if loss is None else f"{loss:.4f}" for loss in losses)
+    text = f"loss {before} -> {after} nats a token, KL {scientific(effect.kl_mean)}, "
+    text += f"same best token {percent(effect.top1_agreement)}"
     return f"{text}, equal routes at least: {routes}" if routes else text
 
 

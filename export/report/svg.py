@@ -1,7 +1,7 @@
 """The page's pictures as inline SVG: histograms of margins, values by layer, intervals.
 
 Colours and line styles are classes of the page's style sheet, so that they follow its light and dark form. Every picture says in
-words (``aria-label``) what it shows. Text goes through ``Markup.format``, which escapes it. Lengths are SVG units, about a pixel.
+words (``aria-label``) what it shows. ``Markup.format`` escapes all text. Lengths are SVG units, about a pixel each.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from bilevel.export.report.summary import Entry, is_finite, percent, scientific, visible
+from bilevel.export.report.judgements import RouterResult, Tolerance
+from bilevel.export.report.summary import percent, scientific, visible
 
 _WIDTH, _HEIGHT, _TOP, _BASE = 280, 106, 16, 80  # of a histogram
 _STEPS = (0.0001, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)  # between the ticks of rates
@@ -66,7 +67,7 @@ def power_of_ten(exponent: int) -> str:
 
 def log_range(values: Iterable[float | None]) -> tuple[int, int]:
     """The powers of ten around all positive finite values; two decades when there is none."""
-    logs = [math.log10(value) for value in values if value is not None and is_finite(value) and value > 0]
+    logs = [math.log10(value) for value in values if value is not None and 0 < value < math.inf]
     if not logs:
         return -1, 1
     low, high = math.floor(min(logs)), math.ceil(max(logs))
@@ -96,27 +97,26 @@ def _path(kind: str, places: Sequence[tuple[float, float]]) -> Markup:
     return Markup('<path class="{}" d="M{}"/>').format(kind, steps) if len(places) > 1 else Markup("")
 
 
-def histogram_range(selection: Sequence[Entry]) -> tuple[float, float]:
+def histogram_range(selection: Sequence[RouterResult]) -> tuple[float, float]:
     """The base-10 logarithms that every router's histogram spans: all margins that occur, and all tolerances."""
     ends: list[float] = []
-    for entry in selection:
-        edges, counts = entry["margins"]["edges"], entry["margins"]["counts"]
+    for router in selection:
+        edges, counts = router.margins.edges, router.margins.counts
         filled = [index for index, number in enumerate(counts) if number]
         ends += [edges[filled[0]], edges[filled[-1] + 1]] if filled else []
-        tolerances = (entry["tolerance"] or {}).values()
-        ends += [math.log10(value) for value in tolerances if is_finite(value) and value > 0]
+        ends += [math.log10(value) for value in (router.tolerance.median, router.tolerance.largest) if value]
     low, high = min(ends, default=-1.0), max(ends, default=0.0)
     return low - 0.3, max(high, low + 1) + 0.1
 
 
-def histogram(entry: Entry, span: tuple[float, float]) -> Markup:
+def histogram(router: RouterResult, span: tuple[float, float]) -> Markup:
     """Rows of one router by the base-10 logarithm of their relative margin; the tolerance is a line, below it lies the zone
     where rounding may decide. Heights are logarithmic, so that a single row can be seen."""
     axis = Axis(*span, 4, _WIDTH - 4)
-    margins, tolerance = entry["margins"], entry["tolerance"] or {}
-    tallest = math.log1p(max(margins["counts"], default=0)) or 1.0
+    margins = router.margins
+    tallest = math.log1p(max(margins.counts, default=0)) or 1.0
     bars = []
-    for left, right, number in zip(margins["edges"], margins["edges"][1:], margins["counts"], strict=False):
+    for left, right, number in zip(margins.edges, margins.edges[1:], margins.counts, strict=False):
         if number:
             y = round(_BASE - math.log1p(number) / tallest * (_BASE - _TOP - 4), 1)
             bars.append(f"M{axis(left)} {_BASE}V{y}H{round(max(axis(right) - 0.8, axis(left) + 0.5), 1)}V{_BASE}z")
@@ -125,32 +125,31 @@ def histogram(entry: Entry, span: tuple[float, float]) -> Markup:
         if power % 2 == 0:
             x = axis(power)
             parts += [_line("axis", x, _BASE, x, _BASE + 4), _label(x, _BASE + 18, power_of_ten(power))]
-    behind, before = _tolerance(axis, tolerance.get("median"), tolerance.get("largest"))
-    return _picture(_WIDTH, _HEIGHT, _histogram_words(entry), [*behind, *parts, *before])
+    behind, before = _tolerance(axis, router.tolerance)
+    return _picture(_WIDTH, _HEIGHT, _histogram_words(router), [*behind, *parts, *before])
 
 
-def _tolerance(axis: Axis, median: float | None, largest: float | None) -> tuple[list[Markup], list[Markup]]:
+def _tolerance(axis: Axis, tolerance: Tolerance) -> tuple[list[Markup], list[Markup]]:
     """What of the tolerance lies behind the bars and what before them."""
     behind, before = [], []
-    if is_finite(median) and median > 0:
-        x = axis(math.log10(median))
+    if tolerance.median:
+        x = axis(math.log10(tolerance.median))
         side = 1 if x < _WIDTH * 0.6 else -1
         behind.append(_rect("zone", 4, _TOP, x - 4, _BASE - _TOP))
         before.append(_line("tolerance", x, _TOP - 4, x, _BASE))
         before.append(_label(x + 4 * side, _TOP - 5, "tolerance", "start" if side > 0 else "end", "note"))
-    if is_finite(largest) and largest > 0 and largest != median:
-        x = axis(math.log10(largest))
+    if tolerance.largest and tolerance.largest != tolerance.median:
+        x = axis(math.log10(tolerance.largest))
         before.append(_line("tolerance-largest", x, _TOP, x, _BASE))
     return behind, before
 
 
-def _histogram_words(entry: Entry) -> str:
+def _histogram_words(router: RouterResult) -> str:
     """The text alternative of a histogram."""
-    tolerance = entry["tolerance"] or {}
     return (
-        f"Histogram of the relative margins of {entry['rows']} rows of {entry['name']}: smallest "
-        f"{scientific(entry['smallest_margin'], 'none')}, tolerance {scientific(tolerance.get('median'), 'none')}, "
-        f"{entry['margins']['fragile']} rows below their tolerance, {entry['margins']['ties']} tied"
+        f"Histogram of the relative margins of {router.rows} rows of {router.name}: smallest "
+        f"{scientific(router.smallest_margin, 'none')}, tolerance {scientific(router.tolerance.median, 'none')}, "
+        f"{router.margins.fragile} rows below their tolerance, {router.margins.ties} tied"
     )
 
 
@@ -165,17 +164,18 @@ def layer_chart(title: str, points: Sequence[Point], span: tuple[float, float], 
     parts += [_label(across(x), base + 16, text) for x, text in _layer_ticks(points, (right - left) / (last - first + 1))]
     parts.append(_line("axis", left, base, right, base))
     for kind in ("limit", "floor"):
-        levels = [(across(p.x), up(getattr(p, kind))) for p in points if is_finite(getattr(p, kind))]
+        levels = [(across(p.x), up(getattr(p, kind))) for p in points if getattr(p, kind) is not None]
         if levels:  # a little longer than the points, so that a single one is seen too
             levels = [(round(levels[0][0] - 4, 1), levels[0][1]), *levels, (round(levels[-1][0] + 4, 1), levels[-1][1])]
         parts.append(_path(kind, levels))
-    shown = [(p, across(p.x), up(p.value) if p.value is not None and is_finite(p.value) else top) for p in points]
+    shown = [(p, across(p.x), up(p.value) if p.value is not None else top) for p in points]
     parts.append(_path("value", [(x, y) for _, x, y in shown]))
     for point, x, y in shown:
         parts.append(_marker(point, x, y, small=len(points) > 30))
-    worst = max(points, key=lambda p: math.inf if not is_finite(p.value) else p.value or 0)
+    worst = max(points, key=lambda p: math.inf if p.value is None else p.value)
     failing = sum(not p.passed for p in points)
-    words = f"{title} by layer: {len(points)} values, the largest {scientific(worst.value)} at {worst.name}, {failing} beyond the limit"
+    largest = f"the largest {scientific(worst.value)} at {worst.name}"
+    words = f"{title} by layer: {len(points)} values, {largest}, {failing} beyond the limit"
     return _picture(width, height, words, parts)
 
 
@@ -195,7 +195,8 @@ def _marker(point: Point, x: float, y: float, small: bool) -> Markup:
         shape = Markup('<circle class="dot" cx="{}" cy="{}" r="{}">').format(x, y, 1.6 if small else 3)
         return shape + Markup("<title>{}</title></circle>").format(title)
     size = 2.5 if small else 4
-    cross = f"M{x - size:.1f} {y - size:.1f}L{x + size:.1f} {y + size:.1f}M{x - size:.1f} {y + size:.1f}L{x + size:.1f} {y - size:.1f}"
+    left, right, top, base = (f"{place:.1f}" for place in (x - size, x + size, y - size, y + size))
+    cross = f"M{left} {top}L{right} {base}M{left} {base}L{right} {top}"
     return Markup('<path class="cross" d="{}"><title>{}</title></path>').format(cross, title)
 
 
@@ -207,22 +208,23 @@ def interval(
     log: smaller is better, on a log scale; else a rate, larger is better.
     """
     width, height, y = 260, 46, 16
-    numbers = [number for number in (value, *bounds, limit, floor) if is_finite(number)]
+    numbers = [number for number in (value, *bounds, limit, floor) if number is not None]
     if log:
-        below = [limit / 10] if is_finite(limit) else []  # so that the zone which passes has some width
+        below = [limit / 10] if limit is not None else []  # so that the zone which passes has some width
         axis = Axis(*log_range([*numbers, *below]), 8, width - 8, log=True)
     else:
-        low = min(numbers, default=0.0)
-        axis = Axis(max(low - (1 - low) * 0.15 - 0.002, 0.0), 1.0, 8, width - 8)
+        least = min(numbers, default=0.0)
+        axis = Axis(max(least - (1 - least) * 0.15 - 0.002, 0.0), 1.0, 8, width - 8)
     parts = [_line("axis", 8, y, width - 8, y)]
-    if is_finite(limit):
+    if limit is not None:
         start, end = (8.0, axis(limit)) if log else (axis(limit), width - 8.0)
         parts += [_rect("allowed", start, y - 8, end - start, 16), _line("limit", axis(limit), y - 11, axis(limit), y + 11)]
-    if is_finite(bounds[0]) and is_finite(bounds[1]):
-        parts.append(_line("whisker", axis(bounds[0]), y, axis(bounds[1]), y))
-    if is_finite(floor):
+    low, high = bounds
+    if low is not None and high is not None:
+        parts.append(_line("whisker", axis(low), y, axis(high), y))
+    if floor is not None:
         parts.append(_line("floor", axis(floor), y - 8, axis(floor), y + 8))
-    if is_finite(value):
+    if value is not None:
         parts.append(Markup('<circle class="dot" cx="{}" cy="{}" r="4"/>').format(axis(value), y))
     for tick, label in axis.ticks(4):
         anchor = "start" if axis(tick) < 24 else "end" if axis(tick) > width - 24 else "middle"

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bilevel.export.report.model import Report
 from tests.export.check.inserts import (
     every_block,
     key_of_block_before,
@@ -242,6 +243,6 @@ OTHER_FAULTS = {
 GRAPH_FAULTS = LEVEL_1_FAULTS | LEVEL_2_FAULTS | CACHE_FAULTS | ATTENTION_FAULTS | EXPERT_FAULTS | OTHER_FAULTS
 
 
-def first_failure(report: dict[str, Any]) -> str | None:
+def first_failure(report: Report) -> str | None:
     """Where the report says that a failure starts."""
-    return None if report["failure"] is None else str(report["failure"]["name"])
+    return None if report.failure is None else report.failure.name

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from bilevel.checkpoint import Checkpoint, load_model
-from bilevel.export.check.device import Device
 from bilevel.export.check.end_to_end import bootstrap, divergence, greedy_prompts
+from bilevel.export.check.shipped import ShippedGraph
 from bilevel.export.check.word_states import token_texts
 from bilevel.state import DecoderState
 
@@ -36,7 +36,7 @@ def test_bootstrap_covers_the_mean_and_widens_with_dependence() -> None:
     runs = np.repeat(generator.standard_normal(40), 16)
     widths = [high - low for low, high in (bootstrap(independent), bootstrap(runs))]
     assert widths[1] > 2 * widths[0]
-    assert bootstrap(np.ones(5)) == [1.0, 1.0]
+    assert bootstrap(np.ones(5)) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize(("tokens", "longest"), [(40, 96), (4096, 4096), (4096, 300), (20, 24)])
@@ -53,7 +53,7 @@ def test_greedy_prompts_fit(tokens: int, longest: int) -> None:
 def test_device_continues_ragged_prompts_like_pytorch_alone(exported: Exported, preset: str) -> None:
     checkpoint, bundle = exported(preset)
     model = load_model(checkpoint)
-    device = Device(bundle / "model.onnx", Checkpoint(checkpoint).config)
+    device = ShippedGraph(bundle / "model.onnx", Checkpoint(checkpoint).config)
     generator = np.random.default_rng(5)
     prompts = [generator.integers(0, 200, length) for length in (1, 9, 23)]
     generated = device.continue_greedily(prompts, 8, 6)

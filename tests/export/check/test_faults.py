@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from bilevel.export.check.parity import check_bundle
+from bilevel.export.report.model import Report
 from bilevel.plugins.library.cpu import VARIABLE, find_cpu_library
 from tests.export.check.faults import GRAPH_FAULTS, TOKENS, Fault
 from tests.export.check.faults_bodies import BODY_FAULTS, KERNEL_FAULTS, KernelFault
@@ -31,17 +31,17 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     return compiler.build
 
 
-def assert_found(report: dict[str, Any], fault: Fault | KernelFault, execution: str | None = None) -> None:
+def assert_found(report: Report, fault: Fault | KernelFault, execution: str | None = None) -> None:
     """The report says that it starts where the fault was planted."""
-    assert not report["passed"]
-    failure = report["failure"]
+    assert not report.passed
+    failure = report.failure
     if failure is None:  # PyTorch has nothing to compare with: what must hold anyway does not
-        (broken,) = (entry for entry in report["invariants"] if not entry["passed"])
-        assert broken["name"] == fault.at and f" {fault.operator}, {execution})" in broken["detail"]
+        (broken,) = (entry for entry in report.invariants if not entry.passed)
+        assert broken.name == fault.at and f" {fault.operator}, {execution})" in broken.detail
         return
-    assert (failure["name"], failure["operator"]) == (fault.at, fault.operator)
+    assert (failure.name, failure.operator) == (fault.at, fault.operator)
     if execution is not None:
-        assert failure["execution"] == execution
+        assert failure.execution == execution
 
 
 @pytest.mark.parametrize("name", GRAPH_FAULTS)
@@ -60,7 +60,7 @@ def test_fault_in_a_body(copied: Copied, name: str) -> None:
     checkpoint, bundle = copied(fault.model)
     if fault.prepare is not None:
         fault.prepare(checkpoint, bundle)
-        assert check_bundle(bundle, checkpoint, tokens=fault.tokens)["passed"]
+        assert check_bundle(bundle, checkpoint, tokens=fault.tokens).passed
     edit_model(bundle, fault.plant)
     assert_found(check_bundle(bundle, checkpoint, tokens=fault.tokens, shrink=False), fault, "bodies")
 
@@ -86,8 +86,8 @@ def test_harmless_change(copied: Copied, built: Built, monkeypatch: pytest.Monke
     data = periodic_text(bundle) if change.periodic else None
     with change.around():
         report = check_bundle(bundle, checkpoint, tokens=TOKENS, data=data, shrink=False, **change.arguments)
-    assert report["passed"], report["failure"] or report["end_to_end"]
+    assert report.passed, report.failure or report.end_to_end
     if not change.excused:
         return
-    (router,) = (entry for entry in report["selection"] if entry["name"] == change.excused)
-    assert router["excused"] > 0 and router["exact_rate"] < 1
+    (router,) = (entry for entry in report.selection if entry.name == change.excused)
+    assert router.excused > 0 and router.exact_rate < 1

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bilevel.export.check.choices import block_choice, expert_choices, expert_weights, is_proper
-from bilevel.export.check.judge import Array, Choice, Computation, Selection, dot_bound, judge_selection, loosen
+from bilevel.export.check.judge import Array, Computation, ScoredChoices, Selection, dot_bound, judge_selection, loosen
 from bilevel.operators import reference
 
 ROUTE: dict[str, Any] = {
@@ -22,14 +22,14 @@ ROUTE: dict[str, Any] = {
 }
 
 
-def choice(score: list[float], kept: list[int], bound: float = 1e-6, competing: list[int] | None = None) -> Choice:
+def choice(score: list[float], kept: list[int], bound: float = 1e-6, competing: list[int] | None = None) -> ScoredChoices:
     """One row."""
     options = np.arange(len(score))
     is_open = np.isin(options, options if competing is None else competing)
-    return Choice(np.array([score]), np.full((1, len(score)), bound), np.isin(options, kept)[None], is_open[None])
+    return ScoredChoices(np.array([score]), np.full((1, len(score)), bound), np.isin(options, kept)[None], is_open[None])
 
 
-def judge(reference_side: Choice, device: Choice) -> Selection:
+def judge(reference_side: ScoredChoices, device: ScoredChoices) -> Selection:
     stats = Selection("router")
     judge_selection(stats, reference_side, device, "tokens 0..8")
     return stats
@@ -38,7 +38,7 @@ def judge(reference_side: Choice, device: Choice) -> Selection:
 def test_judge_selection_equal_sets() -> None:
     stats = judge(choice([3, 2, 1], [0, 1]), choice([3, 2, 1], [0, 1]))
     assert stats.passed and (stats.rows, stats.exact, stats.excused, stats.jaccard_sum) == (1, 1, 0, 1.0)
-    assert stats.as_dict()["smallest_margin"] == pytest.approx(0.5)
+    assert stats.result(None, 1, 0, "CoarseRoute").smallest_margin == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(("gap", "passed"), [(0.0, True), (3.9e-6, True), (4.1e-6, False), (1.0, False)])
@@ -79,7 +79,7 @@ def test_judge_selection_never_excuses_another_count(kept: list[int]) -> None:
 
 
 def test_judge_selection_another_number_of_choices() -> None:
-    two = Choice(np.ones((2, 3)), np.ones((2, 3)), np.ones((2, 3), bool), np.ones((2, 3), bool))
+    two = ScoredChoices(np.ones((2, 3)), np.ones((2, 3)), np.ones((2, 3), bool), np.ones((2, 3), bool))
     stats = judge(two, choice([1, 1, 1], [0, 1, 2]))
     assert not stats.passed and "PyTorch makes 2 choices of 3, the graph 1 of 3" in stats.example
 
@@ -128,12 +128,12 @@ def test_selection_histogram_counts_every_row_that_had_a_choice() -> None:
         side = choice([2, 1, 1 - gap], [0, 1], bound=1e-6)
         judge_selection(stats, side, side)
     judge_selection(stats, choice([2, 1], [0], competing=[0]), choice([2, 1], [0], competing=[0]))
-    report = stats.as_dict()
-    margins, tolerance = report["margins"], report["tolerance"]
-    assert (margins["ties"], margins["fragile"], sum(margins["counts"])) == (1, 2, 3)
-    assert len(margins["edges"]) == len(margins["counts"]) + 1 and report["smallest_margin"] == 0
-    assert margins["edges"][0] <= -7 and margins["edges"][-1] > np.log10(0.5)
-    assert tolerance["largest"] == pytest.approx(4e-6)
+    result = stats.result(None, 1, 0, "CoarseRoute")
+    margins, tolerance = result.margins, result.tolerance
+    assert (margins.ties, margins.fragile, sum(margins.counts)) == (1, 2, 3)
+    assert len(margins.edges) == len(margins.counts) + 1 and result.smallest_margin == 0
+    assert margins.edges[0] <= -7 and margins.edges[-1] > np.log10(0.5)
+    assert tolerance.largest == pytest.approx(4e-6)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from onnx import helper
 from bilevel.errors import BundleError, RequestError
 from bilevel.export.check.parity import check_bundle
 from bilevel.export.decoder.bundle import describe_file
+from bilevel.export.report.model import Report
 from tests.export.check.faults import ATTENTION, GRAPH_FAULTS, LEVEL_2, TOKENS, first_failure, key_of_block_before, take
 from tests.export.check.harmless import periodic_text, zero_query
 from tests.export.check.surgery import before, edit_model, set_attribute
@@ -30,13 +31,13 @@ Exported = Callable[..., tuple[Path, Path]]
 def test_check_bundle_passes_and_is_recorded(copied: Exported, preset: str) -> None:
     checkpoint, bundle = copied(preset)
     report = check_bundle(bundle, checkpoint, tokens=TOKENS)
-    assert report["passed"] and first_failure(report) is None
+    assert report.passed and first_failure(report) is None
     routers = {"two_level": ["level 1", "layer 0 level 2", "layer 1 level 2", "layer 1 experts"], "dense": []}
-    names = [entry["name"] for entry in report["selection"]]
+    names = [entry.name for entry in report.selection]
     assert names == routers.get(preset, ["layer 0 level 2", "layer 1 level 2"])
-    assert all(entry["rows"] and entry["exact_rate"] == 1 for entry in report["selection"])
-    assert json.loads(json.dumps(report)) == report
-    assert report["executions"] == ["bodies"] if preset == "dense" else report["executions"][:1] == ["bodies"]
+    assert all(entry.rows and entry.exact_rate == 1 for entry in report.selection)
+    assert Report.from_json(report.to_json()) == report
+    assert report.executions == ("bodies",) if preset == "dense" else report.executions[:1] == ("bodies",)
     (verdict,) = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))["checks"]
     assert verdict["passed"] and verdict["model_sha256"] == describe_file(bundle / "model.onnx")["sha256"]
     assert verdict["checkpoint_sha256"] == describe_file(checkpoint / "model.safetensors")["sha256"]
@@ -60,10 +61,10 @@ def test_check_bundle_passes_exact_ties(copied: Exported) -> None:
     checkpoint, bundle = copied("two_level")
     zero_query(checkpoint, bundle)
     report = check_bundle(bundle, checkpoint, tokens=TOKENS, data=periodic_text(bundle))
-    assert report["passed"]
-    entries = {entry["name"]: entry for entry in report["selection"]}
-    assert entries["level 1"]["smallest_margin"] < 1e-6
-    assert entries["layer 1 level 2"]["exact_rate"] == 1
+    assert report.passed
+    entries = {entry.name: entry for entry in report.selection}
+    assert entries["level 1"].smallest_margin < 1e-6
+    assert entries["layer 1 level 2"].exact_rate == 1
 
 
 @pytest.mark.parametrize(
@@ -82,10 +83,10 @@ def test_check_bundle_names_attribute_that_only_a_plugin_reads(
     checkpoint, bundle = copied("two_level")
     edit_model(bundle, set_attribute(op_type, 0, name, value, follow=False))
     report = check_bundle(bundle, checkpoint, tokens=TOKENS, backend="portable")  # the CPU kernels do read attributes
-    assert not report["passed"] and report["verdicts"]["computation"]
-    (entry,) = report["structure"]
-    assert (entry["name"], entry["operator"], entry["attribute"]) == (label, op_type, name)
-    assert first_failure(report) == label and f"{name}={entry['graph']}" in report["failure"]["message"]
+    assert not report.passed and report.verdicts.computation
+    (entry,) = report.structure
+    assert (entry.name, entry.operator, entry.attribute) == (label, op_type, name)
+    assert first_failure(report) == label and f"{name}={entry.graph}" in report.failure.message
 
 
 def test_check_bundle_graph_without_a_routed_node(copied: Exported) -> None:
@@ -98,58 +99,58 @@ def test_check_bundle_graph_without_a_routed_node(copied: Exported) -> None:
 
     edit_model(bundle, drop)
     report = check_bundle(bundle, checkpoint, tokens=TOKENS)
-    (entry,) = report["structure"]
-    assert (entry["name"], entry["graph"], entry["model"]) == ("layer 1 attention", 0, 1)
-    assert first_failure(report) == "layer 1 attention" and report["failure"]["judgement"] == "structure"
-    assert not report["verdicts"]["computation"], "the layer's output is wrong as well"
+    (entry,) = report.structure
+    assert (entry.name, entry.graph, entry.model) == ("layer 1 attention", 0, 1)
+    assert first_failure(report) == "layer 1 attention" and report.failure.judgement == "structure"
+    assert not report.verdicts.computation, "the layer's output is wrong as well"
 
 
 def test_check_bundle_graph_that_cannot_run(copied: Exported) -> None:
     checkpoint, bundle = copied("two_level")
     edit_model(bundle, before(ATTENTION[0], 1, take([7], 1)))
     report = check_bundle(bundle, checkpoint, tokens=TOKENS)
-    assert not report["passed"] and first_failure(report) == "layer 0 output"
-    assert "cannot run the graph's layer 0" in report["failure"]["difference"]
-    assert not report["end_to_end"]["teacher_forced"]["passed"]
-    assert report["invariants"][0]["name"] == "the graph runs on its own"
+    assert not report.passed and first_failure(report) == "layer 0 output"
+    assert "cannot run the graph's layer 0" in report.failure.difference
+    assert not report.end_to_end.teacher_forced.passed
+    assert report.invariants[0].name == "the graph runs on its own"
 
 
 def test_check_bundle_names_the_smallest_input(copied: Exported) -> None:
     """A block is complete from its fourth token on, and the second block is the first that anybody chooses."""
     checkpoint, bundle = copied("two_level")
     edit_model(bundle, before(LEVEL_2[1], 1, key_of_block_before))
-    failure = check_bundle(bundle, checkpoint, tokens=TOKENS)["failure"]
-    assert (failure["layer"], failure["operator"], failure["execution"]) == (1, "FineRoute", "bodies")
-    assert len(failure["input"]["token_ids"]) == BLOCK_SIZE and failure["input"]["calls"] == [BLOCK_SIZE]
-    assert any(name.startswith("Pad") for name in failure["nodes"])
-    assert "PyTorch in fp64 has" in failure["difference"] and "Histogram" in failure["outliers"]
+    failure = check_bundle(bundle, checkpoint, tokens=TOKENS).failure
+    assert (failure.layer, failure.operator, failure.execution) == (1, "FineRoute", "bodies")
+    assert len(failure.input.token_ids) == BLOCK_SIZE and failure.input.calls == (BLOCK_SIZE,)
+    assert any(name.startswith("Pad") for name in failure.nodes)
+    assert "PyTorch in fp64 has" in failure.difference and "Histogram" in failure.outliers
 
 
 def test_check_bundle_needs_two_calls_to_show_a_stale_block(copied: Exported) -> None:
     checkpoint, bundle = copied("two_level")
     fault = GRAPH_FAULTS["level 2: stale block key after a chunk"]
     edit_model(bundle, fault.plant)
-    failure = check_bundle(bundle, checkpoint, tokens=TOKENS)["failure"]
-    assert failure["name"] == fault.at and len(failure["input"]["calls"]) > 1
+    failure = check_bundle(bundle, checkpoint, tokens=TOKENS).failure
+    assert failure.name == fault.at and len(failure.input.calls) > 1
 
 
 def test_check_bundle_other_cuts_and_another_order_of_rows(copied: Exported) -> None:
     checkpoint, bundle = copied("two_level")
     report = check_bundle(bundle, checkpoint, tokens=TOKENS, cuts=(1, 2, 3, 30), row_order=(1, 0))
-    assert report["passed"] and report["data"]["calls"][:4] == [1, 2, 3, 30]
+    assert report.passed and report.data.calls[:4] == (1, 2, 3, 30)
 
 
 @pytest.mark.parametrize("backend", ["portable", "kernels"])
 def test_check_bundle_one_backend(copied: Exported, backend: str) -> None:
     checkpoint, bundle = copied("moba")
     report = check_bundle(bundle, checkpoint, tokens=TOKENS, backend=backend)
-    assert report["passed"] and report["executions"] == [{"portable": "bodies", "kernels": "CPU kernels"}[backend]]
+    assert report.passed and report.executions == ({"portable": "bodies", "kernels": "CPU kernels"}[backend],)
 
 
 def test_check_bundle_invariants(copied: Exported) -> None:
     checkpoint, bundle = copied("two_level")
     report = check_bundle(bundle, checkpoint, tokens=TOKENS)
-    assert {entry["name"]: entry["passed"] for entry in report["invariants"]} == dict.fromkeys(
+    assert {entry.name: entry.passed for entry in report.invariants} == dict.fromkeys(
         [
             "any cut into calls",
             "all blocks kept equals dense",
@@ -163,10 +164,10 @@ def test_check_bundle_invariants(copied: Exported) -> None:
 def test_check_bundle_words_say_which_routers_differ(copied: Exported) -> None:
     checkpoint, bundle = copied("two_level")
     edit_model(bundle, set_attribute("FineRoute", 0, "local_blocks", 2))
-    words = check_bundle(bundle, checkpoint, tokens=TOKENS, shrink=False)["words"]
+    words = check_bundle(bundle, checkpoint, tokens=TOKENS, shrink=False).words
     assert len(words) == TOKENS
-    assert any(word["wrong"] == ["layer 0 level 2"] and word["state"] == "wrong" for word in words)
-    assert words[0]["state"] == "same"
+    assert any(word.wrong == ("layer 0 level 2",) and word.state == "wrong" for word in words)
+    assert words[0].state == "same"
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
@@ -175,12 +176,12 @@ def test_check_bundle_of_a_lower_precision(exported: Exported, tmp_path: Path, p
     checkpoint, source = exported(preset, "fp32", precision)
     bundle = shutil.copytree(source, tmp_path / "bundle")
     report = check_bundle(bundle, checkpoint, tokens=TOKENS)
-    assert report["passed"], report["failure"] or report["end_to_end"]
-    entries = {entry["name"]: entry for entry in report["computation"]}
+    assert report.passed, report.failure or report.end_to_end
+    entries = {entry.name: entry for entry in report.computation}
     attention = entries["layer 1 attention"]
     unit = {"fp16": 2.0**-11, "bf16": 2.0**-8}[precision]
-    assert attention["floor"] > unit / 100 and attention["limit"] >= 2 * attention["floor"]
-    assert report["end_to_end"]["teacher_forced"]["floor_kl"] > 0
+    assert attention.floor > unit / 100 and attention.limit >= 2 * attention.floor
+    assert report.end_to_end.teacher_forced.floor_kl > 0
 
 
 def test_check_bundle_fault_in_a_lower_precision(exported: Exported, tmp_path: Path) -> None:
@@ -223,15 +224,15 @@ def test_check_bundle_token_count(exported: Exported, tokens: int) -> None:
 def test_check_bundle_smallest_and_largest_token_count(copied: Exported, tokens: int) -> None:
     checkpoint, bundle = copied("moba")
     report = check_bundle(bundle, checkpoint, tokens=tokens)
-    assert report["passed"] and report["data"]["tokens"] == tokens + tokens * 3 // 5
-    assert report["end_to_end"]["greedy"]["agreed"] == report["end_to_end"]["greedy"]["tokens"]
+    assert report.passed and report.data.tokens == tokens + tokens * 3 // 5
+    assert report.end_to_end.greedy.agreed == report.end_to_end.greedy.tokens
 
 
 def test_check_bundle_heldout_text_is_the_default(copied: Exported) -> None:
     checkpoint, bundle = copied("moba")
     (checkpoint / "heldout.txt").write_text("the quick brown fox " * 30, encoding="utf-8")
     report = check_bundle(bundle, checkpoint, tokens=TOKENS)
-    assert report["data"]["source"] == str(checkpoint / "heldout.txt") and report["passed"]
+    assert report.data.source == str(checkpoint / "heldout.txt") and report.passed
 
 
 def test_check_bundle_verdict_on_a_full_disk(copied: Exported, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from bilevel.export.check.judge import COMPUTATION_LIMIT
 from bilevel.export.check.parity import check_bundle
 from bilevel.export.check.rounding import round_activations, round_weights
 from bilevel.export.graph.quantise import FP32_ACTIVATIONS, INT8_ACTIVATIONS
+from bilevel.export.report.model import Report
 from bilevel.runtime.cli.main import main
 from tests.doubles.bundle import edit_manifest
 from tests.export.check.faults import GRAPH_FAULTS, TOKENS, first_failure
@@ -92,15 +93,15 @@ def test_bundle_passes_within_the_limits_of_fp32(exported: Exported, tmp_path: P
     checkpoint, source = exported(preset, weights)
     bundle = shutil.copytree(source, tmp_path / "bundle")
     report = check_bundle(bundle, checkpoint, tokens=TOKENS)
-    assert report["passed"] and first_failure(report) is None and report["weights"] == weights
-    assert {entry["limit"] for entry in report["computation"]} == {COMPUTATION_LIMIT}
-    assert max(entry["error"] for entry in report["computation"]) < 1e-5
-    assert all(entry["exact_rate"] == 1 for entry in report["selection"])
-    activations, effect = report["activations"], report["effect"]
-    assert 0 < activations["kl_mean"] <= activations["limit"]
-    assert effect["kl_mean"] > 0 and effect["loss_after"] != effect["loss_before"]
-    assert [entry["name"] for entry in effect["routes"]] == [entry["name"] for entry in report["selection"]]
-    assert json.loads(json.dumps(report)) == report
+    assert report.passed and first_failure(report) is None and report.weights == weights
+    assert {entry.limit for entry in report.computation} == {COMPUTATION_LIMIT}
+    assert max(entry.error for entry in report.computation) < 1e-5
+    assert all(entry.exact_rate == 1 for entry in report.selection)
+    activations, effect = report.activations, report.effect
+    assert 0 < activations.kl_mean <= activations.limit
+    assert effect.kl_mean > 0 and effect.loss_after != effect.loss_before
+    assert [entry.name for entry in effect.routes] == [entry.name for entry in report.selection]
+    assert Report.from_json(report.to_json()) == report
     (verdict,) = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))["checks"]
     assert verdict["passed"] and verdict["weights"] == weights
 
@@ -111,17 +112,17 @@ def test_effect_grows_with_the_rounding(copied: Exported, exported: Exported, tm
     for weights in ("int8", "int4"):
         checkpoint, source = exported("two_level", weights)
         bundle = shutil.copytree(source, tmp_path / weights)
-        effects[weights] = check_bundle(bundle, checkpoint, tokens=80)["effect"]
-    assert effects["int8"]["kl_mean"] < effects["int4"]["kl_mean"]
-    routes = {name: {entry["name"]: entry for entry in effect["routes"]} for name, effect in effects.items()}
-    assert routes["int8"]["level 1"]["exact_rate"] == routes["int4"]["level 1"]["exact_rate"] == 1
-    assert routes["int4"]["layer 1 level 2"]["exact_rate"] < 1 and routes["int4"]["layer 1 level 2"]["jaccard"] > 0.5
-    assert [entry["rows"] for entry in routes["int4"].values()] == [80, 160, 160, 80]
+        effects[weights] = check_bundle(bundle, checkpoint, tokens=80).effect
+    assert effects["int8"].kl_mean < effects["int4"].kl_mean
+    routes = {name: {entry.name: entry for entry in effect.routes} for name, effect in effects.items()}
+    assert routes["int8"]["level 1"].exact_rate == routes["int4"]["level 1"].exact_rate == 1
+    assert routes["int4"]["layer 1 level 2"].exact_rate < 1 and routes["int4"]["layer 1 level 2"].jaccard > 0.5
+    assert [entry.rows for entry in routes["int4"].values()] == [80, 160, 160, 80]
 
 
 def test_fp32_bundle_has_no_looser_judgement(copied: Exported) -> None:
     report = check_bundle(*reversed(copied("moba")), tokens=TOKENS)
-    assert report["passed"] and report["weights"] == "fp32" and not {"activations", "effect"} & set(report)
+    assert report.passed and report.weights == "fp32" and not {"activations", "effect"} & set(report.to_dict())
 
 
 @pytest.mark.parametrize("name", ALSO_IN_FP32)
@@ -130,7 +131,7 @@ def test_planted_fault_in_an_int4_graph(copied: Exported, name: str) -> None:
     checkpoint, bundle = copied("two_level", "int4")
     edit_model(bundle, fault.plant)
     report = check_bundle(bundle, checkpoint, tokens=TOKENS)
-    assert not report["passed"] and first_failure(report) == fault.at
+    assert not report.passed and first_failure(report) == fault.at
 
 
 @pytest.mark.parametrize("fault", WEIGHT_FAULTS)
@@ -138,7 +139,7 @@ def test_planted_fault_in_int4_weights(copied: Exported, fault: str) -> None:
     checkpoint, bundle = copied("two_level", "int4")
     edit_model(bundle, WEIGHT_FAULTS[fault], weights=True)
     report = check_bundle(bundle, checkpoint, tokens=TOKENS)
-    assert not report["passed"] and first_failure(report) is not None
+    assert not report.passed and first_failure(report) is not None
 
 
 @pytest.mark.parametrize(("stored", "claimed"), [("int4", "int8"), ("int8", "int4"), ("fp32", "int4"), ("int4", "fp32")])
@@ -146,7 +147,7 @@ def test_another_format_than_the_manifest_says(copied: Exported, stored: str, cl
     checkpoint, bundle = copied("two_level", stored)
     edit_manifest(bundle, lambda manifest: manifest.update(weights={"format": claimed}))
     report = check_bundle(bundle, checkpoint, tokens=TOKENS)
-    assert not report["passed"] and first_failure(report) is not None
+    assert not report.passed and first_failure(report) is not None
 
 
 def test_unknown_format(copied: Exported) -> None:
@@ -164,7 +165,7 @@ def test_activations_are_judged(copied: Exported, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(effect, "ALLOWED_FACTOR", 0.1)
     monkeypatch.setattr(effect, "KL_LIMIT", 0.0)
     report = check_bundle(bundle, checkpoint, tokens=TOKENS)
-    assert first_failure(report) is None and not report["activations"]["passed"] and not report["passed"]
+    assert first_failure(report) is None and not report.activations.passed and not report.passed
 
 
 def test_shipped_file_rounds_activations_and_the_judged_copy_does_not(exported: Exported) -> None:
@@ -219,4 +220,4 @@ def test_set_attribute_keeps_the_quantised_products(copied: Exported) -> None:
     """The graph's bodies can be attached anew without losing what the quantised products need."""
     checkpoint, bundle = copied("two_level", "int4")
     edit_model(bundle, set_attribute("RoutedAttention", 0, "causal", 1))
-    assert check_bundle(bundle, checkpoint, tokens=TOKENS)["passed"]
+    assert check_bundle(bundle, checkpoint, tokens=TOKENS).passed

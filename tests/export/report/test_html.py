@@ -7,6 +7,7 @@ import hashlib
 import math
 import re
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,11 +15,13 @@ import pytest
 
 from bilevel.export.report import html as report_html
 from bilevel.export.report.html import render_page
+from bilevel.export.report.judgements import Margins, TensorResult, Tolerance
 from bilevel.export.report.map import column_points
+from bilevel.export.report.model import Report, Word
 from bilevel.export.report.summary import layer_map, shorten, verdict_lines, visible
 from bilevel.export.report.svg import Axis, histogram, histogram_range, interval, layer_chart, log_range, power_of_ten
 from bilevel.export.report.words import MOST_LISTED, differing_words, shade_bounds, word_spans
-from tests.export.report.report_samples import ALL, HOSTILE, as_read, build, deep, failing, passing
+from tests.export.report.report_samples import ALL, HOSTILE, build, changed, deep, failing, passing
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
@@ -89,19 +92,19 @@ def test_page_is_whole_and_alone(pages: dict[str, Page], name: str) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_page_says_everything(pages: dict[str, Page], name: str) -> None:
     report, page = ALL[name](), pages[name]
-    assert ("Parity holds" if report["passed"] else "Parity fails") in page.text
+    assert ("Parity holds" if report.passed else "Parity fails") in page.text
     for line in verdict_lines(report):
         assert " ".join(visible(shorten(line.text)).split()) in page.text
     sections = {"layers", "margins", "errors", "end", "invariants", "compared"}
-    sections |= {"structure"} if report["structure"] else set()
-    sections |= {"failure"} if report["failure"] else set()
-    sections |= {"rounding"} if report["weights"] != "fp32" else set()
-    sections |= {"text", "words", "word"} if report["words"] else set()
+    sections |= {"structure"} if report.structure else set()
+    sections |= {"failure"} if report.failure else set()
+    sections |= {"rounding"} if report.weights != "fp32" else set()
+    sections |= {"text", "words", "word"} if report.words else set()
     assert sections <= set(page.ids())
-    for entry in [*report["selection"], *report["computation"], *report["invariants"]]:
-        assert " ".join(visible(entry["name"]).split()) in page.text
-    if report["words"]:
-        assert page.words() == "".join(visible(word["text"]) for word in report["words"])
+    for entry in [*report.selection, *report.computation, *report.invariants]:
+        assert " ".join(visible(entry.name).split()) in page.text
+    if report.words:
+        assert page.words() == "".join(visible(word.text) for word in report.words)
 
 
 def test_every_picture_has_words(pages: dict[str, Page]) -> None:
@@ -130,11 +133,11 @@ def test_hostile_text_stays_text(pages: dict[str, Page]) -> None:
 
 def test_words_show_states_and_whitespace() -> None:
     words = [
-        {"text": "  a\n", "state": "same", "excused": [], "wrong": [], "margin": 3e-6},
-        {"text": "\n", "state": "excused", "excused": ["level 1"], "wrong": [], "margin": 1e-7},
-        {"text": "<b>", "state": "wrong", "excused": [], "wrong": ["layer 3 level 2"], "margin": None},
-        {"text": " ", "state": "wrong", "excused": ["level 1"], "wrong": ["layer 0 experts"], "margin": 0.5},
-        {"text": "z", "state": "same", "excused": [], "wrong": [], "margin": None},
+        Word("  a\n", "same", (), (), 3e-6),
+        Word("\n", "excused", ("level 1",), (), 1e-7),
+        Word("<b>", "wrong", (), ("layer 3 level 2",), None),
+        Word(" ", "wrong", ("level 1",), ("layer 0 experts",), 0.5),
+        Word("z", "same", (), (), None),
     ]
     page = Page(str(word_spans(words, (1e-6, 1e-5, 1e-4))))
     assert "".join(page.texts) == "  a\n\n<b> z"
@@ -148,9 +151,8 @@ def test_words_show_states_and_whitespace() -> None:
 
 def test_many_differing_words_are_listed_in_part() -> None:
     report = deep(2)
-    for word in report["words"]:
-        word |= {"state": "wrong", "wrong": ["level 1"]}
-    page = Page(render_page(report))
+    words = tuple(replace(word, state="wrong", wrong=("level 1",)) for word in report.words)
+    page = Page(render_page(replace(report, words=words)))
     assert f"4,096 tokens that differ, the first {MOST_LISTED}" in page.text
     assert page.classes()["wrong"] >= 4096
 
@@ -182,8 +184,8 @@ def test_page_stays_small() -> None:
 
 def test_unknown_parts_get_their_column() -> None:
     report = build(2, ())
-    report["computation"][-2] |= {"part": "gate", "name": "layer 1 gate"}
-    columns, rows = layer_map(report)
+    computation = changed(report.computation, report.computation[-2].name, part="gate", name="layer 1 gate")
+    columns, rows = layer_map(replace(report, computation=computation))
     assert [column.title for column in columns][-2:] == ["gate", "output"] and "gate" in rows["layer 1"]
 
 
@@ -204,12 +206,12 @@ def test_log_range() -> None:
 
 
 def test_histogram_draws_every_bin_and_the_tolerance() -> None:
-    entry = passing()["selection"][1]
+    entry = passing().selection[1]
     picture = str(histogram(entry, histogram_range([entry])))
-    assert picture.count("z") - picture.count("zone") == sum(number > 0 for number in entry["margins"]["counts"])
+    assert picture.count("z") - picture.count("zone") == sum(number > 0 for number in entry.margins.counts)
     assert 'class="tolerance"' in picture and 'class="tolerance-largest"' in picture and 'class="zone"' in picture
-    assert f"{entry['margins']['fragile']} rows below their tolerance, 0 tied" in picture
-    entry |= {"tolerance": None, "smallest_margin": None, "margins": {"edges": [-1, 0], "counts": [0], "fragile": 0, "ties": 0}}
+    assert f"{entry.margins.fragile} rows below their tolerance, 0 tied" in picture
+    entry = replace(entry, tolerance=Tolerance(None, None), smallest_margin=None, margins=Margins((-1, 0), (0,), 0, 0))
     assert 'class="tolerance"' not in str(histogram(entry, histogram_range([entry])))
 
 
@@ -217,7 +219,10 @@ def test_chart_shows_what_is_not_finite_as_failing(pages: dict[str, Page]) -> No
     titles = re.findall(r'<path class="cross"[^>]*><title>([^<]*)', pages["failing"].source)
     assert "logits: not finite" in titles and "layer 3: 9.8e-02" in titles
     assert len(titles) == sum(
-        not cell.passed for cells in layer_map(failing())[1].values() for cell in cells.values() if "error" in cell.entries[0]
+        not cell.passed
+        for cells in layer_map(failing())[1].values()
+        for cell in cells.values()
+        if isinstance(cell.worst, TensorResult)
     )
 
 
@@ -227,10 +232,12 @@ def test_interval_without_numbers() -> None:
 
 
 def test_shades_follow_the_tolerance() -> None:
-    selection = passing()["selection"]
+    selection = passing().selection
     assert shade_bounds(selection) == pytest.approx([2.4e-6, 1.2e-5, 6e-5])
     assert (
-        shade_bounds([]) == shade_bounds([{**selection[0], "tolerance": None}]) == pytest.approx([1e-6, 5e-6, 2.5e-5], rel=0.1)
+        shade_bounds([])
+        == shade_bounds([replace(selection[0], tolerance=Tolerance(None, None))])
+        == pytest.approx([1e-6, 5e-6, 2.5e-5], rel=0.1)
     )
 
 
@@ -244,7 +251,7 @@ def test_layer_chart_of_one_point() -> None:
 
 
 def test_a_report_read_back_gives_the_same_page() -> None:
-    assert render_page(as_read(failing())) == render_page(failing())
+    assert render_page(Report.from_json(failing().to_json())) == render_page(failing())
 
 
 def contrast(first: str, second: str) -> float:

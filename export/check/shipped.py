@@ -22,7 +22,7 @@ from bilevel.model import hidden_name
 from bilevel.state import Trace
 
 
-class Device:
+class ShippedGraph:
     """A session over the graph at ``path``. Numbers of a lower precision go in and come out as fp32.
 
     precision: the bundle's; bf16 is emulated, because ONNX Runtime's CPU provider has no kernels for it. fp32_activations: products
