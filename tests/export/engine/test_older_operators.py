@@ -32,7 +32,7 @@ def test_the_same_logits(preset: str, precision: str, tolerance: float, exported
     lower_operators(lowered, OLD)
     assert too_new(original) == {"RMSNormalization", "RotaryEmbedding"} and too_new(lowered) == set()
     onnx.checker.check_model(lowered)
-    pairs = zip(*(run_calls(each, CAPACITY, manifest["block_size"], False) for each in (lowered, original)), strict=True)
+    pairs = zip(*(run_calls(each, CAPACITY, manifest.block_size, False) for each in (lowered, original)), strict=True)
     for got, want in pairs:
         np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)
 
