@@ -46,7 +46,8 @@ Device current_device(const CudaDriver& driver) {
   return device;
 }
 
-// Code for sm_80 runs on 86 and 89, code for 86 on 89; Orin (87) and everything from 90 on runs its own only.  As bilevel/machine.py: runs_on.
+// Code for sm_80 runs on 86 and 89, code for 86 on 89; Orin (87) and everything from 90 on runs its own only
+// (bilevel/machine.py has the same rule).
 bool runs_on(int32_t arch, int32_t capability) {
   if (arch == capability) return true;
   return arch / 10 == 8 && capability / 10 == 8 && arch != 87 && capability != 87 && arch < capability;
