@@ -9,6 +9,7 @@ BilevelError                 every error a caller may cause; its message is one 
 ├── EngineError              an engine that is damaged, or does not run here
 ├── KernelError              a kernel library cannot be built or used, or refuses a call
 ├── RequestError             a prompt or sampling setting that cannot be served
+│   └── ContextTooLong       a prompt, with the tokens asked for, that is longer than a row
 ├── Overloaded               a server's queue is full
 ├── ShuttingDown             a server that takes no more requests
 └── MissingDependency        an optional package is not installed
@@ -74,6 +75,10 @@ class KernelError(BilevelError):
 
 class RequestError(BilevelError):
     """A prompt or a sampling setting that cannot be served."""
+
+
+class ContextTooLong(RequestError):
+    """A prompt, with the tokens that are asked for behind it, is longer than the model, its engine or the server allows."""
 
 
 class Overloaded(BilevelError):

@@ -19,7 +19,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from bilevel.errors import BilevelError
-from bilevel.runtime.backend.session import OnnxSession
+from bilevel.runtime.backend.onnx import OnnxSession
 
 LENGTHS = (512, 2048)
 TIMED_STEPS = 100

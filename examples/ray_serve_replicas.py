@@ -21,7 +21,7 @@ from ray import serve
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from bilevel.runtime.backend.session import OnnxSession
+from bilevel.runtime.backend.onnx import OnnxSession
 from bilevel.runtime.schedule.jobs import SchedulerLimits
 from bilevel.runtime.serve.app import create_app
 from bilevel.runtime.serve.server import build

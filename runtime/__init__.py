@@ -7,6 +7,6 @@
     bench/      speed and memory beside a dense twin
     cli/        the command line, one module per command
 
-Importing these modules, but for serve/, needs the standard library and numpy only. onnxruntime, tokenizers and rich are imported
-where they are used, so ``bilevel --help`` works on a bare board.
+Importing these modules, but for serve/, needs the standard library and numpy only. onnxruntime, tokenizers and rich are
+imported where they are used, so ``bilevel --help`` works on a bare board.
 """

@@ -1,7 +1,8 @@
 """What TensorRT-RTX compiles on the device, kept from process to process.
 
-A plan of TensorRT-RTX is finished on the GPU that runs it, kernel by kernel as shapes come up; done anew in every process that takes
-seconds to a minute. What was compiled lies in the user's cache folder, one file per plan: ``$XDG_CACHE_HOME/bilevel``, else ``~/.cache/bilevel``.
+A plan of TensorRT-RTX is finished on the GPU that runs it, kernel by kernel as shapes come up; done anew in every process that
+takes seconds to a minute. What was compiled lies in the user's cache folder, one file per plan: ``$XDG_CACHE_HOME/bilevel``,
+else ``~/.cache/bilevel``.
 """
 
 from __future__ import annotations
@@ -21,20 +22,21 @@ def cache_file(engine: Engine) -> Path:
 
 
 class CompiledKernels:
-    """TensorRT-RTX's runtime cache of one engine. A file of another version or GPU is left out; one that cannot be written, too.
+    """TensorRT-RTX's runtime cache of one engine.
 
-    config: any runtime configuration of the engine.
+    A file of another version or GPU is ignored, and so is a folder that cannot be written to. config: any runtime configuration
+    of the engine.
     """
 
     def __init__(self, config: Any, file: Path) -> None:
         self._cache, self._file = config.create_runtime_cache(), file
-        self._kept = b""
+        self._stored = b""
         try:
-            self._kept = file.read_bytes()
+            self._stored = file.read_bytes()
         except OSError:
             pass
-        if self._kept and not self._cache.deserialize(self._kept):
-            self._kept = b""
+        if self._stored and not self._cache.deserialize(self._stored):
+            self._stored = b""
 
     def serve(self, config: Any) -> None:
         """Let contexts of a configuration take what is there, and add to it."""
@@ -43,9 +45,9 @@ class CompiledKernels:
     def keep(self) -> None:
         """Write what has been compiled since it was read, in one step."""
         data = bytes(self._cache.serialize())
-        if data == self._kept:
+        if data == self._stored:
             return
-        self._kept = data
+        self._stored = data
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=self._file.parent, delete=False) as new:

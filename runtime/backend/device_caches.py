@@ -1,96 +1,41 @@
 """Rows in a GPU's memory: what engines (``engine``) and ONNX Runtime's CUDA provider (``onnx_cuda``) have in common.
 
-An input of the caches and its output lie at one address. Tokens go up to the GPU; logits and routes stay there until somebody reads
-them, and are then copied in one piece. A call of one token per row is an exception: its logits, or the best of them where the engine
-ranks them, come along at once, as somebody reads them always.
+An input of the caches and its output lie at one address. Tokens go up to the GPU; logits and routes stay there until they are
+read, and are then copied in one piece. A call of one token per row is an exception: its logits, or the best of them where the
+engine ranks them, are copied at once, because a sampler always reads them.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bilevel.bundle.format import Bundle
 from bilevel.bundle.manifest import CALL_INPUTS
-from bilevel.bundle.tensors import DTYPES, TensorSpec
+from bilevel.bundle.tensors import DTYPES
 from bilevel.errors import RequestError
-from bilevel.runtime.backend.device_memory import Device, Memory
+from bilevel.runtime.backend.device_layout import DeviceSession, Place, RowMemory, result_places
 from bilevel.runtime.backend.device_results import DeviceLogits, DeviceRoutes
 from bilevel.runtime.backend.dlpack import DeviceTensor, TokenIds
-from bilevel.runtime.backend.session import Routes
+from bilevel.runtime.backend.session import RouteArrays, Routes
 
-ALIGNMENT = 256  # bytes; of every address that a backend is given
-Sizes = Mapping[str, int]
 _Self = TypeVar("_Self", bound="DeviceCaches")
 
 
-class DeviceSession(Protocol):
-    """What the rows ask of their session. results: outputs that are no caches. longest: most new tokens of a call.
-
-    only_read: caches of token ids that the backend does not write.
-    """
-
-    bundle: Bundle
-    device: Device
-    results: tuple[TensorSpec, ...]
-    only_read: tuple[TensorSpec, ...]
-    longest: int
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a result of a call lies in the results' memory. offset: in bytes."""
-
-    offset: int
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-
-    @property
-    def end(self) -> int:
-        """One byte past its last."""
-        return self.offset + math.prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass
-class Buffers:
-    """What calls read and what they give, shared by rows that are cut out of others. num_calls: of all who share."""
-
-    call: dict[str, Memory]
-    results: Memory
-    num_calls: int = 0
-
-
 class DeviceCaches(ABC):
-    """See ``Caches``. A backend says how a call is prepared and executed.
+    """See ``Caches``. A backend says how a call is prepared and executed. memory: these rows' own, or a part of other rows'."""
 
-    whole: the caches whose rows from ``first`` on these are; None: new and zeroed ones.
-    """
-
-    def __init__(
-        self, session: DeviceSession, batch: int, capacity: int, whole: DeviceCaches | None = None, first: int = 0
-    ) -> None:
+    def __init__(self, session: DeviceSession, batch: int, capacity: int, memory: RowMemory) -> None:
         self.batch, self.capacity = batch, capacity
         self.last_call, self._length = 0, 1
         self._routes: Routes | None = None
-        self._session, self._device, self._bundle = session, session.device, session.bundle
-        sizes = self._bundle.sizes(batch, capacity)
+        self._session, self._gpu, self._bundle = session, session.gpu, session.bundle
+        self._memory, self._state, self._buffers = memory, memory.state, memory.buffers
         self._places: dict[int, dict[str, Place]] = {}
-        if whole is None:
-            new = {spec.name: self._new(spec, sizes, zeroed=True) for spec, _ in self._bundle.graph.state}
-            self._state = {name: (memory, memory.address) for name, memory in new.items()}
-            longest = {**sizes, "new_tokens": session.longest}
-            call = {spec.name: self._new(spec, longest) for spec in self._bundle.graph.inputs if spec.name in CALL_INPUTS}
-            # A backend wants an address for every output, those that nobody reads included.
-            results = self._device.allocate(max(place.end for place in self.places(session.longest).values()))
-            self._buffers = Buffers(call, results)
-        else:
-            self._state, self._buffers = whole._shared_rows(first), whole._buffers
         self._hosts: dict[tuple[str, ...], NDArray[np.uint8]] = {}
         self._names = self._route_names()
 
@@ -111,11 +56,12 @@ class DeviceCaches(ABC):
     def rows(self: _Self, first: int, count: int) -> _Self:
         """See ``Caches.rows``."""
 
-    def _new(self, spec: TensorSpec, sizes: Sizes, *, zeroed: bool = False) -> Memory:
-        return self._device.allocate(spec.num_bytes(sizes), zeroed=zeroed)
+    def _memory_from(self, first: int) -> RowMemory:
+        """The memory of the rows from ``first`` on. Raises RequestError where a row does not begin where a backend reads."""
+        return self._memory.from_row(first, self._bundle, self.capacity)
 
     def _route_names(self) -> tuple[str, ...]:
-        """Outputs that tell of routes, in the order of the results; none where one is missing."""
+        """The outputs that hold routes, in the order of the results; empty where the backend lacks one of them."""
         routes, results = self._bundle.graph.routes, [spec.name for spec in self._session.results]
         if routes is None:
             return ()
@@ -123,81 +69,61 @@ class DeviceCaches(ABC):
         return tuple(name for name in results if name in names) if names <= set(results) else ()
 
     def places(self, length: int) -> dict[str, Place]:
-        """Where the results of a call of ``length`` tokens a row lie: one behind the other, so that a copy takes several."""
+        """Where the results of a call of ``length`` tokens a row lie."""
         if length not in self._places:
             sizes = {**self._bundle.sizes(self.batch, self.capacity), "new_tokens": length}
-            found, offset = self._places.setdefault(length, {}), 0
-            for spec in self._session.results:
-                place = Place(offset, spec.resolve(sizes), DTYPES[spec.dtype].numpy)
-                found[spec.name] = place
-                offset = -(-place.end // ALIGNMENT) * ALIGNMENT
+            self._places[length] = result_places(self._session.results, sizes)
         return self._places[length]
 
     def addresses(self, length: int) -> dict[str, int]:
         """The address of every input and output in a call of ``length`` tokens a row."""
-        found = {name: memory.address for name, memory in self._buffers.call.items()}
-        found |= {name: self._buffers.results.address + place.offset for name, place in self.places(length).items()}
+        addresses = {name: memory.address for name, memory in self._buffers.call.items()}
+        addresses |= {name: self._buffers.results.address + place.offset for name, place in self.places(length).items()}
         # An input and its output share the memory: new tokens are written where the old ones lie.
         for spec, output in self._bundle.graph.state:
-            found[spec.name] = found[output] = self._state[spec.name][1]
-        return found
-
-    def _row_bytes(self, spec: TensorSpec) -> int:
-        return spec.num_bytes(self._bundle.sizes(1, self.capacity))
-
-    def _shared_rows(self, first: int) -> dict[str, tuple[Memory, int]]:
-        """The state from row ``first`` on. Raises RequestError where a row does not begin where a backend reads."""
-        state = {}
-        for spec, _ in self._bundle.graph.state:
-            memory, address = self._state[spec.name]
-            size = self._row_bytes(spec)
-            if size % ALIGNMENT and first:
-                raise RequestError(
-                    f"a row of the cache {spec.name} takes {size} bytes, a GPU reads from multiples of {ALIGNMENT}; take another "
-                    "--capacity (of an engine: when it is built)"
-                )
-            state[spec.name] = (memory, address + first * size)
-        return state
+            addresses[spec.name] = addresses[output] = self._state[spec.name][1]
+        return addresses
 
     def copy_prefix(self, source: int, target: int, tokens: int) -> None:
         """See ``Caches.copy_prefix``."""
-        # A block that is not whole yet has no key that anybody reads: it is pooled anew by the call that ends it.
+        # The key of an incomplete block is never read: the call that completes the block pools it anew.
         bundle, sizes = self._bundle, self._bundle.sizes(1, self.capacity)
-        kept = {"capacity": tokens, "num_blocks": tokens // bundle.block_size}
+        counts = {"capacity": tokens, "num_blocks": tokens // bundle.block_size}
         for spec, _ in bundle.graph.state:
-            axis = next((n for n, size in enumerate(spec.shape) if size in kept), 0)
-            shape, address, row = spec.resolve(sizes), self._state[spec.name][1], self._row_bytes(spec)
+            axis = next((n for n, size in enumerate(spec.shape) if size in counts), 0)
+            shape, address, row = spec.resolve(sizes), self._state[spec.name][1], spec.num_bytes(sizes)
             step = math.prod(shape[axis + 1 :]) * spec.itemsize
-            width = kept.get(str(spec.shape[axis]), 1) * step
+            width = counts.get(str(spec.shape[axis]), 1) * step
             if width:
                 places = (address + target * row, address + source * row)
-                self._device.copy_strips(*places, width, shape[axis] * step, math.prod(shape[:axis]))
+                self._gpu.copy_strips(*places, width, shape[axis] * step, math.prod(shape[:axis]))
 
     def run(self, input_ids: Any, past_len: NDArray[np.int32], new_len: NDArray[np.int32]) -> DeviceLogits:
         """See ``Caches.run``; input_ids may lie on the GPU (``TokenIds``).
 
         Raises RequestError when a call does not fit, EngineError or BundleError when the backend fails.
         """
-        ids = TokenIds(input_ids, self._device)
+        ids = TokenIds(input_ids, self._gpu)
         batch, length = ids.shape
         if batch != self.batch or length < 1:
             raise RequestError(f"input_ids has shape {list(ids.shape)}, the caches hold {self.batch} rows")
         if int(past_len.max()) + length > self.capacity:
             raise RequestError(
-                f"{length} new tokens do not fit behind {int(past_len.max())} in caches of {self.capacity}; give shorter prompts"
+                f"{length} new tokens do not fit behind {int(past_len.max())} in caches of {self.capacity}; "
+                "give shorter prompts"
             )
         self._prepare(length)
         self._buffers.num_calls += 1
         self.last_call, self._length, self._routes = self._buffers.num_calls, length, None
         ids.put(self._buffers.call["input_ids"].address)
         for name, array in (("past_len", past_len), ("new_len", new_len)):
-            self._device.upload(self._buffers.call[name].address, np.ascontiguousarray(array, DTYPES[CALL_INPUTS[name]].numpy))
+            self._gpu.upload(self._buffers.call[name].address, np.ascontiguousarray(array, DTYPES[CALL_INPUTS[name]].numpy))
         self._write_tokens(past_len, length)
         self._execute(length)
         logits = DeviceLogits(self)
         if length == 1:
             logits.start()
-        self._device.synchronize()
+        self._gpu.synchronize()
         return logits
 
     def _write_tokens(self, past_len: NDArray[np.int32], length: int) -> None:
@@ -206,7 +132,7 @@ class DeviceCaches(ABC):
             size, first = spec.itemsize, self._state[spec.name][1]
             for row, past in enumerate(past_len.tolist()):
                 source = self._buffers.call["input_ids"].address + row * length * size
-                self._device.copy_strips(first + (row * self.capacity + past) * size, source, length * size, length * size, 1)
+                self._gpu.copy_strips(first + (row * self.capacity + past) * size, source, length * size, length * size, 1)
 
     def tensor(self, name: str) -> DeviceTensor:
         """A cache, by its input's name, or a result of the last call, where it lies; anything that speaks DLPack may take it.
@@ -217,22 +143,22 @@ class DeviceCaches(ABC):
         for spec, _ in self._bundle.graph.state:
             if spec.name == name:
                 memory, address = self._state[name]
-                return DeviceTensor(address, spec.resolve(sizes), spec.dtype, self._device, memory)
+                return DeviceTensor(address, spec.resolve(sizes), spec.dtype, self._gpu, memory)
         for spec in self._session.results:
             if spec.name == name:
                 place = self.places(self._length)[name]
                 results = self._buffers.results
-                return DeviceTensor(results.address + place.offset, place.shape, spec.dtype, self._device, results)
+                return DeviceTensor(results.address + place.offset, place.shape, spec.dtype, self._gpu, results)
         names = [spec.name for spec in (*self._session.results, *(spec for spec, _ in self._bundle.graph.state))]
         raise RequestError(f"there is no tensor {name!r} on the GPU; take one of {', '.join(names)}")
 
     def reserve(self) -> None:
         """See ``Caches.reserve``: a GPU's memory is taken when it is allocated, and cleared by the time that this returns."""
-        self._device.synchronize()
+        self._gpu.synchronize()
 
     @property
     def routes(self) -> Routes | None:
-        """See ``Caches.routes``. They are copied, all at once, when a field is first looked at; a call without readers copies nothing."""
+        """See ``Caches.routes``. All are copied when a field is first looked at; a call without readers copies nothing."""
         return DeviceRoutes(self) if self._names and self.last_call else None
 
     def read_routes(self) -> Routes:
@@ -240,17 +166,17 @@ class DeviceCaches(ABC):
         routes = self._bundle.graph.routes
         assert routes is not None
         if self._routes is None:
-            found = self.fetch(self._names)
-            blocks = np.stack([found[name] for name in routes.blocks])
-            experts = {layer: found[name] for layer, name in routes.experts.items()}
-            self._routes = Routes(found[routes.candidates] if routes.candidates else None, blocks, experts)
+            outputs = self.fetch(self._names)
+            blocks = np.stack([outputs[name] for name in routes.blocks])
+            experts = {layer: outputs[name] for layer, name in routes.experts.items()}
+            self._routes = RouteArrays(outputs[routes.candidates] if routes.candidates else None, blocks, experts)
         return self._routes
 
     def fetch(self, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Neighbouring results of the last call, copied in one piece."""
-        found = self.start_fetch(names)
-        self._device.synchronize()
-        return found
+        results = self.start_fetch(names)
+        self._gpu.synchronize()
+        return results
 
     def start_fetch(self, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Enqueue that copy; the arrays may be read once the stream is synchronised."""
@@ -259,7 +185,7 @@ class DeviceCaches(ABC):
         host = self._hosts.get(tuple(names))
         if host is None or host.size != end - first:
             host = self._hosts[tuple(names)] = np.empty(end - first, np.uint8)
-        self._device.download(host, self._buffers.results.address + first)
+        self._gpu.download(host, self._buffers.results.address + first)
         parts = {name: host[places[name].offset - first : places[name].end - first] for name in names}
         return {name: part.view(places[name].dtype).reshape(places[name].shape) for name, part in parts.items()}
 

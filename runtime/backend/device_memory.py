@@ -1,6 +1,6 @@
 """A GPU's memory, streams and graphs for the runtime, through NVIDIA's ``cuda.bindings`` (extra ``gpu``).
 
-``Device`` is all that the runtime knows of CUDA. Addresses and handles are numbers, as TensorRT takes them.
+``CudaDevice`` is all that the runtime knows of CUDA. Addresses and handles are numbers, as TensorRT takes them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bilevel.runtime.backend.dlpack import CUDA
 class Memory:
     """Memory on the GPU, freed with the object. address: of its first byte, a multiple of 256."""
 
-    def __init__(self, device: Device, num_bytes: int) -> None:
+    def __init__(self, device: CudaDevice, num_bytes: int) -> None:
         self.num_bytes = num_bytes
         self._device = device
         self.address = device.allocate_raw(num_bytes)
@@ -27,7 +27,7 @@ class Memory:
             self._device.free_raw(self.address)
 
 
-class Device:
+class CudaDevice:
     """The current GPU and one stream of it, on which everything here is enqueued. Raises EngineError where a call fails."""
 
     def __init__(self) -> None:
@@ -118,5 +118,5 @@ class Device:
         return lambda: self._call("a graph", cuda.cudaGraphLaunch, executable, self.stream)
 
     def free_bytes(self) -> int:
-        """Memory that nobody uses."""
+        """Memory of the GPU that is free."""
         return int(self._call("to count memory", lambda: self._cuda.cudaMemGetInfo()[:2]))

@@ -1,17 +1,18 @@
-"""What a call leaves on a GPU, read when somebody looks: logits and routes. See ``device_caches``."""
+"""What a call leaves on a GPU, copied when it is first read: logits and routes. See ``device_caches``."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bilevel.runtime.backend.ranking import Best
-from bilevel.runtime.backend.session import Routes
 
 if TYPE_CHECKING:
     from bilevel.runtime.backend.device_caches import DeviceCaches
+    from bilevel.runtime.backend.session import Routes
 
 BEST = ("top_logits", "top_ids", "log_sum")  # outputs of an engine that ranks its logits: fp32 and int32 [B, K], fp32 [B]
 
@@ -74,16 +75,27 @@ class DeviceRow:
         return self._logits.__array__()[self._row]
 
 
-class DeviceRoutes(Routes):
-    """Routes that are copied when the first of their fields is looked at."""
+class DeviceRoutes:
+    """``Routes`` of the last call, copied when the first of their fields is looked at."""
 
     def __init__(self, caches: DeviceCaches) -> None:
-        self.__dict__.update(_caches=caches, _call=caches.last_call)
+        self._caches, self._call = caches, caches.last_call
 
-    def __getattr__(self, name: str) -> Any:
-        # Python comes here for the fields, which this object does not have itself.
-        if name not in ("candidates", "blocks", "experts"):
-            raise AttributeError(name)
-        caches: DeviceCaches = self.__dict__["_caches"]
-        caches.check_call(self.__dict__["_call"], "routes")
-        return getattr(caches.read_routes(), name)
+    def _read(self) -> Routes:
+        self._caches.check_call(self._call, "routes")
+        return self._caches.read_routes()
+
+    @property
+    def candidates(self) -> NDArray[np.int32] | None:
+        """See ``Routes``."""
+        return self._read().candidates
+
+    @property
+    def blocks(self) -> NDArray[np.int32]:
+        """See ``Routes``."""
+        return self._read().blocks
+
+    @property
+    def experts(self) -> Mapping[int, NDArray[np.int32]]:
+        """See ``Routes``."""
+        return self._read().experts

@@ -3,8 +3,8 @@
 torch.from_dlpack(caches.tensor("past.key.0"))      # PyTorch's, CuPy's or JAX's view of the same memory
 caches.run(torch_ids_on_the_gpu, past_len, new_len)
 
-None of these libraries is needed. NumPy makes the capsules: of an array that nobody reads, whose address is the GPU's, so that memory
-is kept and released by NumPy's own C code, on any thread and at the interpreter's end.
+None of these libraries is needed. NumPy makes the capsules: of an array that is never read, whose address is the GPU's, so that
+memory is kept and released by NumPy's own C code, on any thread and at the interpreter's end.
 """
 
 from __future__ import annotations
@@ -89,12 +89,15 @@ class OnDevice(Protocol):
         """Fill with zero bytes."""
 
     def copy_strips(self, target: int, source: int, width: int, pitch: int, count: int, source_pitch: int = 0) -> None:
-        """See ``Device.copy_strips``."""
+        """See ``CudaDevice.copy_strips``."""
 
 
 @dataclass(frozen=True)
 class DeviceTensor:
-    """Memory of a device, dense and in C order. dtype: a key of DTYPES. owner: kept as long as anybody holds what is handed out."""
+    """Memory of a device, dense and in C order.
+
+    dtype: a key of DTYPES. owner: kept alive as long as a capsule or an array made of it.
+    """
 
     address: int
     shape: tuple[int, ...]
@@ -113,9 +116,10 @@ class DeviceTensor:
         dl_device: tuple[int, int] | None = None,
         copy: bool | None = None,
     ) -> Any:
-        """A capsule, versioned where the consumer knows it. stream: the consumer's, which waits for what is enqueued (-1: it need not).
+        """A capsule, versioned where the consumer knows it.
 
-        Raises BufferError for a copy or another device, ValueError for stream 0, which names no stream.
+        stream: the consumer's, which waits for what is enqueued (-1: it need not). Raises BufferError for a copy or another
+        device, ValueError for stream 0, which names no stream.
         """
         kind, index = self.device.dlpack_device
         if copy or dl_device not in (None, (kind, index)):
@@ -152,18 +156,19 @@ class TokenIds:
 
     def __init__(self, ids: Any, device: OnDevice) -> None:
         self._device, self._address = device, 0
-        self._kept: Any = ids
+        self._source: Any = ids
         if not isinstance(ids, np.ndarray) and not hasattr(ids, "__dlpack_device__"):
             raise RequestError(f"input_ids is a {type(ids).__name__}; give a NumPy array, or a tensor that speaks DLPack")
         place = (CPU, 0) if isinstance(ids, np.ndarray) else tuple(map(int, ids.__dlpack_device__()))
         if place[0] != CPU and place == tuple(device.dlpack_device):
             self._take(ids)
         elif place[0] in (CPU, CUDA_HOST):
-            self._kept = ids if isinstance(ids, np.ndarray) else np.from_dlpack(ids)
-            self._check(self._kept.shape, str(self._kept.dtype))
+            self._source = ids if isinstance(ids, np.ndarray) else np.from_dlpack(ids)
+            self._check(self._source.shape, str(self._source.dtype))
         else:
             raise RequestError(
-                f"input_ids lie on device {place} (DLPack's numbers), the caches on {tuple(device.dlpack_device)}; move them there"
+                f"input_ids lie on device {place} (DLPack's numbers), the caches on {tuple(device.dlpack_device)}; "
+                "move them there"
             )
 
     def _check(self, shape: tuple[int, ...], dtype: str) -> None:
@@ -174,10 +179,10 @@ class TokenIds:
     def _take(self, ids: Any) -> None:
         """Keep what lies on the device, which is ready for our stream from here on."""
         try:
-            self._kept = ids.__dlpack__(stream=self._device.stream, max_version=(1, 0))
+            self._source = ids.__dlpack__(stream=self._device.stream, max_version=(1, 0))
         except TypeError:  # of a producer older than the versioned capsule
-            self._kept = ids.__dlpack__(stream=self._device.stream)
-        tensor = _tensor_of(self._kept)
+            self._source = ids.__dlpack__(stream=self._device.stream)
+        tensor = _tensor_of(self._source)
         shape = tuple(tensor.shape[: tensor.ndim])
         name = {0: "int", 1: "uint", 2: "float", _BFLOAT: "bfloat"}.get(tensor.code, "code") + str(tensor.bits)
         self._check(shape, name if tensor.lanes == 1 else f"{name}x{tensor.lanes}")
@@ -191,7 +196,7 @@ class TokenIds:
         """Enqueue the copy to int64 [B, L] at an address of the device; this object is kept until it is done."""
         count = math.prod(self.shape)
         if not self._address:
-            self._device.upload(address, np.ascontiguousarray(self._kept, np.int64))
+            self._device.upload(address, np.ascontiguousarray(self._source, np.int64))
         elif self._itemsize == 8:
             self._device.copy_strips(address, self._address, 8 * count, 8 * count, 1)
         else:  # ids are not negative: the upper halves are zero

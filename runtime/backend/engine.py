@@ -1,13 +1,13 @@
 """An engine of TensorRT or TensorRT-RTX as a session: what ``runtime/backend/session.py`` asks of a backend, on a GPU.
 
-Caches live in the GPU's memory (``device_caches``), so nothing but tokens and what is read of the logits crosses the bus. A call of one
-token per row is captured into a CUDA graph the second time and launched as one from then on.
+Caches live in the GPU's memory (``device_caches``), so nothing but tokens and what is read of the logits crosses the bus. A
+call of one token per row is captured into a CUDA graph the second time and launched as one from then on.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,8 +19,10 @@ from bilevel.bundle.tensors import TensorSpec
 from bilevel.errors import EngineError, RequestError
 from bilevel.runtime.backend.compiled import CompiledKernels, cache_file
 from bilevel.runtime.backend.device_caches import DeviceCaches
-from bilevel.runtime.backend.device_memory import Device, Memory
+from bilevel.runtime.backend.device_layout import RowMemory
+from bilevel.runtime.backend.device_memory import CudaDevice, Memory
 from bilevel.runtime.backend.device_results import BEST
+from bilevel.runtime.backend.session import SessionLimits
 
 _RESERVE = 256 * 2**20  # bytes of the GPU's memory that stay free for what TensorRT takes as it runs
 
@@ -53,11 +55,11 @@ def _logger(trt: Any, errors: list[str]) -> Any:
 class EngineSession:
     """A plan, deserialised on the current GPU.
 
-    library: the kernel library whose plugins the plan uses, None for a plan without. Raises EngineError for a plan that is damaged
-    or does not run here.
+    library: the kernel library whose plugins the plan uses, None for a plan without. Raises EngineError for a plan that is
+    damaged or does not run here.
     """
 
-    def __init__(self, bundle: Bundle, engine: Engine, library: Path | None, device: Device | None = None) -> None:
+    def __init__(self, bundle: Bundle, engine: Engine, library: Path | None, gpu: CudaDevice | None = None) -> None:
         self.bundle, self.engine = bundle, engine
         self._trt: Any = load_module(engine.backend)
         self._errors: list[str] = []
@@ -72,7 +74,7 @@ class EngineSession:
             raise EngineError(
                 f"TensorRT cannot load the plugins of {library} ({self._reason()}); build it anew: bilevel kernels build"
             )
-        self.device = Device() if device is None else device
+        self.gpu = CudaDevice() if gpu is None else gpu
         self._runtime = self._trt.Runtime(self._logger)
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
@@ -83,9 +85,33 @@ class EngineSession:
         if engine.weight_streaming:
             self._place_weights()
 
+    @property
+    def backend(self) -> str:
+        """See ``Session.backend``."""
+        return self.engine.backend
+
+    @property
+    def device(self) -> str:
+        """See ``Session.device``."""
+        return f"cuda:{self.gpu.dlpack_device[1]}"
+
+    @property
+    def limits(self) -> SessionLimits:
+        """See ``Session.limits``: what the engine was built for."""
+        fewest, most = self.engine.batch
+        return SessionLimits(
+            _reach(self.engine.new_tokens),
+            fewest,
+            most,
+            self.engine.capacity,
+            self.gpu.free_bytes(),
+            f"the engine {self.engine.name}",
+            self.engine.remedy,
+        )
+
     def _place_weights(self) -> None:
-        """As many of the weights as find room beside caches and activations lie on the GPU; the host keeps the others for every call."""
-        room = max(0, self.device.free_bytes() - self.engine.device_bytes - _RESERVE)
+        """Put as many weights on the GPU as find room beside caches and activations; the others stay with the host."""
+        room = max(0, self.gpu.free_bytes() - self.engine.device_bytes - _RESERVE)
         # Before the first context: it fixes the budget.
         self._engine.weight_streaming_budget_v2 = min(self._engine.streamable_weights_size, room)
 
@@ -94,7 +120,7 @@ class EngineSession:
         return self._errors[-1].strip().splitlines()[0] if self._errors else "TensorRT gave no reason"
 
     def _check_ports(self) -> None:
-        """The plan's inputs and outputs are those of the graph. Outputs that only tell of routes may be missing, and caches of
+        """The plan's inputs and outputs are those of the graph. Outputs that only hold routes may be missing, and caches of
         token ids, which it then only reads (``export/engine/cache_writes.py``)."""
         self.tensors = {self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)}
         present = {name for _, name in self.bundle.graph.state}
@@ -103,19 +129,19 @@ class EngineSession:
         expected = {spec.name for spec in self.bundle.graph.inputs} | present - tokens.keys() | {"logits"}
         if missing := expected - self.tensors:
             raise EngineError(f"{self.engine.path.name} has no tensor {min(missing)}; {self.engine.remedy}")
-        told = [spec for spec in self.bundle.graph.outputs if spec.name in self.tensors - present]
-        self.results = (*told, *(self._best_outputs() if self.tensors >= set(BEST) else ()))
+        results = [spec for spec in self.bundle.graph.outputs if spec.name in self.tensors - present]
+        self.results = (*results, *(self._best_outputs() if self.tensors >= set(BEST) else ()))
         if unknown := self.tensors - expected - tokens.keys() - {spec.name for spec in self.results}:
             raise EngineError(f"{self.engine.path.name} has a tensor {min(unknown)} that the graph lacks; {self.engine.remedy}")
         self.longest = max(most for _, most in self.engine.new_tokens)
 
     def _best_outputs(self) -> list[TensorSpec]:
-        """The outputs of an engine that ranks its logits: it says how many it keeps."""
+        """The outputs of an engine that ranks its logits: it says how many it gives."""
         values, ids, log_sum = BEST
-        kept = tuple(self._engine.get_tensor_shape(values))[1]
+        count = tuple(self._engine.get_tensor_shape(values))[1]
         return [
-            TensorSpec(values, "float32", ("batch", kept)),
-            TensorSpec(ids, "int32", ("batch", kept)),
+            TensorSpec(values, "float32", ("batch", count)),
+            TensorSpec(ids, "int32", ("batch", count)),
             TensorSpec(log_sum, "float32", ("batch",)),
         ]
 
@@ -124,24 +150,25 @@ class EngineSession:
         fewest, most = self.engine.batch
         if not fewest <= batch <= most:
             raise RequestError(
-                f"batch={batch} is outside what the engine was built for ({fewest} to {most}); {self.engine.remedy} --batch {batch}"
+                f"batch={batch} is outside what the engine was built for ({fewest} to {most}); "
+                f"{self.engine.remedy} --batch {batch}"
             )
         if not 1 <= capacity <= self.engine.capacity:
             raise RequestError(
                 f"capacity={capacity} is more than the engine was built for ({self.engine.capacity}); shorten the prompt, or "
                 f"{self.engine.remedy} --capacity {capacity}"
             )
-        return EngineCaches(self, batch)
+        return EngineCaches(self, batch, RowMemory.allocate(self, batch, self.engine.capacity))
 
     def _context_config(self, profile: int) -> Any:
-        """How a context is made: without working memory of its own, and in TensorRT-RTX with the kernels that were compiled before."""
+        """How a context is made: without working memory of its own, in TensorRT-RTX with the kernels compiled before."""
         strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if self.engine.backend != "tensorrt-rtx":
             return strategy
         config = self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(strategy)
         if self.engine.new_tokens[profile] == (1, 1):
-            # The capture of a single token keeps the kernels that it meets: the final ones, not those that run until these are compiled.
+            # The capture of a single token fixes its kernels: the final ones, not those that run until these are compiled.
             config.dynamic_shapes_kernel_specialization_strategy = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
         if self._compiled is None:
             self._compiled = CompiledKernels(config, cache_file(self.engine))
@@ -154,17 +181,17 @@ class EngineSession:
             self._compiled.keep()
 
     def context(self, profile: int) -> Any:
-        """A new execution context on an optimisation profile. All contexts run one after another, in the same working memory."""
+        """A new execution context on an optimisation profile. Contexts run one after another, in the same working memory."""
         if self._working is None:
             sizes = map(self._engine.get_device_memory_size_for_profile_v2, range(self._engine.num_optimization_profiles))
-            self._working = self.device.allocate(max(sizes))
+            self._working = self.gpu.allocate(max(sizes))
         context = self._engine.create_execution_context(self._context_config(profile))
-        if context is None or not context.set_optimization_profile_async(profile, self.device.stream):
+        if context is None or not context.set_optimization_profile_async(profile, self.gpu.stream):
             raise EngineError(
                 f"the engine gets no memory to run ({self._reason()}); use a smaller batch, or {self.engine.remedy}"
             )
         context.set_device_memory(self._working.address, self._working.num_bytes)
-        self.device.synchronize()
+        self.gpu.synchronize()
         return context
 
     def failure(self, what: str) -> EngineError:
@@ -172,11 +199,20 @@ class EngineSession:
         return EngineError(f"the engine {what} ({self._reason()}); bilevel doctor tells what this machine can run")
 
 
+def _reach(lengths: Iterable[tuple[int, int]]) -> int:
+    """The longest call such that every shorter one lies in one of these ranges too; 0 where 1 lies in none."""
+    reach = 0
+    for fewest, most in sorted(lengths):
+        if fewest <= reach + 1:
+            reach = max(reach, most)
+    return reach
+
+
 class EngineCaches(DeviceCaches):
     """See ``DeviceCaches``: one execution context for every optimisation profile, and decode as a CUDA graph."""
 
-    def __init__(self, session: EngineSession, batch: int, whole: EngineCaches | None = None, first: int = 0) -> None:
-        super().__init__(session, batch, session.engine.capacity, whole, first)
+    def __init__(self, session: EngineSession, batch: int, memory: RowMemory) -> None:
+        super().__init__(session, batch, session.engine.capacity, memory)
         self._engine_session = session
         self._contexts: dict[int, Any] = {}
         self._lengths: dict[int, int] = {}
@@ -185,7 +221,7 @@ class EngineCaches(DeviceCaches):
 
     def rows(self, first: int, count: int) -> EngineCaches:
         """See ``Caches.rows``. Raises RequestError where a row of a cache does not begin where TensorRT reads."""
-        return EngineCaches(self._engine_session, count, self, first)
+        return EngineCaches(self._engine_session, count, self._memory_from(first))
 
     def _prepare(self, length: int) -> None:
         self._context(self._profile(length), length)
@@ -226,11 +262,11 @@ class EngineCaches(DeviceCaches):
         context = self._contexts[profile]
 
         def execute() -> None:
-            if not context.execute_async_v3(self._device.stream):
+            if not context.execute_async_v3(self._gpu.stream):
                 raise self._engine_session.failure("was not run")
 
         self._calls[profile] += 1
         if length == 1 and self._calls[profile] == 2:
-            self._graphs[profile] = self._device.capture(execute)
+            self._graphs[profile] = self._gpu.capture(execute)
             self._engine_session.keep_compiled()
         self._graphs.get(profile, execute)()

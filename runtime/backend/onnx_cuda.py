@@ -1,7 +1,8 @@
 """The graph in ONNX Runtime on a GPU: its portable bodies on the CUDA provider, its rows in ``device_caches``.
 
-The routed operators' library is for CPUs, so it is not registered; what the provider has no kernel for, ONNX Runtime runs on the CPU
-and copies to and fro. What must not happen silently, and does by default, is that all of it runs there.
+The routed operators' library is for CPUs, so it is not registered; ONNX Runtime runs what the provider has no kernel for on the
+CPU, with copies to the host and back. By default it also runs the whole graph there, silently, where the provider fails; here
+that is an error.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from bilevel.bundle.tensors import DTYPES, TensorSpec
 from bilevel.errors import EngineError
 from bilevel.machine import find_provider_problem, preload_cuda
 from bilevel.runtime.backend.device_caches import DeviceCaches
-from bilevel.runtime.backend.device_memory import Device
-from bilevel.runtime.backend.session import OnnxGraph, translated
+from bilevel.runtime.backend.device_layout import RowMemory
+from bilevel.runtime.backend.device_memory import CudaDevice
+from bilevel.runtime.backend.onnx_graph import OnnxGraph, translated
+from bilevel.runtime.backend.session import SessionLimits
 
 PROVIDER = "CUDAExecutionProvider"
 
@@ -25,19 +28,31 @@ class CudaSession(OnnxGraph):
     threads: of the nodes that stay on the CPU.
     """
 
-    def __init__(self, bundle: Bundle, threads: int = 0, device: Device | None = None) -> None:
-        self.device = Device() if device is None else device
+    backend = "onnx-cuda"
+
+    def __init__(self, bundle: Bundle, threads: int = 0, gpu: CudaDevice | None = None) -> None:
+        self.gpu = CudaDevice() if gpu is None else gpu
         super().__init__(bundle, threads)
         present = {name for _, name in bundle.graph.state}
         self.results = tuple(spec for spec in bundle.graph.outputs if spec.name not in present)
         self.only_read: tuple[TensorSpec, ...] = ()
         self.longest = bundle.prefill_chunk
 
+    @property
+    def device(self) -> str:
+        """See ``Session.device``."""
+        return f"cuda:{self.gpu.dlpack_device[1]}"
+
+    @property
+    def limits(self) -> SessionLimits:
+        """See ``Session.limits``: the model's and the GPU's memory's."""
+        return SessionLimits(longest_call=self.longest, cache_bytes=self.gpu.free_bytes())
+
     def _open_graph(self, options: Any) -> Any:
         ort, bundle = self._ort, self.bundle
         preload_cuda(ort)
         # Our stream: copies and calls are in order without waiting. Products in fp32 as the CPU makes them, not in tf32.
-        own = {"device_id": "0", "user_compute_stream": str(self.device.stream), "use_tf32": "0"}
+        own = {"device_id": "0", "user_compute_stream": str(self.gpu.stream), "use_tf32": "0"}
         if PROVIDER not in ort.get_available_providers():
             raise EngineError(find_provider_problem())
         ort.set_default_logger_severity(4)  # why the provider does not load is said below
@@ -52,35 +67,33 @@ class CudaSession(OnnxGraph):
         return session
 
     def allocate(self, batch: int, capacity: int) -> CudaCaches:
-        """See ``Session.allocate``. Raises RequestError where the sizes are wrong, EngineError where the memory is not there."""
+        """See ``Session.allocate``.
+
+        Raises RequestError where the sizes are wrong, EngineError where the memory is not there.
+        """
         self._check_sizes(batch, capacity)
-        return CudaCaches(self, self._session, batch, capacity)
+        return CudaCaches(self, self._session, batch, capacity, RowMemory.allocate(self, batch, capacity))
 
 
 class CudaCaches(DeviceCaches):
-    """See ``DeviceCaches``. A binding serves all calls of one length: single tokens keep theirs, pieces of prompts share another."""
+    """See ``DeviceCaches``.
 
-    def __init__(
-        self,
-        session: CudaSession,
-        graph: Any,
-        batch: int,
-        capacity: int,
-        whole: CudaCaches | None = None,
-        first: int = 0,
-    ) -> None:
-        super().__init__(session, batch, capacity, whole, first)
+    A binding serves all calls of one length: one for single tokens, one for the last piece of a prompt.
+    """
+
+    def __init__(self, session: CudaSession, graph: Any, batch: int, capacity: int, memory: RowMemory) -> None:
+        super().__init__(session, batch, capacity, memory)
         self._cuda_session, self._graph = session, graph
         self._bindings: dict[int, Any] = {}
 
     def rows(self, first: int, count: int) -> CudaCaches:
         """See ``Caches.rows``. Raises RequestError where a row of a cache does not begin where a GPU reads."""
-        return CudaCaches(self._cuda_session, self._graph, count, self.capacity, self, first)
+        return CudaCaches(self._cuda_session, self._graph, count, self.capacity, self._memory_from(first))
 
     def _prepare(self, length: int) -> None:
         if length in self._bindings:
             return
-        self._bindings = {kept: binding for kept, binding in self._bindings.items() if kept == 1}
+        self._bindings = {1: self._bindings[1]} if 1 in self._bindings else {}
         binding, addresses = self._graph.io_binding(), self.addresses(length)
         sizes = {**self._bundle.sizes(self.batch, self.capacity), "new_tokens": length}
         for specs, bind in ((self._bundle.graph.inputs, binding.bind_input), (self._bundle.graph.outputs, binding.bind_output)):

@@ -1,10 +1,10 @@
 """The largest of many numbers, and how far the few best logits of a row decide what a sampler takes from all of them.
 
-A device that has picked the K best logits itself sends 516 bytes a row instead of 4 for every token of the vocabulary, and the host
-ranks 64 numbers instead of all. Measured on one core of a server's CPU, for one row: a vocabulary of 8,192 / 32,768 / 151,936 tokens
-takes ``Sampler`` 4 / 10 / 27 us for the best token, 83 / 164 / 2,418 us with top-k, and 322 / 978 / 7,722 us with top-p; its logits
-cross a bus of 6 GB/s in 5 / 22 / 101 us. So it is worth having where tokens are drawn, above about 16,384 tokens; greedy choice gains
-the copy only.
+A device that has picked the K best logits itself sends 516 bytes a row instead of 4 for every token of the vocabulary, and the
+host ranks 64 numbers instead of all. Measured on one core of a server's CPU, for one row: a vocabulary of 8,192 / 32,768 /
+151,936 tokens takes ``Sampler`` 4 / 10 / 27 us for the best token, 83 / 164 / 2,418 us with top-k, and 322 / 978 / 7,722 us
+with top-p; its logits cross a bus of 6 GB/s in 5 / 22 / 101 us. So it is worth having where tokens are drawn, above about
+16,384 tokens; greedy choice gains the copy only.
 """
 
 from __future__ import annotations
@@ -17,13 +17,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# A device sums in fp32, in a tree: the relative error that is allowed for is some thirty times what fp32 rounds a log_sum of 16 by.
+# A device sums in fp32, in a tree: the relative error that is allowed for is some thirty times what fp32 rounds a log_sum of 16
+# by.
 _SUM_ERROR = 3e-5
 
 
 @dataclass(frozen=True)
 class Best:
-    """The K best of a row's ``num_logits`` logits. ids: int [K], ascending. values: theirs, fp32 [K]. log_sum: of exp over all logits."""
+    """The K best of a row's ``num_logits`` logits.
+
+    ids: int [K], ascending. values: theirs, fp32 [K]. log_sum: of exp over all logits.
+    """
 
     ids: NDArray[np.int32]
     values: NDArray[np.float32]
@@ -63,9 +67,9 @@ class Best:
     def _rest(self, temperature: float) -> tuple[float, float]:
         """Bounds of the sum of exp(x / temperature) over the logits x that are not here, the best of all being 0.
 
-        Their sum at temperature 1 follows from log_sum; to another power p = 1 / temperature the terms y, none of which exceeds the
-        least one here, obey: for p >= 1 mean(y)^p <= mean(y^p) and y^p <= y max(y)^(p-1); for p < 1 mean(y^p) <= mean(y)^p and
-        sum(y)^p <= sum(y^p).
+        Their sum at temperature 1 follows from log_sum; to another power p = 1 / temperature the terms y, none of which exceeds
+        the least one here, obey: for p >= 1 mean(y)^p <= mean(y^p) and y^p <= y max(y)^(p-1); for p < 1 mean(y^p) <= mean(y)^p
+        and sum(y)^p <= sum(y^p).
         """
         count, power = self.num_logits - self.ids.size, 1 / temperature
         if count == 0:

@@ -1,8 +1,8 @@
 """Which backend runs a bundle on this machine, and why the others do not.
 
-A bundle's graph runs in ONNX Runtime anywhere; its engines run where their TensorRT, their GPU and their kernel library are. ``choose``
-takes the best, and says so. ONNX Runtime on the GPU is never taken unasked: the graph's portable bodies run there, whose speed on a GPU
-has been measured nowhere, while the CPU has kernels for the same operators whose speed is known.
+A bundle's graph runs in ONNX Runtime anywhere; its engines run where their TensorRT, their GPU and their kernel library are.
+``choose`` takes the best, and says so. ONNX Runtime on the GPU is never taken unasked: the graph's portable bodies run there,
+whose speed on a GPU has been measured nowhere, while the CPU has kernels for the same operators whose speed is known.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from bilevel.errors import EngineError, KernelError, RequestError
 from bilevel.folders import file_sha256
 from bilevel.machine import Machine, is_loaded, look, runs_on
 from bilevel.plugins.library.gpu import read_info
-from bilevel.runtime.backend.session import OnnxSession, Session
+from bilevel.runtime.backend.onnx import OnnxSession
+from bilevel.runtime.backend.session import Session
 
 AUTO, ONNX, ONNX_CUDA = "auto", "onnx", "onnx-cuda"
 CHOICES = (AUTO, ONNX, ONNX_CUDA, *BACKENDS)
@@ -43,8 +44,11 @@ def add_backend_options(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to run a bundle. problem: why it does not run here, "" where it does; one sentence with the remedy."""
+class BackendOption:
+    """One of the things that can run a bundle: an engine built from it, or its graph in ONNX Runtime.
+
+    problem: why it does not run here, "" where it does; one sentence with the remedy.
+    """
 
     backend: str
     name: str
@@ -85,7 +89,10 @@ def library_problem(library: Path, machine: Machine) -> str:
     archs = ",".join(f"sm_{arch}" for arch in sorted(machine.architectures)) or "sm_NN"
     remedy = f"bilevel kernels build --geometry BUNDLE --arch {archs}"
     if info["target"] != machine.machine:
-        return f"{library} is for {info['target']}, this machine is {machine.machine}; build one: {remedy} --target {machine.machine}"
+        return (
+            f"{library} is for {info['target']}, this machine is {machine.machine}; "
+            f"build one: {remedy} --target {machine.machine}"
+        )
     if info.get("tensorrt") is None:
         return f"{library} was built without TensorRT's headers and has no plugins; build it again with them: {remedy}"
     pairs = itertools.product(map(int, info["architectures"]), machine.architectures)
@@ -95,7 +102,7 @@ def library_problem(library: Path, machine: Machine) -> str:
 
 
 def engine_problem(engine: Engine, bundle: Bundle, machine: Machine, library: Path | None, verify: bool = False) -> str:
-    """Why an engine does not run here; "" where it does. verify: compare its plan with its hash, which opening it does anyway."""
+    """Why an engine does not run here; "" where it does. verify: compare its plan with its hash, as opening it does anyway."""
     module = BACKENDS[engine.backend]
     installed = machine.packages.get(module)
     if engine.platform not in (None, machine.machine):
@@ -146,15 +153,18 @@ def _memory_problem(engine: Engine, machine: Machine) -> str:
     largest = max(gpu.memory_bytes for gpu in machine.gpus) - _RESERVE
     if needed <= largest:
         return ""
-    return f"it needs {needed / 2**20:.0f} MiB, the GPU has {largest / 2**20:.0f} MiB to give; build it with a smaller --capacity or --batch"
+    return (
+        f"it needs {needed / 2**20:.0f} MiB, the GPU has {largest / 2**20:.0f} MiB to give; "
+        "build it with a smaller --capacity or --batch"
+    )
 
 
-def list_ways(bundle: Bundle, machine: Machine, named: Path | None = None, verify: bool = False) -> list[Way]:
-    """Every way to run a bundle, the best first: engines of TensorRT, of TensorRT-RTX, then ONNX Runtime on the CPU, on the GPU."""
+def list_options(bundle: Bundle, machine: Machine, named: Path | None = None, verify: bool = False) -> list[BackendOption]:
+    """All that can run a bundle, the best first: engines of TensorRT, of TensorRT-RTX, ONNX Runtime on the CPU, on the GPU."""
     library = find_library(bundle.folder, machine, named)
     engines, problems = find_engines(bundle.folder)
-    ways = [
-        Way(
+    options = [
+        BackendOption(
             each.backend,
             each.name,
             engine_problem(each, bundle, machine, library, verify),
@@ -163,14 +173,14 @@ def list_ways(bundle: Bundle, machine: Machine, named: Path | None = None, verif
         )
         for each in engines
     ]
-    ways.sort(key=lambda way: (list(BACKENDS).index(way.backend), -(way.engine.capacity if way.engine else 0)))
-    ways += [Way("engine", "unreadable", str(problem)) for problem in problems]
+    options.sort(key=lambda each: (list(BACKENDS).index(each.backend), -(each.engine.capacity if each.engine else 0)))
+    options += [BackendOption("engine", "unreadable", str(problem)) for problem in problems]
     for backend, name, problem in (
         (ONNX, "on the CPU", _onnx_problem(machine, "cpu")),
         (ONNX_CUDA, "on the GPU (portable bodies, of unknown speed)", _cuda_problem(machine)),
     ):
-        ways.append(Way(backend, f"{bundle.graph.file} in ONNX Runtime {name}", problem))
-    return ways
+        options.append(BackendOption(backend, f"{bundle.graph.file} in ONNX Runtime {name}", problem))
+    return options
 
 
 def _onnx_problem(machine: Machine, extra: str) -> str:
@@ -187,25 +197,28 @@ def _cuda_problem(machine: Machine) -> str:
     )
 
 
-def choose(ways: list[Way], backend: str = AUTO) -> tuple[Way, str]:
-    """(the best way that runs, one line on which and why). Raises EngineError where the backend asked for has none."""
-    asked = [way for way in ways if backend in (AUTO, way.backend)]
-    passed: list[str] = []
-    for way in asked:
-        if way.does_run:
-            return way, way.name + (f" (not {'; not '.join(passed)})" if passed else "")
-        passed.append(f"{way.name}: {way.problem}")
-    if not asked:
+def choose(options: list[BackendOption], backend: str = AUTO) -> tuple[BackendOption, str]:
+    """(the best that runs here, one line on which and why). Raises EngineError where nothing of the backend asked for does."""
+    eligible = [option for option in options if backend in (AUTO, option.backend)]
+    problems: list[str] = []
+    for option in eligible:
+        if option.does_run:
+            return option, option.name + (f" (not {'; not '.join(problems)})" if problems else "")
+        problems.append(f"{option.name}: {option.problem}")
+    if not eligible:
         raise EngineError(f"the bundle has no engine of {backend}; build one: bilevel build BUNDLE --backend {backend}")
-    raise EngineError(f"nothing runs this bundle here: {passed[0]}")
+    raise EngineError(f"nothing runs this bundle here: {problems[0]}")
 
 
 def open_session(
-    path: str | Path, backend: str = ONNX, *, verify: bool = True, threads: int = 0, library: Path | None = None
+    path: str | Path, backend: str = AUTO, *, verify: bool = True, threads: int = 0, library: Path | None = None
 ) -> tuple[Session, str]:
     """(the bundle at ``path`` on a backend of CHOICES, one line on which and why).
 
-    library: the kernel library for TensorRT's plugins (None: ``library_places`` says where it is looked for). threads: of ONNX Runtime.
+    backend: "auto" takes the best of its engines that runs here, else ONNX Runtime on the CPU; see ``choose``. verify: compare
+    the files with their sizes and hashes. threads: of ONNX Runtime. library: the kernel library for TensorRT's plugins (None:
+    ``library_places`` says where it is looked for). Raises RequestError for an unknown backend, BundleError, EngineError,
+    KernelError or MissingDependency where it does not open.
     """
     if backend not in CHOICES:
         raise RequestError(f"there is no backend {backend!r}; take {', '.join(CHOICES)}")
@@ -213,13 +226,13 @@ def open_session(
     # Nothing is asked of the machine where there is nothing to choose from.
     if backend == ONNX or (backend == AUTO and not any((bundle.folder / FOLDER).glob("*.json"))):
         return OnnxSession(bundle, threads), "ONNX Runtime on the CPU"
-    way, why = choose(list_ways(bundle, look(), library), backend)
-    if way.backend == ONNX:
+    option, why = choose(list_options(bundle, look(), library), backend)
+    if option.backend == ONNX:
         return OnnxSession(bundle, threads), why
-    if way.engine is None:
+    if option.engine is None:
         from bilevel.runtime.backend.onnx_cuda import CudaSession
 
         return CudaSession(bundle, threads), why
     from bilevel.runtime.backend.engine import EngineSession
 
-    return EngineSession(bundle, way.engine, way.library), why
+    return EngineSession(bundle, option.engine, option.library), why

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from bilevel.errors import BilevelError
 from bilevel.plugins.library.cpu import VARIABLE
-from bilevel.runtime.bench.plan import BURST, CHECKED, DENSE, UNCOUNTED, Case, Plan, SideResult, Spread, busy_share
+from bilevel.runtime.bench.plan import BURST, CHECKED, DENSE, UNCOUNTED, BenchPlan, Case, SideResult, Spread, busy_share
 from bilevel.runtime.bench.profile import PARTS
 from bilevel.runtime.bench.roofline import CeilingMeter, Ceilings, Geometry
 from bilevel.runtime.bench.side import Side, SideSpec
@@ -38,17 +38,17 @@ def limit(precision: str, weights: str) -> float:
     return EXACT if (precision, weights) == ("float32", "fp32") else ROUNDED
 
 
-def relative_error(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+def relative_error(values: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
     """Norm of the difference over the norm of ``expected``; infinite where a number is not finite."""
-    if not (np.isfinite(found).all() and np.isfinite(expected).all()):
+    if not (np.isfinite(values).all() and np.isfinite(expected).all()):
         return float("inf")
-    return float(np.linalg.norm(found - expected) / max(float(np.linalg.norm(expected)), 1e-30))
+    return float(np.linalg.norm(values - expected) / max(float(np.linalg.norm(expected)), 1e-30))
 
 
 class Benchmark:
     """Runs a plan. on_stage is told what is being done, in words."""
 
-    def __init__(self, plan: Plan, on_stage: Callable[[str], None] = lambda stage: None) -> None:
+    def __init__(self, plan: BenchPlan, on_stage: Callable[[str], None] = lambda stage: None) -> None:
         self.plan, self._on_stage = plan, on_stage
         bundle = plan.bundle
         self._geometry = Geometry(bundle.config, bundle.weights["format"], plan.twin_cache_bytes, plan.float_bytes)
@@ -72,8 +72,8 @@ class Benchmark:
         """Before every context, because a machine that is busy for a moment lowers them; the highest count."""
         self._on_stage("measuring memory bandwidth and matrix products")
         with closing(Worker(CeilingMeter, self.plan.threads, threads=self.plan.threads)) as meter:
-            found: Ceilings = meter.call("measure")
-        self.ceilings = found if self.ceilings is None else self.ceilings.best(found)
+            ceilings: Ceilings = meter.call("measure")
+        self.ceilings = ceilings if self.ceilings is None else self.ceilings.best(ceilings)
 
     def _add_rooflines(self, case: Case) -> None:
         """The least times of one case, by the ceilings of the whole run."""
@@ -107,12 +107,12 @@ class Benchmark:
             return {}
         self._on_stage("comparing the two graphs where every block is kept")
         length = min(int(routing["topk"]) * bundle.block_size, bundle.max_positions)
-        tokens, found = self._tokens(length), []
+        tokens, logits = self._tokens(length), []
         for side in self.plan.sides:
             with closing(self._open(side, bundle.round_up(length))) as worker:
                 worker.call("logits", tokens[:-2], 0, bundle.prefill_chunk)
-                found.append(worker.call("logits", tokens[-2:], length - 2, 1))
-        error = relative_error(*found)
+                logits.append(worker.call("logits", tokens[-2:], length - 2, 1))
+        error = relative_error(*logits)
         what = f"the routed graph's logits after {length} tokens differ from the dense twin's, though every block is kept"
         return {"routed equals dense where all is kept": self._require(error, what)}
 
@@ -150,7 +150,7 @@ class Benchmark:
         return checks
 
     def _prefill(self, workers: dict[str, Worker], context: int) -> dict[str, Spread]:
-        """Seconds until the first token of a prompt of ``context`` tokens, the sides by turns; empty where it is not asked for."""
+        """Seconds until the first token of a prompt of ``context`` tokens, the sides by turns; empty where not asked for."""
         plan = self.plan
         if context > plan.max_prefill:
             return {}

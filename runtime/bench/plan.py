@@ -87,7 +87,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchPlan:
     """What to measure. threads: at least 1. max_prefill: longest context whose prefill is timed (0: none)."""
 
     bundle: Bundle
@@ -162,7 +162,7 @@ def busy_share(seconds: float = 0.5) -> float | None:
     return 1 - idle / max(total, 1)
 
 
-def choose_contexts(plan: Plan, asked: tuple[int, ...] | None) -> tuple[tuple[int, ...], dict[int, str]]:
+def choose_contexts(plan: BenchPlan, asked: tuple[int, ...] | None) -> tuple[tuple[int, ...], dict[int, str]]:
     """(contexts to measure, those left out with the reason). Raises RequestError for one that was asked for and cannot be."""
     memory = available_memory()
     if asked is not None:
@@ -176,7 +176,8 @@ def choose_contexts(plan: Plan, asked: tuple[int, ...] | None) -> tuple[tuple[in
         return chosen, skipped
     if plan.longest < 1:
         raise RequestError(
-            f"the model's {plan.bundle.max_positions} positions leave no room for the steps that are timed; lower --decode-steps"
+            f"the model's {plan.bundle.max_positions} positions leave no room for the steps that are timed; "
+            "lower --decode-steps"
         )
     return choose_contexts(plan, (plan.longest,))[0], skipped
 

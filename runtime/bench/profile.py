@@ -3,8 +3,8 @@
 What the profile shows (geometry "small", 2 cores, fp32): a decoded token of the routed graph is spent in its matrix products,
 which read every weight once; the routing operators come second, and some 400 small nodes around the caches third.
 
-Parts and how a node is recognised. ONNX Runtime names the nodes of an inlined portable body ``_inlfunc_<operator>_...``, and the
-nodes of the CPU library have the operator's own type:
+Parts and how a node is recognised. ONNX Runtime names the nodes of an inlined portable body ``_inlfunc_<operator>_...``, and
+the nodes of the CPU library have the operator's own type:
     level 1        CoarseRoute of a two-level model, and what is computed before it besides the parts below: embedding,
                    descriptors, and the indices that all layers share
     level 2        FineRoute (CoarseRoute where it is the only level) and the pooling of finished blocks
@@ -67,13 +67,13 @@ def split_call(nodes: Sequence[Event], duration: float, has_fine: bool) -> dict[
 
 def _outermost(nodes: Sequence[Event]) -> list[Event]:
     """Without the nodes inside others: an If is recorded with its branch's nodes, whose time it includes."""
-    kept: list[Event] = []
+    outermost: list[Event] = []
     end = -1
     for node in sorted(nodes, key=lambda e: (e["ts"], -e["dur"])):
-        if node["ts"] + node["dur"] > end or not kept:
-            kept.append(node)
+        if node["ts"] + node["dur"] > end or not outermost:
+            outermost.append(node)
             end = node["ts"] + node["dur"]
-    return kept
+    return outermost
 
 
 def _operator(node: Event) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import bilevel
 from bilevel.errors import require
-from bilevel.runtime.bench.plan import DENSE, ROUTED, Case, Plan, SideResult, Spread
+from bilevel.runtime.bench.plan import DENSE, ROUTED, BenchPlan, Case, SideResult, Spread
 from bilevel.runtime.bench.profile import PARTS
 from bilevel.runtime.bench.roofline import READ_SIZES, Ceilings
 
@@ -62,7 +62,9 @@ def git_revision(folder: Path) -> str | None:
         return None
 
 
-def as_json(plan: Plan, cases: list[Case], ceilings: Ceilings, skipped: dict[int, str], geometry: str | None) -> dict[str, Any]:
+def as_json(
+    plan: BenchPlan, cases: list[Case], ceilings: Ceilings, skipped: dict[int, str], geometry: str | None
+) -> dict[str, Any]:
     """Everything measured. Times in seconds, sizes in bytes; ratio: how many times better than the dense twin."""
     return {
         "benchmark": "bilevel bench",
@@ -98,7 +100,7 @@ def _case_as_json(case: Case) -> dict[str, Any]:
     return {"context": case.context, "busy": case.busy, "checks": case.checks, "sides": sides, "ratio": ratios}
 
 
-def print_tables(plan: Plan, cases: list[Case], ceilings: Ceilings, skipped: dict[int, str]) -> None:
+def print_tables(plan: BenchPlan, cases: list[Case], ceilings: Ceilings, skipped: dict[int, str]) -> None:
     """The numbers on stdout. A pipe gets lines of 120 characters."""
     console = require("rich.console").Console(width=None if os.isatty(1) else 120, highlight=False)
     machine = describe_machine(plan.threads)

@@ -36,7 +36,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the machine reaches: flops_per_second of an fp32 matrix product, bytes_per_second when READ_SIZES bytes are read anew."""
+    """What the machine reaches: flops_per_second of an fp32 matrix product, bytes_per_second of READ_SIZES bytes read anew."""
 
     flops_per_second: float
     bytes_per_second: tuple[float, ...]
@@ -70,7 +70,7 @@ class CeilingMeter:
         return Ceilings(2 * size**3 / _best(lambda: matrix @ matrix), rates)
 
     def _read(self, pool: ThreadPoolExecutor, values: NDArray[np.float32]) -> float:
-        """Seconds to read ``values`` with every thread; the largest value is the operation that numpy has the fastest loop for."""
+        """Seconds to read ``values`` with every thread; of numpy's operations the maximum has the fastest loop."""
         slices = np.array_split(values, self.threads)
         return _best(lambda: list(pool.map(np.max, slices)))
 
@@ -88,8 +88,8 @@ def _best(action: Callable[[], object], runs: int = 6) -> float:
 class Geometry:
     """Counts of one model, from the ``config`` of its bundle.
 
-    weights: "fp32" (floats), "int8" or "int4". twin_cache_bytes: bytes of one number in the dense twin's caches. float_bytes: of
-    one float weight and of one number in the routed graph's caches.
+    weights: "fp32" (floats), "int8" or "int4". twin_cache_bytes: bytes of one number in the dense twin's caches. float_bytes:
+    of one float weight and of one number in the routed graph's caches.
     """
 
     def __init__(
@@ -141,9 +141,9 @@ class Geometry:
         """Tokens that the last of ``length`` tokens reads in every layer."""
         if is_twin or self.routing["preset"] == "dense":
             return length
-        size, kept = int(self.routing["block_size"]), int(self.routing["topk"])
+        size, num_blocks = int(self.routing["block_size"]), int(self.routing["topk"])
         own = (length - 1) % size + 1
-        return min(length, (kept - 1) * size + own)
+        return min(length, (num_blocks - 1) * size + own)
 
     def scored(self, length: int, is_twin: bool) -> tuple[int, int]:
         """(level 1's, level 2's) block keys that the last of ``length`` tokens is compared with: complete past blocks."""

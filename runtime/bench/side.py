@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from bilevel.bundle.format import load_bundle
 from bilevel.bundle.tensors import decode, encode
 from bilevel.errors import BundleError
-from bilevel.runtime.backend.session import OnnxCaches, OnnxSession
+from bilevel.runtime.backend.onnx import OnnxSession
 from bilevel.runtime.bench.profile import read_profile
 from bilevel.runtime.generate.generator import Generation
 from bilevel.runtime.generate.rows import Row
 from bilevel.runtime.generate.sampling import Sampler, SamplingParams
-from bilevel.runtime.generate.text import BundleTokenizer, TextStream
+from bilevel.runtime.generate.text import BundleTokenizer, TextAssembler
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,6 @@ class SideSpec:
     profile: bool = False
 
 
-class _TimedEngine:
-    """ONNX Runtime's session with the seconds spent in its run call."""
-
-    def __init__(self, session: Any) -> None:
-        self._session, self.seconds = session, 0.0
-
-    def run_with_iobinding(self, binding: Any) -> None:
-        start = time.perf_counter()
-        self._session.run_with_iobinding(binding)
-        self.seconds += time.perf_counter() - start
-
-
 class Side:
     """An opened graph with caches for one row. Every method is called through ``worker.Worker``."""
 
@@ -59,9 +47,8 @@ class Side:
         self._folder = tempfile.TemporaryDirectory(prefix="bilevel-bench-") if spec.profile else None
         prefix = Path(self._folder.name) / "profile" if self._folder else None
         self._session = OnnxSession(self.bundle, spec.threads, prefix)
-        self._caches: OnnxCaches = self._session.allocate(1, spec.capacity)
-        self._engine = _TimedEngine(self._caches._session)
-        self._caches._session = self._engine
+        self._engine = self._session.time_calls()
+        self._caches = self._session.allocate(1, spec.capacity)
         self._tokenizer = BundleTokenizer(bundle.tokenizer_path)
         self._generation: Generation | None = None
 
@@ -73,9 +60,9 @@ class Side:
     def fill(self, context: int, seed: int) -> None:
         """Fill the caches as if ``context`` tokens had been read; the next decode continues there.
 
-        Keys and values are normal numbers (int8 caches: any numbers), block keys their fp32 means, tokens random. Level 1's block
-        descriptors are random vectors of length 1, not those of the tokens: which blocks become candidates differs, what they
-        cost does not. Blocks that later calls touch are computed by the graph.
+        Keys and values are normal numbers (int8 caches: any numbers), block keys their fp32 means, tokens random. Level 1's
+        block descriptors are random vectors of length 1, not those of the tokens: which blocks become candidates differs, what
+        they cost does not. Blocks that later calls touch are computed by the graph.
         """
         random = np.random.default_rng(seed)
         state, size = self._caches.state, self.bundle.block_size
@@ -96,18 +83,14 @@ class Side:
                 for head, blocks in enumerate(cache[0]):
                     keys = decode(state[name.replace("block_key", "key")][0, head], dtypes[name])
                     blocks[:] = encode(keys.reshape(-1, size, keys.shape[-1]).mean(1), dtypes[name])
-        self._generation = self._start(context, int(random.integers(self.bundle.vocab_size)))
+        self._generation = self._start([*[0] * context, int(random.integers(self.bundle.vocab_size))], context)
 
-    def _row(self, prompt: list[int]) -> Row:
-        params = SamplingParams(max_tokens=self.spec.capacity)
-        sampler = Sampler(params, self.bundle.vocab_size)
-        return Row(0, prompt, sampler, TextStream(self._tokenizer, ()), (), self.spec.capacity)
-
-    def _start(self, context: int, token: int) -> Generation:
-        """A generation whose row has ``context`` tokens cached and ``token`` to read."""
-        row = self._row([*[0] * context, token])
-        row.num_cached = context
-        return Generation([row], self._caches, self.bundle.prefill_chunk, time.perf_counter(), None, None)
+    def _start(self, prompt: list[int], num_cached: int) -> Generation:
+        """A generation of one row, of whose prompt ``num_cached`` tokens count as read."""
+        start, params = time.perf_counter(), SamplingParams(max_tokens=self.spec.capacity)
+        row = Row(0, prompt, Sampler(params, self.bundle.vocab_size), (), self.spec.capacity)
+        row.num_cached = num_cached
+        return Generation([row], [TextAssembler(self._tokenizer)], self._caches, self.bundle.prefill_chunk, start)
 
     def decode(self, steps: int) -> list[tuple[float, float]]:
         """Generate ``steps`` tokens behind what is cached: (seconds, of which inside ONNX Runtime) of each."""
@@ -121,9 +104,7 @@ class Side:
 
     def prefill(self, tokens: list[int]) -> dict[str, float]:
         """Read ``tokens`` from nothing, in the bundle's chunks, and choose one token."""
-        start, before = time.perf_counter(), self._engine.seconds
-        row = self._row(tokens)
-        generation = Generation([row], self._caches, self.bundle.prefill_chunk, start, None, None)
+        before, generation = self._engine.seconds, self._start(tokens, 0)
         next(generation)
         first = generation.stats.first_token_seconds
         assert first is not None

@@ -18,7 +18,7 @@ from bilevel.bundle.format import load_bundle
 from bilevel.bundle.manifest import WEIGHT_FORMATS
 from bilevel.errors import MissingDependency, RequestError, require
 from bilevel.runtime.bench.measure import Benchmark, WrongOutput
-from bilevel.runtime.bench.plan import Plan, choose_contexts, default_threads
+from bilevel.runtime.bench.plan import BenchPlan, choose_contexts, default_threads
 from bilevel.runtime.bench.report import as_json, print_tables, save_plot
 
 # Imported by name, as the commands are: the runtime itself needs nothing of the exporter.
@@ -128,7 +128,7 @@ def _check(args: argparse.Namespace) -> None:
         require("matplotlib")
 
 
-def _plan(args: argparse.Namespace, path: Path) -> tuple[Plan, dict[int, str]]:
+def _plan(args: argparse.Namespace, path: Path) -> tuple[BenchPlan, dict[int, str]]:
     """The plan, and the default contexts that are left out with the reason."""
     bundle = load_bundle(path, verify=not args.no_verify)
     if not args.no_twin and bundle.twin is None:
@@ -136,18 +136,18 @@ def _plan(args: argparse.Namespace, path: Path) -> tuple[Plan, dict[int, str]]:
             raise RequestError(f"{path} holds a dense model, which has no dense twin; measure it alone with --no-twin")
         if bundle.precision == "bfloat16":
             raise RequestError(
-                f"{path} is in bfloat16, for which ONNX Runtime's GroupQueryAttention has no CPU kernel, so it has no dense twin; "
-                "to measure on a CPU, export with --precision fp16 or fp32"
+                f"{path} is in bfloat16, for which ONNX Runtime's GroupQueryAttention has no CPU kernel, "
+                "so it has no dense twin; to measure on a CPU, export with --precision fp16 or fp32"
             )
         bundle.dense_twin()  # raises with the remedy
     threads = args.threads or default_threads()
     max_prefill = (args.max_prefill or 8192) if args.prefill else 0
     options = (args.decode_steps, args.prefill_runs, max_prefill, threads, not args.no_twin, not args.no_profile)
-    contexts, skipped = choose_contexts(Plan(bundle, (), *options), args.contexts)
-    return Plan(bundle, contexts, *options), skipped
+    contexts, skipped = choose_contexts(BenchPlan(bundle, (), *options), args.contexts)
+    return BenchPlan(bundle, contexts, *options), skipped
 
 
-def _title(args: argparse.Namespace, plan: Plan) -> str:
+def _title(args: argparse.Namespace, plan: BenchPlan) -> str:
     name = f"geometry {args.geometry}" if args.geometry else args.bundle.name
     kind = plan.bundle.weights["format"] if plan.bundle.precision == "float32" else plan.bundle.precision
     return f"{name}, {kind} weights, {plan.threads} threads"

@@ -13,20 +13,21 @@ from bilevel.errors import KernelError
 from bilevel.folders import file_sha256
 from bilevel.machine import Machine, look
 from bilevel.plugins.library.gpu import read_info
-from bilevel.runtime.backend.select import LIBRARY_VARIABLE, library_places, library_problem, list_ways
+from bilevel.runtime.backend.select import LIBRARY_VARIABLE, library_places, library_problem, list_options
 
 EPILOG = """\
-Without a bundle: the machine, its GPU and driver, the packages that backends need, and the kernel library. With one: also which of its
-engines run here, and for each that does not, the command that mends it.
+Without a bundle: the machine, its GPU and driver, the packages that backends need, and the kernel library. With one: also which
+of its engines run here, and for each that does not, the command that mends it.
 
 The kernel library for TensorRT's plugins is looked for in this order: the argument, BUNDLE/kernels/MACHINE, the environment's
 BILEVEL_KERNEL_LIBRARY, the package; the first that is there is taken, and an engine that was built with another refuses it.
 Exit status: 0 when something runs the bundle here, else 1.
 
---json prints one object: "machine" {system, machine, python, memory_bytes, gpus [{name, capability, memory_bytes, is_integrated}],
-driver_cuda (null: none), driver_problem, jetpack, packages {module: version, null, or why it does not load}, cuda_provider_problem};
-"libraries", in their order [{from, path, found, is_taken, sha256, architectures, problem}]; and with a bundle "bundle" and "ways", the
-best first [{backend, name, runs, problem}]. A problem is a sentence with its remedy, "" where there is none.
+--json prints one object: "machine" {system, machine, python, memory_bytes, gpus [{name, capability, memory_bytes,
+is_integrated}], driver_cuda (null: none), driver_problem, jetpack, packages {module: version, null, or why it does not load},
+cuda_provider_problem}; "libraries", in their order [{from, path, found, is_taken, sha256, architectures, problem}]; and with a
+bundle "bundle" and "backends", the best first [{backend, name, runs, problem}]. A problem is a sentence with its remedy, ""
+where there is none.
 """
 
 
@@ -44,7 +45,7 @@ def main(args: argparse.Namespace) -> int:
     machine = look()
     facts = describe(machine, args.bundle, args.library)
     print(json.dumps(facts, indent=2) if args.json else "\n".join(_lines(facts)))
-    return 0 if args.bundle is None or any(way["runs"] for way in facts["ways"]) else 1
+    return 0 if args.bundle is None or any(option["runs"] for option in facts["backends"]) else 1
 
 
 def describe(machine: Machine, folder: Path | None, library: Path | None) -> dict[str, Any]:
@@ -53,28 +54,28 @@ def describe(machine: Machine, folder: Path | None, library: Path | None) -> dic
     if folder is not None:
         bundle = read_manifest(folder)
         facts["bundle"] = str(folder)
-        facts["ways"] = [
-            {"backend": way.backend, "name": way.name, "runs": way.does_run, "problem": way.problem}
-            for way in list_ways(bundle, machine, library, verify=True)
+        facts["backends"] = [
+            {"backend": option.backend, "name": option.name, "runs": option.does_run, "problem": option.problem}
+            for option in list_options(bundle, machine, library, verify=True)
         ]
     return facts
 
 
 def _libraries(machine: Machine, folder: Path | None, library: Path | None) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
     for where, path in library_places(folder, machine, library):
         entry: dict[str, Any] = {"from": where, "path": str(path), "found": path.is_file(), "is_taken": False}
         entry |= {"sha256": None, "architectures": [], "problem": ""}
         if path.is_file():
-            entry["is_taken"] = not any(each["found"] for each in found)
+            entry["is_taken"] = not any(each["found"] for each in entries)
             entry["sha256"] = file_sha256(path)
             entry["problem"] = library_problem(path, machine)
             try:
                 entry["architectures"] = sorted(map(int, read_info(path)["architectures"]))
             except KernelError:
                 pass  # the problem says so
-        found.append(entry)
-    return found
+        entries.append(entry)
+    return entries
 
 
 def _lines(facts: dict[str, Any]) -> list[str]:
@@ -96,14 +97,14 @@ def _lines(facts: dict[str, Any]) -> list[str]:
     lines += _table([(each["from"], _library_state(each)) for each in facts["libraries"]])
     if not any(each["found"] for each in facts["libraries"]):
         lines.append(f"  (none; only engines with plugins need one: bilevel kernels build, or set {LIBRARY_VARIABLE})")
-    if "ways" in facts:
+    if "backends" in facts:
         lines += ["", f"{facts['bundle']}"]
-        lines += _table([("runs" if way["runs"] else "does not", _way(way)) for way in facts["ways"]])
+        lines += _table([("runs" if each["runs"] else "does not", _option(each)) for each in facts["backends"]])
     return lines
 
 
-def _way(way: dict[str, Any]) -> str:
-    return f"{way['name']} ({way['backend']})" + (f": {way['problem']}" if way["problem"] else "")
+def _option(option: dict[str, Any]) -> str:
+    return f"{option['name']} ({option['backend']})" + (f": {option['problem']}" if option["problem"] else "")
 
 
 def _library_state(library: dict[str, Any]) -> str:

@@ -81,8 +81,8 @@ def describe(bundle: Bundle) -> dict[str, Any]:
 def _engines(folder: Path) -> dict[str, dict[str, Any]]:
     """Engine -> its manifest and status; of one whose manifest cannot be read, the status alone."""
     engines, problems = find_engines(folder)
-    found = {engine.name: _engine(engine) for engine in engines}
-    return {**found, **{f"unreadable {index}": {"status": str(problem)} for index, problem in enumerate(problems, 1)}}
+    readable = {engine.name: _engine(engine) for engine in engines}
+    return {**readable, **{f"unreadable {index}": {"status": str(problem)} for index, problem in enumerate(problems, 1)}}
 
 
 def _engine(engine: Engine) -> dict[str, Any]:
@@ -163,9 +163,9 @@ def _rows(values: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _weight_rows(weights: dict[str, Any]) -> list[tuple[str, str]]:
     """How the weights are stored; sizes of what stayed in fp32 in human units."""
-    kept = weights.get("kept_fp32", {})
+    fp32_bytes = weights.get("kept_fp32", {})
     rows = _rows({key: value for key, value in weights.items() if key != "kept_fp32"})
-    return [*rows, *((f"fp32: {name}", _size(num_bytes)) for name, num_bytes in kept.items())]
+    return [*rows, *((f"fp32: {name}", _size(num_bytes)) for name, num_bytes in fp32_bytes.items())]
 
 
 def _text(value: Any) -> str:
@@ -187,7 +187,7 @@ def _size(num_bytes: int) -> str:
 
 
 def _print(title: str, sections: list[Section]) -> None:
-    """Tables where rich is installed and somebody looks at them, else lines that grep can use."""
+    """Tables on a terminal where rich is installed, else lines that grep can use."""
     if sys.stdout.isatty():
         try:
             return _print_tables(title, sections)

@@ -18,10 +18,10 @@ from typing import Any
 
 from bilevel.bundle.engines import FOLDER
 from bilevel.errors import RequestError
-from bilevel.runtime.backend.select import ONNX, ONNX_CUDA, add_backend_options, open_session
+from bilevel.runtime.backend.select import ONNX, ONNX_CUDA, add_backend_options
 from bilevel.runtime.generate.generator import Generation, Generator
 from bilevel.runtime.generate.sampling import SamplingParams
-from bilevel.runtime.generate.text import BundleTokenizer, decode_utf8
+from bilevel.runtime.generate.text import decode_utf8
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -62,13 +62,10 @@ def main(args: argparse.Namespace) -> int:
     if args.prompt_file is not None:
         prompts.append(_read_prompt(args.prompt_file))
     _check(args, prompts)
-    session, why = open_session(
-        args.bundle, args.backend, verify=not args.no_verify, threads=args.threads, library=args.library
-    )
+    generator = Generator.open(args.bundle, args.backend, library=args.library, verify=not args.no_verify, threads=args.threads)
     had_choice = args.backend == ONNX_CUDA or (args.backend != ONNX and any((args.bundle / FOLDER).glob("*.json")))
     if had_choice and not args.json:
-        print(f"[{why}]", file=sys.stderr)
-    generator = Generator(session, BundleTokenizer(session.bundle.tokenizer_path))
+        print(f"[{generator.backend_reason}]", file=sys.stderr)
     # A terminal that cannot show a character gets a question mark; the run goes on.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")

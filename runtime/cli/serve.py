@@ -16,8 +16,8 @@ EPILOG = """\
                                                        /metrics for Prometheus, /openapi.json
   bilevel serve my-bundle --host 0.0.0.0 --api-key-file keys.txt     reachable from other machines, with a key
 
-One key a line; lines that begin with # are comments. Ctrl-C, or SIGTERM, refuses new requests and lets running answers finish for
---grace seconds; a second one ends at once. The server speaks plain HTTP: put a proxy that does TLS in front of it.
+One key a line; lines that begin with # are comments. Ctrl-C, or SIGTERM, refuses new requests and lets running answers finish
+for --grace seconds; a second one ends at once. The server speaks plain HTTP: put a proxy that does TLS in front of it.
 """
 
 

@@ -1,6 +1,6 @@
 """Prompts to tokens: chunked prefill, decode, and a stream of events, for a batch of rows of different lengths.
 
-generator = Generator.open("my-bundle")
+generator = Generator.open("my-bundle")  # by the best of its backends that runs here: generator.backend_reason
 print(generator.texts(["def add(a, b):"])[0])
 
 for event in generator.generate(["def add(a, b):"], SamplingParams(temperature=0.8, seed=1)):
@@ -12,17 +12,18 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from bilevel.errors import RequestError
-from bilevel.runtime.backend.session import Caches, Logits, OnnxSession, Session
-from bilevel.runtime.generate.rows import Completion, Event, Row
-from bilevel.runtime.generate.sampling import Sampler, SamplingParams
-from bilevel.runtime.generate.text import BundleTokenizer, NoTokenizer, TextStream, Tokenizer, decode_utf8
+from bilevel.errors import ContextTooLong, RequestError
+from bilevel.runtime.backend.select import AUTO, open_session
+from bilevel.runtime.backend.session import Caches, Logits, Session
+from bilevel.runtime.generate.results import Completion, Event, Stats
+from bilevel.runtime.generate.rows import Row
+from bilevel.runtime.generate.sampling import RowLogits, Sampler, SamplingParams
+from bilevel.runtime.generate.text import BundleTokenizer, NoTokenizer, TextAssembler, Tokenizer, decode_utf8
 
 Prompt = str | bytes | Sequence[int]
 Progress = Callable[[int, int], None]
@@ -35,47 +36,31 @@ class Flag(Protocol):
         """Whether the flag is up."""
 
 
-@dataclass
-class Stats:
-    """Times and counts of one generation, all rows together.
-
-    Calls that still read some row's prompt count as prefill, the others as decode; what the consumer of the events does
-    between two calls counts as neither. first_token_seconds: from the request to the first token of any row.
-    """
-
-    num_prompt_tokens: int = 0
-    num_new_tokens: int = 0
-    num_decode_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    first_token_seconds: float | None = None
-
-    @property
-    def prefill_tokens_per_second(self) -> float | None:
-        """Prompt tokens read per second; None before the first call."""
-        return self.num_prompt_tokens / self.prefill_seconds if self.prefill_seconds else None
-
-    @property
-    def decode_tokens_per_second(self) -> float | None:
-        """Tokens generated per second once every prompt was read; None where there were none."""
-        return self.num_decode_tokens / self.decode_seconds if self.num_decode_tokens else None
-
-
 class Generator:
     """Generates text from an opened bundle; one generator serves any number of requests.
 
-    tokenizer: None is enough for prompts of token ids; the events then carry no text.
+    tokenizer: None is enough for prompts of token ids; the events then carry no text. ``session.backend`` and
+    ``session.device`` say what runs the bundle and where; backend_reason says why that, and not another.
     """
 
-    def __init__(self, session: Session, tokenizer: Tokenizer | None) -> None:
-        self.session = session
+    def __init__(self, session: Session, tokenizer: Tokenizer | None, backend_reason: str = "") -> None:
+        self.session, self.backend_reason = session, backend_reason
         self.tokenizer: Tokenizer = NoTokenizer() if tokenizer is None else tokenizer
 
     @classmethod
-    def open(cls, path: str | Path, *, verify: bool = True, threads: int = 0) -> Generator:
-        """Open the bundle at ``path`` on ONNX Runtime. Raises BundleError, or MissingDependency."""
-        session = OnnxSession.open(path, verify=verify, threads=threads)
-        return cls(session, BundleTokenizer(session.bundle.tokenizer_path))
+    def open(
+        cls,
+        path: str | Path,
+        backend: str = AUTO,
+        *,
+        library: str | Path | None = None,
+        verify: bool = True,
+        threads: int = 0,
+    ) -> Generator:
+        """Open the bundle at ``path``, as ``bilevel run`` does; arguments and errors are those of ``open_session``."""
+        kernels = None if library is None else Path(library)
+        session, reason = open_session(path, backend, verify=verify, threads=threads, library=kernels)
+        return cls(session, BundleTokenizer(session.bundle.tokenizer_path), reason)
 
     def texts(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None) -> list[str]:
         """The generated texts, one per prompt."""
@@ -112,14 +97,14 @@ class Generator:
                 index,
                 tokens,
                 Sampler(setting, bundle.vocab_size, tokens, stream=index if is_shared else 0),
-                TextStream(self.tokenizer, setting.stop),
                 bundle.eos,
                 limit,
             )
             for index, (tokens, setting) in enumerate(zip(ids, settings, strict=True))
         ]
+        texts = [TextAssembler(self.tokenizer, setting.stop) for setting in settings]
         caches = self.session.allocate(len(rows), bundle.round_up(limit))
-        return Generation(rows, caches, chunk, start, on_progress, cancel)
+        return Generation(rows, texts, caches, chunk, start, on_progress, cancel)
 
     def _settings(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
@@ -172,7 +157,7 @@ class Generator:
         limit = min(limit, bundle.max_positions)
         for index, tokens in enumerate(ids):
             if len(tokens) > limit:
-                raise RequestError(
+                raise ContextTooLong(
                     f"prompt {index} has {len(tokens)} tokens, but a row holds {limit}; shorten it"
                     + (f" or raise the capacity (at most {bundle.max_positions})" if limit < bundle.max_positions else "")
                 )
@@ -182,21 +167,32 @@ class Generator:
 class Generation(Iterator[Event]):
     """A generation under way: an iterator of events. It may be left and taken up again.
 
-    stats and completions cover every call made so far, events not yet fetched included.
+    rows, texts: row i's tokens and its text; row i is also row i of the caches. stats and completions cover every call so far,
+    events not yet fetched included.
     """
 
     def __init__(
-        self, rows: list[Row], caches: Caches, chunk: int, start: float, on_progress: Progress | None, cancel: Flag | None
+        self,
+        rows: list[Row],
+        texts: list[TextAssembler],
+        caches: Caches,
+        chunk: int,
+        start: float,
+        on_progress: Progress | None = None,
+        cancel: Flag | None = None,
     ) -> None:
-        self.stats = Stats(num_prompt_tokens=sum(row.completion.num_prompt_tokens for row in rows))
-        self._rows, self._caches, self._chunk, self._start = rows, caches, chunk, start
+        self.stats = Stats(num_prompt_tokens=sum(row.num_prompt_tokens for row in rows))
+        self._rows, self._texts, self._caches, self._chunk, self._start = rows, texts, caches, chunk, start
         self._on_progress, self._cancel = on_progress, cancel
         self._events: deque[Event] = deque()
 
     @property
     def completions(self) -> list[Completion]:
         """What each row has generated so far."""
-        return [row.completion for row in self._rows]
+        return [
+            Completion(row.num_prompt_tokens, text.text, row.generated_ids, row.finish_reason)
+            for row, text in zip(self._rows, self._texts, strict=True)
+        ]
 
     def finish(self) -> list[Completion]:
         """Generate to the end."""
@@ -209,7 +205,7 @@ class Generation(Iterator[Event]):
             if not active:
                 raise StopIteration
             if self._cancel is not None and self._cancel.is_set():
-                self._events.extend(row.cancel() for row in active)
+                self._events.extend(map(self._end, active))
             else:
                 self._step(active)
         return self._events.popleft()
@@ -218,7 +214,7 @@ class Generation(Iterator[Event]):
         """One call of the graph. A row with a short prompt generates while a longer one is still being read."""
         start, is_prefill = time.perf_counter(), any(row.is_reading for row in active)
         logits = self._run(active)
-        events = [row.extend(logits[row.index]) for row in active if not row.num_pending]
+        events = [self._extend(row, logits[row.index]) for row in active if not row.num_pending]
         now = time.perf_counter()
         stats = self.stats
         stats.num_new_tokens += len(events)
@@ -232,6 +228,19 @@ class Generation(Iterator[Event]):
         self._events.extend(events)
         if is_prefill and self._on_progress is not None:
             self._on_progress(sum(row.num_prompt_read for row in self._rows), stats.num_prompt_tokens)
+
+    def _extend(self, row: Row, logits: RowLogits) -> Event:
+        """The row's next token and what it adds to the text."""
+        text = self._texts[row.index]
+        token = row.extend(logits)
+        piece = text.push(token, row.finish_reason)
+        row.finish_reason = text.finish_reason
+        return Event(row.index, token, piece, row.finish_reason)
+
+    def _end(self, row: Row) -> Event:
+        """End a row that was cancelled."""
+        row.finish_reason = "cancelled"
+        return Event(row.index, None, self._texts[row.index].end("cancelled"), "cancelled")
 
     def _run(self, active: list[Row]) -> Logits:
         """Feed every active row its next tokens; logits [B, vocab]. Finished rows are idle, at past_len 0."""

@@ -1,57 +1,31 @@
-"""One row of a batch: its tokens, what is already in its caches, and how it ends."""
+"""One row of a batch: its tokens, what is already in its caches, and when its tokens come to an end."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
 
 from bilevel.runtime.generate.sampling import RowLogits, Sampler
-from bilevel.runtime.generate.text import TextStream
-
-
-@dataclass(frozen=True)
-class Event:
-    """One step of one row.
-
-    token: the id generated, None where the row ended without one. text: what became certain with it (may be empty: part of a
-    character or of a possible stop text is held back). finish_reason: None while the row goes on, then "eos", "stop" (a stop
-    text), "length" (max_tokens, or no room left) or "cancelled".
-    """
-
-    row: int
-    token: int | None
-    text: str
-    finish_reason: str | None
-
-
-@dataclass
-class Completion:
-    """What one row has generated so far. token_ids holds the end-of-text token and a stop text's tokens; text does not."""
-
-    num_prompt_tokens: int
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
 
 
 class Row:
-    """The state of one row; ``index`` is its place in the batch.
+    """The state of one row, in tokens; ``index`` is its place in the batch.
 
-    limit: tokens that the row's caches may hold. num_cached: tokens already there (the graph's past_len).
+    limit: tokens that the row's caches may hold. num_cached: tokens already there (the graph's past_len). finish_reason: None
+    while the row goes on; then "eos" or "length" (max_tokens, or no room left). Whoever ends it for a reason that tokens do not
+    show sets it.
     """
 
-    def __init__(
-        self, index: int, prompt: list[int], sampler: Sampler, stream: TextStream, eos: Collection[int], limit: int
-    ) -> None:
+    def __init__(self, index: int, prompt: list[int], sampler: Sampler, eos: Collection[int], limit: int) -> None:
         self.index, self.limit, self.num_cached = index, limit, 0
-        self.completion = Completion(len(prompt))
+        self.num_prompt_tokens = len(prompt)
+        self.finish_reason: str | None = None
         self._tokens = list(prompt)
-        self._sampler, self._stream, self._eos = sampler, stream, eos
+        self._sampler, self._eos = sampler, eos
 
     @property
     def is_active(self) -> bool:
         """Whether the row still generates."""
-        return self.completion.finish_reason is None
+        return self.finish_reason is None
 
     @property
     def num_pending(self) -> int:
@@ -61,7 +35,12 @@ class Row:
     @property
     def prompt_ids(self) -> list[int]:
         """The tokens of the prompt."""
-        return self._tokens[: self.completion.num_prompt_tokens]
+        return self._tokens[: self.num_prompt_tokens]
+
+    @property
+    def generated_ids(self) -> list[int]:
+        """The tokens behind the prompt, the end-of-text token included."""
+        return self._tokens[self.num_prompt_tokens :]
 
     @property
     def cached_ids(self) -> list[int]:
@@ -71,12 +50,12 @@ class Row:
     @property
     def num_prompt_read(self) -> int:
         """Tokens of the prompt that the graph has seen."""
-        return min(self.num_cached, self.completion.num_prompt_tokens)
+        return min(self.num_cached, self.num_prompt_tokens)
 
     @property
     def is_reading(self) -> bool:
         """Whether part of the prompt is still to be read."""
-        return self.num_cached < self.completion.num_prompt_tokens
+        return self.num_cached < self.num_prompt_tokens
 
     def take(self, most: int) -> list[int]:
         """The next pending tokens, ``most`` at most; they count as cached from now on."""
@@ -84,25 +63,12 @@ class Row:
         self.num_cached += len(tokens)
         return tokens
 
-    def extend(self, logits: RowLogits) -> Event:
-        """Choose the next token from logits [vocab]."""
+    def extend(self, logits: RowLogits) -> int:
+        """Choose the next token from logits [vocab]; ``finish_reason`` says whether it is the last."""
         token = self._sampler.sample(logits)
         self._tokens.append(token)
-        self.completion.token_ids.append(token)
         if token in self._eos:
-            return self._event(token, self._stream.flush(), "eos")
-        text = self._stream.push(token)
-        if self._stream.is_stopped:
-            return self._event(token, text, "stop")
-        if len(self.completion.token_ids) == self._sampler.params.max_tokens or self.num_cached == self.limit:
-            return self._event(token, text + self._stream.flush(), "length")
-        return self._event(token, text, None)
-
-    def cancel(self) -> Event:
-        """End the row where it is."""
-        return self._event(None, self._stream.flush(), "cancelled")
-
-    def _event(self, token: int | None, text: str, finish_reason: str | None) -> Event:
-        self.completion.text += text
-        self.completion.finish_reason = finish_reason
-        return Event(self.index, token, text, finish_reason)
+            self.finish_reason = "eos"
+        elif len(self._tokens) - self.num_prompt_tokens == self._sampler.params.max_tokens or self.num_cached == self.limit:
+            self.finish_reason = "length"
+        return token

@@ -91,8 +91,8 @@ class Sampler:
         """
         if isinstance(logits, np.ndarray):
             token = self._sample_all(logits)
-        elif (found := self._sample_best(logits.best)) is not None:
-            token = found
+        elif (best := self._sample_best(logits.best)) is not None:
+            token = best
         else:
             token = self._sample_all(logits.fetch())
         self._used[token] = True
@@ -106,14 +106,14 @@ class Sampler:
         if params.temperature == 0:
             return int(best.ids[np.argmax(best.values)])
         if params.top_k == 0 and params.top_p < 1:
-            kept = best.nucleus(params.temperature, params.top_p)
+            places = best.nucleus(params.temperature, params.top_p)
             top_p = 1.0
         else:
-            kept = best.largest(params.top_k)
+            places = best.largest(params.top_k)
             top_p = params.top_p
-        if kept is None:
+        if places is None:
             return None
-        return self._draw(best.ids[kept], np.exp(best.shifted[kept] / params.temperature), top_p)
+        return self._draw(best.ids[places], np.exp(best.shifted[places] / params.temperature), top_p)
 
     def _sample_all(self, logits: NDArray[np.float32]) -> int:
         params = self.params
@@ -140,8 +140,8 @@ class Sampler:
     def _draw(self, ids: NDArray[np.integer[Any]], weights: NDArray[np.float64], top_p: float) -> int:
         """One of ``ids`` by their weights, of which top-p keeps the largest."""
         if top_p < 1:
-            kept = nucleus(weights, top_p)
-            ids, weights = ids[kept], weights[kept]
+            places = nucleus(weights, top_p)
+            ids, weights = ids[places], weights[places]
         cumulative = np.cumsum(weights)
         return int(ids[np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")])
 
@@ -163,11 +163,11 @@ def log_probabilities(logits: RowLogits, token: int, count: int) -> TokenLogprob
     Those of logits on a device are rounded as its fp32 sum is, to about 1e-5.
     """
     if not isinstance(logits, np.ndarray):
-        best, places = logits.best, np.zeros(0, np.intp)
+        best = logits.best
         if best is not None and best.is_usable and token in best.ids:
-            found = best.largest(count) if count else places
-            if found is not None:
-                return _ranked(best.ids, best.values.astype(np.float64) - best.log_sum, found, token, count)
+            places = best.largest(count) if count else np.zeros(0, np.intp)
+            if places is not None:
+                return _ranked(best.ids, best.values.astype(np.float64) - best.log_sum, places, token, count)
         logits = logits.fetch()
     shifted = logits.astype(np.float64) - float(logits.max())
     logs = shifted - np.log(np.exp(shifted).sum())

@@ -139,22 +139,37 @@ class StopFilter:
         return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)
 
 
-class TextStream:
-    """One row's text: detokenised, and ended at the first stop text."""
+class TextAssembler:
+    """One row's text, put together from its tokens, and why it ended: the only place where stop texts and ends of tokens meet.
+
+    text: what is certain so far. finish_reason: None while the text goes on; then "eos", "stop" (a stop text), "length" or
+    whatever ``end`` was given.
+    """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+        self.text = ""
+        self.finish_reason: str | None = None
         self._detokenizer = Detokenizer(tokenizer)
         self._filter = StopFilter(stops)
 
-    @property
-    def is_stopped(self) -> bool:
-        """Whether a stop text was found."""
-        return self._filter.is_stopped
+    def push(self, token: int, finish_reason: str | None = None) -> str:
+        """The text that ``token`` makes certain. finish_reason: why it is the row's last token, None where it is not.
 
-    def push(self, token: int) -> str:
-        """The text that ``token`` makes certain."""
-        return self._filter.push(self._detokenizer.push(token))
+        An end-of-text token has no text; a stop text that the last token completes is the reason in place of the one given.
+        """
+        if finish_reason == "eos":
+            return self.end(finish_reason)
+        piece = self._filter.push(self._detokenizer.push(token))
+        self.text += piece
+        if self._filter.is_stopped:
+            self.finish_reason = "stop"
+        elif finish_reason is not None:
+            piece += self.end(finish_reason)
+        return piece
 
-    def flush(self) -> str:
-        """The rest, when no more tokens follow."""
-        return self._filter.push(self._detokenizer.flush()) + self._filter.flush()
+    def end(self, reason: str) -> str:
+        """What was held back, as no more tokens follow."""
+        piece = self._filter.push(self._detokenizer.flush()) + self._filter.flush()
+        self.text += piece
+        self.finish_reason = reason
+        return piece

@@ -1,4 +1,4 @@
-"""What a client asked for, what it is told, the queue in which it waits, and who counts along."""
+"""Jobs: what a client asked for, the events it gets, the queue in which it waits, and the observer that counts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from bilevel.errors import ContextTooLong, RequestError
 from bilevel.runtime.backend.session import Routes
 from bilevel.runtime.generate.rows import Row
 from bilevel.runtime.generate.sampling import SamplingParams, TokenLogprobs
@@ -31,9 +32,12 @@ class TokenRoutes:
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """One step of one job. token: None where it ended without one. finish_reason: None, or as in ``rows.Event``, or "error"."""
+    """One step of one job.
 
-    job: Job
+    token: None where it ended without one. finish_reason: None, or as in ``results.Event``, or "error".
+    """
+
+    job: TextJob
     token: int | None
     finish_reason: str | None
     logprobs: TokenLogprobs | None = None
@@ -43,10 +47,11 @@ class TokenEvent:
 
 
 @dataclass(eq=False)
-class Job:
+class TextJob:
     """One text to generate, in token ids. client: whose turn it is in the queue. num_logprobs: None for none at all.
 
-    receive: whoever reads the events; the scheduler only carries it. Times are those of time.perf_counter.
+    receive: a function for the job's events, which the scheduler only passes on with them. Times are those of
+    time.perf_counter.
     """
 
     prompt: list[int]
@@ -62,6 +67,16 @@ class Job:
     num_reused: int = 0
     is_cancelled: bool = False
 
+    def check(self, vocab_size: int, row_tokens: int) -> None:
+        """Raises RequestError for a prompt without tokens or with unknown ones, ContextTooLong for one longer than a row."""
+        if not self.prompt:
+            raise RequestError("the prompt is empty; give at least one token")
+        for token in self.prompt:
+            if not 0 <= token < vocab_size:
+                raise RequestError(f"the prompt holds the token {token}; this model's tokens are 0 to {vocab_size - 1}")
+        if len(self.prompt) > row_tokens:
+            raise ContextTooLong(f"the prompt has {len(self.prompt)} tokens, but this server takes {row_tokens}; shorten it")
+
     def cancel(self) -> None:
         """Ask that the job end; it does before the next step."""
         self.is_cancelled = True
@@ -71,20 +86,20 @@ class FairQueue:
     """Jobs that wait: first come first served for each client, the clients in turn."""
 
     def __init__(self) -> None:
-        self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()
+        self._waiting: OrderedDict[str, deque[TextJob]] = OrderedDict()
 
     def __len__(self) -> int:
         return sum(map(len, self._waiting.values()))
 
-    def __iter__(self) -> Iterator[Job]:
+    def __iter__(self) -> Iterator[TextJob]:
         for jobs in self._waiting.values():
             yield from jobs
 
-    def push(self, job: Job) -> None:
+    def push(self, job: TextJob) -> None:
         """Append a job to its client's."""
         self._waiting.setdefault(job.client, deque()).append(job)
 
-    def pop(self, is_ready: Callable[[Job], bool]) -> Job | None:
+    def pop(self, is_ready: Callable[[TextJob], bool]) -> TextJob | None:
         """The first ready job of the next client that has one; that client is last from now on."""
         for client, jobs in self._waiting.items():
             job = next((job for job in jobs if is_ready(job)), None)
@@ -95,14 +110,14 @@ class FairQueue:
                 return job
         return None
 
-    def remove_cancelled(self) -> list[Job]:
+    def remove_cancelled(self) -> list[TextJob]:
         """Take out the jobs that were cancelled."""
         gone = [job for job in self if job.is_cancelled]
         for job in gone:
             self._remove(job.client, job)
         return gone
 
-    def _remove(self, client: str, job: Job) -> None:
+    def _remove(self, client: str, job: TextJob) -> None:
         self._waiting[client].remove(job)
         if not self._waiting[client]:
             del self._waiting[client]
@@ -110,9 +125,10 @@ class FairQueue:
 
 @dataclass(frozen=True)
 class SchedulerLimits:
-    """max_rows: texts generated at once. max_queue: jobs that may wait. row_tokens: prompt and text of one job (None: the model's).
+    """What a scheduler takes.
 
-    prefill_chunk: most tokens of a prompt that one call reads (None: the bundle's).
+    max_rows: texts generated at once. max_queue: jobs that may wait. row_tokens: prompt and text of one job (None: the
+    model's). prefill_chunk: most tokens of a prompt that one call reads (None: the bundle's).
     """
 
     max_rows: int = 8
@@ -130,10 +146,10 @@ class Observer(Protocol):
     def decoded(self, rows: Sequence[Row], first: int, routes: Routes | None, seconds: float) -> None:
         """A token was generated in each of ``rows``; row r is line r.index - first of ``routes``."""
 
-    def token(self, job: Job, now: float) -> None:
+    def token(self, job: TextJob, now: float) -> None:
         """``job`` got a token; ``job.last_token`` is still the time of the one before."""
 
-    def ended(self, job: Job, reason: str) -> None:
+    def ended(self, job: TextJob, reason: str) -> None:
         """``job`` has ended."""
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import deque
 from statistics import median
 
-# A client then waits for about 1 + RATIO decode steps between two tokens while somebody's long prompt is read. The promise is 3: what
-# is left of it is for the machine's own hiccups, which make one step in a hundred half as long again.
+# A client then waits for about 1 + RATIO decode steps between two tokens while another's long prompt is read. The promise is
+# 3: what is left of it is for the machine's own hiccups, which make one step in a hundred half as long again.
 RATIO = 1.0
-LEAST_SECONDS = 0.02  # nobody notices a pause as short as this, and tiny pieces waste a fast model's time
+LEAST_SECONDS = 0.02  # a pause this short goes unnoticed, and tiny pieces waste a fast model's time
 # A short prompt is read at once, in one pause of this length at most. A call has costs that are the same for every size, so in
 # pieces it would hold the others up for several times as long in all.
 WHOLE_SECONDS = 0.1
@@ -18,8 +18,9 @@ _FIRST_CHUNK, _NUM_STEPS, _TELLING_CHUNK = 8, 32, 16
 class PrefillPacer:
     """Chooses the tokens of a prefill chunk by measured time. most: the bundle's or the engine's limit.
 
-    Alone, a prompt is read ``most`` tokens at a time. Beside rows that generate, a short one is read at once; a chunk of a long one may
-    take RATIO times the median of the last decode steps, or LEAST_SECONDS, and its size follows from how long the previous ones took.
+    Alone, a prompt is read ``most`` tokens at a time. Beside rows that generate, a short one is read at once; a chunk of a long
+    one may take RATIO times the median of the last decode steps, or LEAST_SECONDS, and its size follows from how long the
+    previous ones took.
     """
 
     def __init__(self, most: int) -> None:
@@ -51,9 +52,9 @@ class PrefillPacer:
         budget = max(RATIO * median(self._steps), LEAST_SECONDS)
         wanted = min(tokens * budget / seconds, 3 * self._size)
         if wanted < self._size:
-            # Damped: one slow call, for which somebody else on the machine may be to blame, halves the size at most.
+            # Damped: one slow call, which other processes on the machine may have caused, halves the size at most.
             self._size = max(1.0, (self._size + wanted) / 2)
         elif tokens >= int(self._size):
-            # (The last piece of a prompt is short and says nothing about a longer one.) At least one more: where most of a call's
-            # time is the same for every size, what is wanted by proportion is never reached.
+            # (The last piece of a prompt is short and says nothing about a longer one.) At least one more: where most of a
+            # call's time is the same for every size, what is wanted by proportion is never reached.
             self._size = min(float(self._most), max(int(self._size) + 1.0, (self._size + wanted) / 2))

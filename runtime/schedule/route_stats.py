@@ -1,4 +1,4 @@
-"""Whether routers still choose: how much they read, how many blocks and experts anybody hits, how evenly."""
+"""Whether routers still choose: how much they read, how many blocks and experts they hit, how evenly."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ _KEPT = 0.98  # of what was counted, at each sample: about the last 50 samples m
 
 
 class RouteStats:
-    """Running statistics over sampled decode steps. A block that has to be read (first, own) is no choice and is not counted as one.
+    """Running statistics over sampled decode steps.
 
-    Where nothing has been seen yet, or no word had a choice, the answer is NaN.
+    A block that has to be read (first, own) is no choice and is not counted as one. Where nothing has been seen yet, or no word
+    had a choice, the answer is NaN.
     """
 
     def __init__(self, bundle: Bundle, capacity: int) -> None:
@@ -34,7 +35,10 @@ class RouteStats:
         self._steps = -1
 
     def sample(self, rows: Sequence[tuple[int, int]], routes: Routes) -> None:
-        """Count a decode step, if it is one that is counted. rows: (line of ``routes``, position of the word) of each active row."""
+        """Count a decode step, if it is one that is counted.
+
+        rows: (line of ``routes``, position of the word) of each active row.
+        """
         self._steps += 1
         if self._steps % EVERY:
             return
@@ -93,5 +97,5 @@ def _entropy(counts: NDArray[np.float64]) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
-def _ratio(found: float, most: float) -> float:
-    return found / most if most > 0 else float("nan")
+def _ratio(value: float, most: float) -> float:
+    return value / most if most > 0 else float("nan")

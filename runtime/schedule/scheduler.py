@@ -2,7 +2,7 @@
 
     scheduler = Scheduler(session, SchedulerLimits(max_rows=8), publish=print)
     scheduler.start()
-    scheduler.submit(Job([1, 2, 3], SamplingParams(max_tokens=16)))
+    scheduler.submit(TextJob([1, 2, 3], SamplingParams(max_tokens=16)))
 
 One turn of the loop reads a piece of one prompt (the prompts take turns) and then generates one token in every row whose
 prompt has been read. A prompt's last word is read by that second call, so a row joins it as if it had always been there.
@@ -19,12 +19,19 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from bilevel.errors import BilevelError, Overloaded, RequestError, ShuttingDown
+from bilevel.errors import BilevelError, Overloaded, ShuttingDown
 from bilevel.runtime.backend.session import Caches, Session
 from bilevel.runtime.generate.rows import Row
 from bilevel.runtime.generate.sampling import RowLogits, Sampler, log_probabilities
-from bilevel.runtime.generate.text import NoTokenizer, TextStream
-from bilevel.runtime.schedule.jobs import FairQueue, Job, Observer, SchedulerLimits, TokenEvent, TokenRoutes, token_routes
+from bilevel.runtime.schedule.jobs import (
+    FairQueue,
+    Observer,
+    SchedulerLimits,
+    TextJob,
+    TokenEvent,
+    TokenRoutes,
+    token_routes,
+)
 from bilevel.runtime.schedule.pacing import PrefillPacer
 from bilevel.runtime.schedule.slots import Slots, common_prefix
 
@@ -35,9 +42,9 @@ Publish = Callable[[Sequence[TokenEvent]], None]
 class Scheduler:
     """Runs jobs on one session. Everything but the loop itself may be called from any thread.
 
-    publish: told the events, from the scheduler's thread; it must return quickly. publish_seconds: least time between two calls, unless
-    a text begins or ends. On a small machine whoever passes tokens on takes the cores from the model: a wake-up for each token
-    of a model that makes 400 a second costs it a tenth, and nobody reads that fast.
+    publish: given the events, in the scheduler's thread; it must return quickly. publish_seconds: least time between two calls,
+    unless a text begins or ends. On a small machine passing tokens on takes cores from the model: a wake-up for each
+    token of a model that makes 400 a second costs it a tenth, and nobody reads that fast.
     """
 
     def __init__(
@@ -58,7 +65,7 @@ class Scheduler:
         self._view(limits.max_rows - 1, 1)  # a backend that cannot cut rows out refuses now
         self._slots, self._queue = Slots(limits.max_rows), FairQueue()
         self._pacer = PrefillPacer(limits.prefill_chunk or bundle.prefill_chunk)
-        self._jobs: dict[Row, Job] = {}
+        self._jobs: dict[Row, TextJob] = {}
         self._outbox: list[TokenEvent] = []
         self._published, self._publish_seconds = 0.0, publish_seconds
         self._turn = 0
@@ -70,10 +77,10 @@ class Scheduler:
         """Begin to work."""
         self._thread.start()
 
-    def submit(self, *jobs: Job) -> None:
+    def submit(self, *jobs: TextJob) -> None:
         """Queue jobs, all or none. Raises RequestError for one that cannot be served, Overloaded, ShuttingDown."""
         for job in jobs:
-            self._check(job)
+            job.check(self.bundle.vocab_size, self.row_tokens)
         with self._wake:
             if self._is_closing:
                 raise ShuttingDown("the server is shutting down; ask another one, or this one when it is back")
@@ -85,7 +92,7 @@ class Scheduler:
                 self._queue.push(job)
             self._wake.notify()
 
-    def cancel(self, *jobs: Job) -> None:
+    def cancel(self, *jobs: TextJob) -> None:
         """End jobs before the next step; each still gets its last event."""
         with self._wake:
             for job in jobs:
@@ -141,16 +148,6 @@ class Scheduler:
         """Share of the caches' tokens that are held, by running rows or for those that may continue them: 0 to 1."""
         return self._slots.num_cached / (self.limits.max_rows * self.row_tokens)
 
-    def _check(self, job: Job) -> None:
-        vocab_size = self.bundle.vocab_size
-        if not job.prompt:
-            raise RequestError("the prompt is empty; give at least one token")
-        for token in job.prompt:
-            if not 0 <= token < vocab_size:
-                raise RequestError(f"the prompt holds the token {token}; this model's tokens are 0 to {vocab_size - 1}")
-        if len(job.prompt) > self.row_tokens:
-            raise RequestError(f"the prompt has {len(job.prompt)} tokens, but this server takes {self.row_tokens}; shorten it")
-
     def _loop(self) -> None:
         while True:
             with self._wake:
@@ -197,7 +194,7 @@ class Scheduler:
                     return
                 self._enter(job)
 
-    def _is_ready(self, job: Job) -> bool:
+    def _is_ready(self, job: TextJob) -> bool:
         """Whether waiting would not save reading: not while a prompt is being read that begins like this one."""
         reading = [row for row in self._slots.active if row.num_pending > 1]
         if not reading:
@@ -206,13 +203,13 @@ class Scheduler:
         shared = max(common_prefix(row.prompt_ids, job.prompt[:-1]) for row in reading)
         return shared < length + self.bundle.block_size
 
-    def _enter(self, job: Job) -> None:
+    def _enter(self, job: TextJob) -> None:
         source, length = self._slots.longest_prefix(job.prompt)
         target = self._slots.choose(source, length)
         if target != source and length:
             self._caches.copy_prefix(source, target, length)
         sampler = Sampler(job.params, self.bundle.vocab_size, job.prompt, stream=job.stream)
-        row = Row(target, job.prompt, sampler, TextStream(NoTokenizer()), self.bundle.eos, self.row_tokens)
+        row = Row(target, job.prompt, sampler, self.bundle.eos, self.row_tokens)
         row.num_cached = job.num_reused = length
         job.started = time.perf_counter()
         self._slots.enter(row)
@@ -269,18 +266,17 @@ class Scheduler:
         """Choose the row's next token from logits [vocab]."""
         job = self._jobs[row]
         try:
-            event = row.extend(logits)
+            token = row.extend(logits)
         except BilevelError as error:
             return self._end(job, row, "error", str(error))
-        assert event.token is not None
-        logprobs = None if job.num_logprobs is None else log_probabilities(logits, event.token, job.num_logprobs)
+        logprobs = None if job.num_logprobs is None else log_probabilities(logits, token, job.num_logprobs)
         now, is_first = time.perf_counter(), job.last_token is None
         if self._observer is not None:
             self._observer.token(job, now)
         job.last_token = now
-        if event.finish_reason is not None:
-            self._end(job, row, event.finish_reason)
-        return TokenEvent(job, event.token, event.finish_reason, logprobs, routes, is_first=is_first)
+        if row.finish_reason is not None:
+            self._end(job, row, row.finish_reason)
+        return TokenEvent(job, token, row.finish_reason, logprobs, routes, is_first=is_first)
 
     def _guarded(self, call: Callable[..., list[TokenEvent]], rows: list[Row], *args: int) -> list[TokenEvent]:
         """A call of the graph; where it fails, its rows end as errors and the server goes on."""
@@ -291,7 +287,7 @@ class Scheduler:
             message = "the model failed on this request; the server's log says why"
             return [self._end(self._jobs[row], row, "error", message) for row in rows if row in self._jobs]
 
-    def _end(self, job: Job, row: Row | None, reason: str, error: str | None = None) -> TokenEvent:
+    def _end(self, job: TextJob, row: Row | None, reason: str, error: str | None = None) -> TokenEvent:
         """Take a job out of the batch, or note that it never came to be there."""
         if row is not None:
             del self._jobs[row]

@@ -55,7 +55,7 @@ class Slots:
         return sum(map(self.num_cached_at, range(len(self.rows))))
 
     def longest_prefix(self, prompt: Sequence[int]) -> tuple[int, int]:
-        """(place, length) of the longest cached prefix of ``prompt``, its last token left out: somebody must ask for logits."""
+        """(place, length) of the longest cached prefix of ``prompt``, less its last token, which must be run for its logits."""
         wanted = prompt[:-1]
         lengths = [common_prefix(self.cached(index), wanted) for index in range(len(self.rows))]
         best = max(range(len(lengths)), key=lambda index: (lengths[index], self.rows[index] is None))

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bilevel.runtime.generate.sampling import TokenLogprobs
-from bilevel.runtime.generate.text import TextStream, Tokenizer
-from bilevel.runtime.schedule.jobs import Job, TokenEvent, TokenRoutes
+from bilevel.runtime.generate.text import TextAssembler, Tokenizer
+from bilevel.runtime.schedule.jobs import TextJob, TokenEvent, TokenRoutes
 from bilevel.runtime.schedule.scheduler import Scheduler
 from bilevel.runtime.serve.errors import ApiError
 
@@ -25,28 +25,36 @@ def publish_on(loop: asyncio.AbstractEventLoop) -> Any:
         try:
             loop.call_soon_threadsafe(deliver, events)
         except RuntimeError:
-            pass  # the loop is closed, nobody waits any more
+            pass  # the loop is closed: no request waits any more
 
     return publish
 
 
 @dataclass(eq=False)
-class Choice:
+class AnswerChoice:
     """One answer as far as it has come. token_ids holds the end-of-text token and a stop text's tokens; text does not."""
 
     index: int
-    job: Job
-    stream: TextStream
-    text: str = ""
+    job: TextJob
+    assembler: TextAssembler
     token_ids: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
+
+    @property
+    def text(self) -> str:
+        """What is certain so far."""
+        return self.assembler.text
+
+    @property
+    def finish_reason(self) -> str | None:
+        """None while the answer goes on; then "eos", "stop" or "length"."""
+        return self.assembler.finish_reason
 
 
 @dataclass(frozen=True)
 class Piece:
     """What one token added to a choice."""
 
-    choice: Choice
+    choice: AnswerChoice
     token: int
     text: str
     finish_reason: str | None
@@ -57,14 +65,14 @@ class Piece:
 class Answers:
     """The answers to one request. Submitting happens at once, so that a refusal is still a status.
 
-    Raises what ``Scheduler.submit`` raises. Iterating gives the pieces of all choices, as many at a time as have come, and ends when all have ended; leaving it
-    early, for whatever reason, frees the rows.
+    Raises what ``Scheduler.submit`` raises. Iterating gives the pieces of all choices, as many at a time as have come, and ends
+    when all have ended; leaving it early, for whatever reason, frees the rows.
     """
 
-    def __init__(self, scheduler: Scheduler, jobs: Sequence[Job], tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+    def __init__(self, scheduler: Scheduler, jobs: Sequence[TextJob], tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
         self._scheduler = scheduler
         self._events: asyncio.Queue[TokenEvent] = asyncio.Queue()
-        self.choices = [Choice(index, job, TextStream(tokenizer, stops)) for index, job in enumerate(jobs)]
+        self.choices = [AnswerChoice(index, job, TextAssembler(tokenizer, stops)) for index, job in enumerate(jobs)]
         self._by_job = {choice.job: choice for choice in self.choices}
         for job in jobs:
             job.receive = self._events.put_nowait
@@ -84,7 +92,7 @@ class Answers:
         finally:
             self.cancel()
 
-    async def finish(self) -> list[Choice]:
+    async def finish(self) -> list[AnswerChoice]:
         """Wait for the end of all."""
         async for _ in self:
             pass
@@ -104,13 +112,7 @@ class Answers:
                 raise ApiError(503, "the server stopped before this answer was complete; ask again", code="shutting_down")
             raise ApiError(500, event.error or "the server failed on this request; its log says why")
         choice.token_ids.append(event.token)
-        reason, stream = event.finish_reason, choice.stream
-        text = stream.flush() if reason == "eos" else stream.push(event.token)
-        if reason != "eos" and stream.is_stopped:
-            reason = "stop"
+        text = choice.assembler.push(event.token, event.finish_reason)
+        if choice.finish_reason == "stop":
             self._scheduler.cancel(choice.job)
-        elif reason == "length":
-            text += stream.flush()
-        choice.text += text
-        choice.finish_reason = reason
-        return Piece(choice, event.token, text, reason, event.logprobs, event.routes)
+        return Piece(choice, event.token, text, choice.finish_reason, event.logprobs, event.routes)

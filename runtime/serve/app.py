@@ -16,7 +16,7 @@ from bilevel.runtime.serve import kserve, openai
 from bilevel.runtime.serve.errors import ApiError, as_api_error, error_body, respond_with_error
 from bilevel.runtime.serve.http import check_origin
 from bilevel.runtime.serve.metrics import Metrics
-from bilevel.runtime.serve.openapi import describe_api
+from bilevel.runtime.serve.schemas import describe_api
 from bilevel.runtime.serve.service import Service
 
 # Open without a key: they tell nothing but that a server is here. The page asks its user for the key.
@@ -59,11 +59,11 @@ class Guard:
                 self._service.check_key(Request(scope))
             await self._app(scope, receive, send_more)
         except ClientDisconnect:
-            pass  # nobody is there to be told
+            pass  # the client has gone
         except Exception as error:  # noqa: BLE001 - whatever it is, the server goes on
-            told = as_api_error(error)
+            answer = as_api_error(error)
             if not is_started:
-                await JSONResponse(error_body(told, scope["path"]), told.status, told.headers)(scope, receive, send_more)
+                await JSONResponse(error_body(answer, scope["path"]), answer.status, answer.headers)(scope, receive, send_more)
 
 
 def create_app(service: Service, metrics: Metrics) -> ASGIApp:

@@ -54,7 +54,7 @@ class ChatTemplate:
 
 
 def find_template(folder: Path) -> ChatTemplate | None:
-    """The template among a bundle's tokenizer files: chat_template.jinja, or in tokenizer_config.json; None where there is none."""
+    """The template among a bundle's tokenizer files (chat_template.jinja, or in tokenizer_config.json), or None."""
     settings = folder / "tokenizer_config.json"
     try:
         config: dict[str, Any] = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}

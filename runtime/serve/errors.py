@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from bilevel.errors import Overloaded, RequestError, ShuttingDown
+from bilevel.errors import ContextTooLong, Overloaded, RequestError, ShuttingDown
 
 _LOG = logging.getLogger("bilevel.serve")
 # Fields that may have several types, and what to give.
@@ -32,7 +32,7 @@ class ApiError(Exception):
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """Any exception as what the client is told; what is nobody's fault but ours is logged and stays here."""
+    """Any exception as the client sees it. A fault of the server's own is logged, and the client learns no more of it."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, Overloaded):
@@ -44,7 +44,7 @@ def as_api_error(error: Exception) -> ApiError:
         refused.headers["Retry-After"] = "10"
         return refused
     if isinstance(error, RequestError):
-        return ApiError(400, str(error), code="context_length_exceeded" if "tokens, but" in str(error) else None)
+        return ApiError(400, str(error), code="context_length_exceeded" if isinstance(error, ContextTooLong) else None)
     if isinstance(error, HTTPException):
         known = {
             404: "there is nothing at this address; /openapi.json lists what there is",
@@ -67,8 +67,8 @@ def error_body(error: ApiError, path: str) -> dict[str, Any]:
 
 async def respond_with_error(request: Request, error: Exception) -> Response:
     """Starlette's exception handler."""
-    told = as_api_error(error)
-    return JSONResponse(error_body(told, request.url.path), told.status, told.headers)
+    answer = as_api_error(error)
+    return JSONResponse(error_body(answer, request.url.path), answer.status, answer.headers)
 
 
 def validated(model: type[BaseModel], body: bytes) -> Any:

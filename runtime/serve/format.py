@@ -8,12 +8,12 @@ from typing import Any
 from bilevel.runtime.generate.sampling import TokenLogprobs
 from bilevel.runtime.generate.text import Detokenizer, Tokenizer
 from bilevel.runtime.schedule.jobs import TokenRoutes
-from bilevel.runtime.serve.answers import Choice, Piece
+from bilevel.runtime.serve.answers import AnswerChoice, Piece
 
 _REASONS = {"eos": "stop", "stop": "stop", "length": "length", None: None}
 
 
-def usage(choices: Sequence[Choice], per_prompt: int) -> dict[str, Any]:
+def usage(choices: Sequence[AnswerChoice], per_prompt: int) -> dict[str, Any]:
     """Counts; a prompt counts once however many choices it has."""
     read = choices[::per_prompt]
     prompt, completion = sum(len(c.job.prompt) for c in read), sum(len(c.token_ids) for c in choices)
@@ -52,7 +52,7 @@ class Format:
     def __init__(self, tokenizer: Tokenizer, header: dict[str, Any]) -> None:
         self.tokenizer, self.header = tokenizer, header
 
-    def opening(self, choice: Choice) -> dict[str, Any] | None:
+    def opening(self, choice: AnswerChoice) -> dict[str, Any] | None:
         """A chunk before the first token."""
         return None
 
@@ -60,7 +60,7 @@ class Format:
         """One token's chunk."""
         raise NotImplementedError
 
-    def choice(self, choice: Choice, pieces: list[Piece], with_routes: bool) -> dict[str, Any]:
+    def choice(self, choice: AnswerChoice, pieces: list[Piece], with_routes: bool) -> dict[str, Any]:
         """A whole answer."""
         raise NotImplementedError
 
@@ -81,7 +81,7 @@ class CompletionFormat(Format):
         }
         return choice if piece.routes is None else {**choice, "routes": routes_of(piece.routes)}
 
-    def choice(self, choice: Choice, pieces: list[Piece], with_routes: bool) -> dict[str, Any]:
+    def choice(self, choice: AnswerChoice, pieces: list[Piece], with_routes: bool) -> dict[str, Any]:
         content: dict[str, Any] = {
             "index": choice.index,
             "text": choice.text,
@@ -93,15 +93,15 @@ class CompletionFormat(Format):
     def _logprobs(self, pieces: list[Piece], offset: int) -> dict[str, Any] | None:
         if not pieces or pieces[0].logprobs is None:
             return None
-        found = [piece.logprobs for piece in pieces if piece.logprobs is not None]
+        logprobs = [piece.logprobs for piece in pieces if piece.logprobs is not None]
         offsets = []
         for piece in pieces:
             offsets.append(offset)
             offset += len(piece.text)
         return {
             "tokens": [self.word(piece.token) for piece in pieces],
-            "token_logprobs": [each.chosen for each in found],
-            "top_logprobs": [{self.word(token): value for token, value in reversed(each.top)} for each in found],
+            "token_logprobs": [each.chosen for each in logprobs],
+            "top_logprobs": [{self.word(token): value for token, value in reversed(each.top)} for each in logprobs],
             "text_offset": offsets,
         }
 
@@ -109,7 +109,7 @@ class CompletionFormat(Format):
 class ChatFormat(Format):
     """/v1/chat/completions."""
 
-    def opening(self, choice: Choice) -> dict[str, Any] | None:
+    def opening(self, choice: AnswerChoice) -> dict[str, Any] | None:
         return {"index": choice.index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
@@ -121,7 +121,7 @@ class ChatFormat(Format):
         }
         return choice if piece.routes is None else {**choice, "routes": routes_of(piece.routes)}
 
-    def choice(self, choice: Choice, pieces: list[Piece], with_routes: bool) -> dict[str, Any]:
+    def choice(self, choice: AnswerChoice, pieces: list[Piece], with_routes: bool) -> dict[str, Any]:
         content: dict[str, Any] = {
             "index": choice.index,
             "message": {"role": "assistant", "content": choice.text, "refusal": None},
@@ -135,9 +135,9 @@ class ChatFormat(Format):
             return None
         return {"content": [self._entry(piece.token, piece.logprobs) for piece in pieces if piece.logprobs], "refusal": None}
 
-    def _entry(self, token: int, found: TokenLogprobs) -> dict[str, Any]:
-        top = [self._named(each, value) for each, value in found.top]
-        return {**self._named(token, found.chosen), "top_logprobs": top}
+    def _entry(self, token: int, logprobs: TokenLogprobs) -> dict[str, Any]:
+        top = [self._named(each, value) for each, value in logprobs.top]
+        return {**self._named(token, logprobs.chosen), "top_logprobs": top}
 
     def _named(self, token: int, value: float) -> dict[str, Any]:
         word = self.word(token)

@@ -23,7 +23,10 @@ HEAD_SECONDS = 10.0  # for a request's first line and headers
 
 
 async def read_body(request: Request, limit: int, seconds: float, kinds: Sequence[str] = ("application/json",)) -> bytes:
-    """The whole body. Raises ApiError when it is too long, too slow, compressed, or of no kind in ``kinds`` ("": none given)."""
+    """The whole body.
+
+    Raises ApiError when it is too long, too slow, compressed, or of no kind in ``kinds`` ("": none given).
+    """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in kinds:
         raise ApiError(415, f"the content type is {kind[:60] or 'missing'}; send {' or '.join(filter(None, kinds))}")
@@ -49,7 +52,7 @@ async def read_body(request: Request, limit: int, seconds: float, kinds: Sequenc
 
 
 def check_origin(request: Request) -> None:
-    """Raises ApiError 403 when a browser sends this for a page of somebody else, who has no business with a local server."""
+    """Raises ApiError 403 when a browser sends this on behalf of a page of another origin, against a server on localhost."""
     origin, host = request.headers.get("origin"), request.headers.get("host", "")
     if origin is not None and origin.partition("://")[2] != host:
         raise ApiError(403, "a page of another origin sent this request; only this server's own page may")
@@ -126,7 +129,10 @@ class Keys:
             raise RequestError(f"{path} holds no key; write one on a line, for example: openssl rand -hex 24 > {path}")
 
     def find(self, request: Request) -> str:
-        """The name under which a key's owner waits in the queue. Raises ApiError 401. Every key is compared, in constant time."""
+        """The name under which a key's owner waits in the queue.
+
+        Raises ApiError 401. Every key is compared, in constant time.
+        """
         kind, _, key = request.headers.get("authorization", "").partition(" ")
         given = _digest(key.strip()) if kind.lower() == "bearer" else b""
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]

@@ -18,8 +18,8 @@ from starlette.responses import JSONResponse, Response
 
 import bilevel
 from bilevel.errors import RequestError
-from bilevel.runtime.schedule.jobs import Job
-from bilevel.runtime.serve.answers import Answers, Choice
+from bilevel.runtime.schedule.jobs import TextJob
+from bilevel.runtime.serve.answers import AnswerChoice, Answers
 from bilevel.runtime.serve.errors import ApiError, validated
 from bilevel.runtime.serve.http import unless_gone
 from bilevel.runtime.serve.schemas import InferRequest, InputTensor
@@ -77,7 +77,7 @@ async def infer(request: Request) -> Response:
         raise RequestError(f"the input holds {len(prompts)} prompts; give 1 to {most}")
     client, room = service.client(request), service.scheduler.row_tokens
     jobs = [
-        Job(prompt, asked.parameters.params(len(prompt), room), client=client, stream=stream)
+        TextJob(prompt, asked.parameters.params(len(prompt), room), client=client, stream=stream)
         for stream, prompt in enumerate(prompts)
     ]
     choices = await unless_gone(request, Answers(service.scheduler, jobs, service.tokenizer).finish())
@@ -190,7 +190,7 @@ def _texts(data: bytes) -> list[str]:
     return texts
 
 
-def _respond(service: Service, asked: InferRequest, wanted: dict[str, bool], choices: list[Choice]) -> Response:
+def _respond(service: Service, asked: InferRequest, wanted: dict[str, bool], choices: list[AnswerChoice]) -> Response:
     ids: NDArray[np.int64] = np.full((len(choices), max(len(choice.token_ids) for choice in choices)), -1, "<i8")
     for line, choice in zip(ids, choices, strict=True):
         line[: len(choice.token_ids)] = choice.token_ids

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 
 from bilevel.runtime.backend.session import Routes
 from bilevel.runtime.generate.rows import Row
-from bilevel.runtime.schedule.jobs import Job
+from bilevel.runtime.schedule.jobs import TextJob
 from bilevel.runtime.schedule.route_stats import RouteStats
 from bilevel.runtime.schedule.scheduler import Scheduler
 
@@ -95,7 +95,7 @@ class Metrics:
         if self._routes is not None and routes is not None:
             self._routes.sample([(row.index - first, row.num_cached - 1) for row in rows], routes)
 
-    def token(self, job: Job, now: float) -> None:
+    def token(self, job: TextJob, now: float) -> None:
         """See ``Observer``."""
         self._generated.inc()
         if job.last_token is None:
@@ -108,7 +108,7 @@ class Metrics:
         while self._recent[0] < now - _WINDOW:
             self._recent.popleft()
 
-    def ended(self, job: Job, reason: str) -> None:
+    def ended(self, job: TextJob, reason: str) -> None:
         """See ``Observer``."""
         self._ended.labels(reason).inc()
 

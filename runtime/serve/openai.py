@@ -12,8 +12,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from bilevel.errors import RequestError
-from bilevel.runtime.schedule.jobs import Job
-from bilevel.runtime.serve.answers import Answers, Choice, Piece
+from bilevel.runtime.schedule.jobs import TextJob
+from bilevel.runtime.serve.answers import AnswerChoice, Answers, Piece
 from bilevel.runtime.serve.errors import ApiError, as_api_error, error_body, validated
 from bilevel.runtime.serve.format import ChatFormat, CompletionFormat, Format, prompt_blocks, usage
 from bilevel.runtime.serve.http import EventStream, unless_gone
@@ -87,7 +87,7 @@ def _submit(
         )
     client = service.client(request)
     jobs = [
-        Job(
+        TextJob(
             prompt,
             asked.params(check_budget(len(prompt), max_tokens, service.scheduler.row_tokens)),
             client=client,
@@ -104,7 +104,7 @@ def _submit(
 async def _answer(service: Service, request: Request, asked: Sampling, answers: Answers, form: Format) -> Response:
     if asked.stream:
         return EventStream(_events(service, request, asked, answers, form), answers.cancel, service.limits.stall_seconds)
-    pieces: dict[Choice, list[Piece]] = {choice: [] for choice in answers.choices}
+    pieces: dict[AnswerChoice, list[Piece]] = {choice: [] for choice in answers.choices}
 
     async def collect() -> None:
         async for news in answers:
@@ -138,8 +138,7 @@ async def _events(service: Service, request: Request, asked: Sampling, answers: 
         async for pieces in answers:
             yield b"".join(head + _ENCODER.encode(form.chunk(piece)).encode() + tail for piece in pieces)
     except Exception as error:  # noqa: BLE001 - the status is out, so the error is an event
-        told = as_api_error(error)
-        yield _event(error_body(told, request.url.path))
+        yield _event(error_body(as_api_error(error), request.url.path))
         return
     if wants_usage:
         yield _event({**form.header, "choices": [], "usage": usage(answers.choices, asked.n or 1)})

@@ -14,7 +14,6 @@ from types import FrameType
 import uvicorn
 
 from bilevel.errors import RequestError
-from bilevel.runtime.backend.engine import EngineSession
 from bilevel.runtime.backend.select import open_session
 from bilevel.runtime.backend.session import Session
 from bilevel.runtime.generate.text import BundleTokenizer
@@ -30,9 +29,8 @@ from bilevel.runtime.serve.service import HttpLimits, Service
 
 MOST_CONNECTIONS = 1000
 PUBLISH_SECONDS = 1 / 60  # a screen shows no more changes
-SWITCH_SECONDS = (
-    0.0005  # that the model waits for Python's lock while an answer is written; Python's own 0.005 is a small model's step
-)
+# That the model waits for Python's lock while an answer is written; Python's own 0.005 is a small model's step.
+SWITCH_SECONDS = 0.0005
 
 
 class Server(uvicorn.Server):
@@ -80,8 +78,7 @@ def build(
     scheduler = Scheduler(session, limits, publish_on(loop), metrics, PUBLISH_SECONDS)
     metrics.watch(scheduler)
     tokenizer = BundleTokenizer(bundle.tokenizer_path)
-    backend = session.engine.backend if isinstance(session, EngineSession) else "onnxruntime"
-    service = Service(name, scheduler, tokenizer, find_template(bundle.folder), keys, http, backend=backend)
+    service = Service(name, scheduler, tokenizer, session.backend, find_template(bundle.folder), keys, http)
     scheduler.start()
     return service, metrics
 
@@ -143,7 +140,7 @@ async def run_server(
 ) -> None:
     """Serve on ``listener`` until the server is told to exit; on_start is given the server before it begins.
 
-    why: a line on what runs the model, for whoever started it.
+    why: a line on what runs the model, for the greeting.
     """
     service, metrics = build(session, name, limits, http, keys, asyncio.get_running_loop())
     config = uvicorn.Config(

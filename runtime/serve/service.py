@@ -29,15 +29,18 @@ class HttpLimits:
 
 @dataclass(frozen=True)
 class Service:
-    """One served model. backend: what runs it. keys: None where the server is open to whoever reaches it."""
+    """One served model.
+
+    backend: ``Session.backend`` of what runs it. keys: None where no key is asked for.
+    """
 
     name: str
     scheduler: Scheduler
     tokenizer: Tokenizer
+    backend: str
     template: ChatTemplate | None = None
     keys: Keys | None = None
     limits: HttpLimits = HttpLimits()
-    backend: str = "onnxruntime"
     created: int = field(default_factory=lambda: int(time.time()))
 
     def client(self, request: Request) -> str:

@@ -1,7 +1,7 @@
 """A double of TensorRT and of a GPU: plans execute in ONNX Runtime on host memory, and TensorRT's rules are enforced.
 
-Work is done when the stream is synchronised, not before: whoever reads earlier reads poison. Every tensor needs an address, shapes
-lie inside the profile, a cache's input and output share one address, and a capture follows a run with the same shapes.
+Work is done when the stream is synchronised, not before: whoever reads earlier reads poison. Every tensor needs an address,
+shapes lie inside the profile, a cache's input and output share one address, and a capture follows a run with the same shapes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _POISON = 0xEE
 
 
 class FakeDevice:
-    """``Device`` on host memory. limit: bytes that may be allocated at once."""
+    """``CudaDevice`` on host memory. limit: bytes that may be allocated at once."""
 
     def __init__(self, limit: int = 1 << 30) -> None:
         self.stream, self.limit, self.used, self.name = 7, limit, 0, "RTX 5090"

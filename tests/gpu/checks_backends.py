@@ -20,7 +20,7 @@ from bilevel.bundle.engines import BACKENDS
 from bilevel.bundle.format import load_bundle
 from bilevel.errors import BilevelError
 from bilevel.machine import is_loaded, look
-from bilevel.runtime.backend.select import ONNX, ONNX_CUDA, Way, list_ways, open_session
+from bilevel.runtime.backend.select import ONNX, ONNX_CUDA, BackendOption, list_options, open_session
 from bilevel.runtime.backend.session import Session
 from bilevel.runtime.generate.sampling import Sampler, SamplingParams
 from tests import ROOT
@@ -113,24 +113,24 @@ def build_engines(bundle: Path) -> Iterator[Result]:
         yield Result("backend", f"build with {backend}", said, run.returncode == 0)
 
 
-def _ways(bundle: Path) -> list[Way]:
-    return [way for way in list_ways(load_bundle(bundle), look()) if way.backend != ONNX]
+def _options(bundle: Path) -> list[BackendOption]:
+    return [option for option in list_options(load_bundle(bundle), look()) if option.backend != ONNX]
 
 
-def run_ways(bundle: Path, ways: list[Way], open_way: Open = open_session) -> Iterator[Result]:
+def run_options(bundle: Path, options: list[BackendOption], open_option: Open = open_session) -> Iterator[Result]:
     """Every backend beside ONNX Runtime on the CPU."""
-    expected = read_and_write(open_way(bundle, ONNX)[0])
+    expected = read_and_write(open_option(bundle, ONNX)[0])
     done = set()
-    for way in ways:
-        if way.problem or way.backend in done:
-            if way.problem:
-                yield Result("backend", way.name, way.problem, None)
+    for option in options:
+        if option.problem or option.backend in done:
+            if option.problem:
+                yield Result("backend", option.name, option.problem, None)
             continue
-        done.add(way.backend)
+        done.add(option.backend)
         try:
-            yield compare(f"{way.backend}: {way.name}", open_way(bundle, way.backend)[0], expected)
+            yield compare(f"{option.backend}: {option.name}", open_option(bundle, option.backend)[0], expected)
         except BilevelError as error:
-            yield Result("backend", f"{way.backend}: {way.name}", str(error), False)
+            yield Result("backend", f"{option.backend}: {option.name}", str(error), False)
 
 
 def backends(folder: Path) -> Iterator[Result]:
@@ -140,6 +140,6 @@ def backends(folder: Path) -> Iterator[Result]:
     if isinstance(bundle, str):
         yield Result("backend", f"{ONNX_CUDA} and engines", bundle, None)
         return
-    if not any(way.engine for way in _ways(bundle) if not way.problem):
+    if not any(option.engine for option in _options(bundle) if not option.problem):
         yield from build_engines(bundle)
-    yield from run_ways(bundle, _ways(bundle))
+    yield from run_options(bundle, _options(bundle))

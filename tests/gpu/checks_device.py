@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from bilevel.errors import EngineError
-from bilevel.runtime.backend.device_memory import Device, Memory
+from bilevel.runtime.backend.device_memory import CudaDevice, Memory
 from bilevel.runtime.backend.dlpack import DeviceTensor, TokenIds
 from tests.gpu.result import Result
 
@@ -164,9 +164,9 @@ def dlpack(make: Make) -> Iterator[Result]:
     yield Result("DLPack", "in, token ids of PyTorch's", f"{wrong} of 2 differ", wrong == 0)
 
 
-def device(make: Make = Device) -> Iterator[Result]:
+def device(make: Make = CudaDevice) -> Iterator[Result]:
     """All of them; where there is no cuda-bindings, a line that says so."""
-    if make is Device and importlib.util.find_spec("cuda") is None:
+    if make is CudaDevice and importlib.util.find_spec("cuda") is None:
         yield Result(NAME, "all checks", "cuda.bindings is not installed; pip install cuda-bindings", None)
         return
     for check in (copies, order, graphs, limits, dlpack):

@@ -14,8 +14,9 @@ import pytest
 
 from bilevel.bundle.format import load_bundle
 from bilevel.errors import EngineError
-from bilevel.runtime.backend.select import Way
-from bilevel.runtime.backend.session import OnnxSession, Session
+from bilevel.runtime.backend.onnx import OnnxSession
+from bilevel.runtime.backend.select import BackendOption
+from bilevel.runtime.backend.session import Session
 from tests.doubles.tensorrt import FakeDevice
 from tests.gpu import checks_backends as backends
 from tests.gpu import checks_device as checks
@@ -140,14 +141,14 @@ def test_backends_are_compared_with_the_cpu(bundle: Path) -> None:
             raise EngineError("the plan does not load")
         return Altered(session, by), backend  # type: ignore[return-value]
 
-    ways = [
-        Way("onnx-cuda", "graph", ""),
-        Way("tensorrt", "engine", ""),
-        Way("tensorrt", "another", ""),
-        Way("tensorrt-rtx", "rtx", ""),
-        Way("tensorrt-rtx", "old", "it was built for another GPU"),
+    options = [
+        BackendOption("onnx-cuda", "graph", ""),
+        BackendOption("tensorrt", "engine", ""),
+        BackendOption("tensorrt", "another", ""),
+        BackendOption("tensorrt-rtx", "rtx", ""),
+        BackendOption("tensorrt-rtx", "old", "it was built for another GPU"),
     ]
-    found = list(backends.run_ways(bundle, ways, opened))
+    found = list(backends.run_options(bundle, options, opened))
     assert [result.ok for result in found] == [True, False, False, None]
     assert "48 of 48 tokens equal" in found[0].measure and found[2].measure == "the plan does not load"
 

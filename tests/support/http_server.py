@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bilevel.runtime.backend.session import OnnxSession, Session
+from bilevel.runtime.backend.onnx import OnnxSession
+from bilevel.runtime.backend.session import Session
 from bilevel.runtime.schedule.jobs import SchedulerLimits
 from bilevel.runtime.serve.http import Keys
 from bilevel.runtime.serve.server import Server, listen, run_server

@@ -14,7 +14,7 @@ import pytest
 from bilevel.bundle.format import load_bundle, read_manifest
 from bilevel.bundle.tensors import TensorSpec
 from bilevel.errors import BundleError
-from bilevel.runtime.backend.session import OnnxSession
+from bilevel.runtime.backend.onnx import OnnxSession
 from tests.doubles.bundle import (
     BLOCK_SIZE,
     EOS,

@@ -21,7 +21,7 @@ from bilevel.errors import BundleError, ExportError
 from bilevel.export.decoder.dense_twin import dense_twin, save_dense_twin
 from bilevel.export.graph.shared_weights import ALIGNMENT, DATA_FILE, share_weights
 from bilevel.model import CausalLM
-from bilevel.runtime.backend.session import OnnxSession
+from bilevel.runtime.backend.onnx import OnnxSession
 from tests.doubles.bundle import edit_manifest, write_bundle
 
 Exported = Callable[..., tuple[Path, Path]]

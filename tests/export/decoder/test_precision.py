@@ -21,7 +21,7 @@ from bilevel.errors import BundleError, CheckpointError, ExportError
 from bilevel.export.decoder.bundle import export_bundle
 from bilevel.export.graph.emulate import to_numpy
 from bilevel.export.graph.precision import PRECISIONS, check_precision
-from bilevel.runtime.backend.session import OnnxSession
+from bilevel.runtime.backend.onnx import OnnxSession
 from bilevel.runtime.cli.main import main
 from tests.support.tiny_models import save_checkpoint
 

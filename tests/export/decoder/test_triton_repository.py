@@ -16,7 +16,7 @@ from google.protobuf import text_format
 
 from bilevel.errors import ExportError
 from bilevel.export.decoder.triton_repository import write_repository
-from bilevel.runtime.backend.session import OnnxSession
+from bilevel.runtime.backend.onnx import OnnxSession
 from bilevel.runtime.generate.generator import Generator
 from bilevel.runtime.generate.sampling import SamplingParams
 

@@ -19,7 +19,7 @@ from bilevel import contract
 from bilevel.bundle.format import load_bundle
 from bilevel.errors import BundleError, RequestError
 from bilevel.plugins.library import cpu as cpu_library
-from bilevel.runtime.backend.session import OnnxSession
+from bilevel.runtime.backend.onnx import OnnxSession
 from tests import ROOT
 from tests.support.cpu_library import SETS, options_with_library, required_library, run_kernel, sets_here, wanted_set
 from tests.support.operator_calls import Inputs, int32, make_call, model_of, node_of

@@ -13,7 +13,7 @@ from cuda.bindings import runtime as real
 
 from bilevel.errors import EngineError
 from bilevel.runtime.backend import device_memory
-from bilevel.runtime.backend.device_memory import Device
+from bilevel.runtime.backend.device_memory import CudaDevice
 
 
 def used_names() -> set[str]:
@@ -55,10 +55,10 @@ class FakeCuda:
         return call
 
 
-def make(monkeypatch: pytest.MonkeyPatch, **refused: int) -> tuple[Device, FakeCuda]:
+def make(monkeypatch: pytest.MonkeyPatch, **refused: int) -> tuple[CudaDevice, FakeCuda]:
     cuda = FakeCuda(**refused)
     monkeypatch.setattr(device_memory, "require", lambda name: cuda)
-    return Device(), cuda
+    return CudaDevice(), cuda
 
 
 def test_every_name_exists_in_the_real_package() -> None:

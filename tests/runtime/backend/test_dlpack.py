@@ -90,7 +90,8 @@ def test_consumers_that_outlive_the_interpreter() -> None:
     """Whatever is torn down first, the program ends well."""
     program = (
         "import numpy, torch\nfrom tests.runtime.backend.test_dlpack import FakeDevice, make\ndevice = FakeDevice()\n"
-        "device.dlpack_device = (1, 0)\nkept = numpy.from_dlpack(make(device)), torch.from_dlpack(make(device)), make(device).__dlpack__()\n"
+        "device.dlpack_device = (1, 0)\n"
+        "kept = numpy.from_dlpack(make(device)), torch.from_dlpack(make(device)), make(device).__dlpack__()\n"
     )
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stderr) == (0, "")

@@ -1,4 +1,4 @@
-"""What can be wrong with an engine on a machine, through the commands: one sentence with its remedy, in ``run`` and in ``doctor``.
+"""What can be wrong with an engine on a machine, through ``run`` and ``doctor``: one sentence with its remedy.
 
 The machine is an Orin that is not there, its TensorRT and its GPU are doubles; everything else is what a user runs.
 """
@@ -126,7 +126,7 @@ def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
     device = FakeDevice()
     made = Scene(write_bundle(tmp_path / "bundle"), ORIN, device, FakeTensorrt(device))
     monkeypatch.setattr(engine_session, "load_module", lambda backend: made.trt)
-    monkeypatch.setattr(engine_session, "Device", lambda: device)
+    monkeypatch.setattr(engine_session, "CudaDevice", lambda: device)
     for module in ("backend.select", "cli.doctor"):
         monkeypatch.setattr(f"bilevel.runtime.{module}.look", lambda: made.machine)
     return made

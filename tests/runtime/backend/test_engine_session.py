@@ -60,7 +60,7 @@ def test_an_engine_generates_what_onnx_runtime_does(
 ) -> None:
     """Chunked prefill of rows of different lengths, then single tokens as a captured graph."""
     params = SamplingParams(max_tokens=12)
-    expected = Generator.open(bundle).generate(prompts, params, prefill_chunk=4).finish()
+    expected = Generator.open(bundle, "onnx").generate(prompts, params, prefill_chunk=4).finish()
     session = open_engine(bundle, device)
     generator = Generator(session, BundleTokenizer(session.bundle.tokenizer_path))
     got = generator.generate(prompts, params, prefill_chunk=4).finish()
@@ -72,7 +72,7 @@ def test_a_graph_is_captured_anew_when_the_shapes_change(bundle: Path, device: F
     """One profile for everything: prefill between single tokens changes its shapes and back."""
     session = open_engine(bundle, device, new_tokens=[[1, 16]])
     caches = session.allocate(1, 16)
-    reference = Generator.open(bundle).session.allocate(1, 16)
+    reference = Generator.open(bundle, "onnx").session.allocate(1, 16)
     past = 0
     for length in (1, 1, 1, 3, 1, 1, 1):
         call = (np.full((1, length), 5, np.int64), np.array([past], np.int32), np.array([length], np.int32))
@@ -98,7 +98,7 @@ def test_caches_share_one_buffer_and_go_back(bundle: Path, device: FakeDevice, t
 
 def test_routes_are_copied_when_they_are_read(bundle: Path, device: FakeDevice, trt: FakeTensorrt) -> None:
     """Equal to ONNX Runtime's, whole and by single tokens; one copy for all of them; gone with the next call."""
-    session, reference = open_engine(bundle, device), Generator.open(bundle).session
+    session, reference = open_engine(bundle, device), Generator.open(bundle, "onnx").session
     caches, expected = session.allocate(2, 16), reference.allocate(2, 16)
     assert caches.routes is None
     past = 0
@@ -164,7 +164,7 @@ def test_an_engine_that_ranks_its_logits(
     params: SamplingParams, bytes_per_token: int | None, bundle: Path, device: FakeDevice, trt: FakeTensorrt
 ) -> None:
     """The same texts, and fewer bytes where the best logits tell the token: 64 values, 64 ids, a sum."""
-    expected = Generator.open(bundle).generate(["abcabc"], params).finish()
+    expected = Generator.open(bundle, "onnx").generate(["abcabc"], params).finish()
     session = open_engine(bundle, device, num_best=64)
     got = Generator(session, BundleTokenizer(session.bundle.tokenizer_path)).generate(["abcabc"], params).finish()
     assert got[0].token_ids == expected[0].token_ids
@@ -174,7 +174,7 @@ def test_an_engine_that_ranks_its_logits(
 
 def test_rows_share_memory_and_prefixes_are_copied(bundle: Path, device: FakeDevice, trt: FakeTensorrt) -> None:
     """A prompt read in row 1, its first 11 tokens given to row 0, both continued: as if each had read its own."""
-    session, reference = open_engine(bundle, device, capacity=128), Generator.open(bundle).session
+    session, reference = open_engine(bundle, device, capacity=128), Generator.open(bundle, "onnx").session
     every, expected = session.allocate(2, 64), reference.allocate(2, 64)
     tokens = np.arange(13)[None] % 7
     for caches in (every, expected):

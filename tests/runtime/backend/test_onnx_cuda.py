@@ -19,7 +19,7 @@ from bilevel.bundle.format import load_bundle
 from bilevel.errors import BundleError, EngineError, MissingDependency, RequestError
 from bilevel.runtime.backend import onnx_cuda
 from bilevel.runtime.backend.onnx_cuda import CudaSession
-from bilevel.runtime.backend.select import choose, list_ways, open_session
+from bilevel.runtime.backend.select import choose, list_options, open_session
 from bilevel.runtime.cli.main import main
 from bilevel.runtime.generate.generator import Generator
 from bilevel.runtime.generate.sampling import SamplingParams
@@ -56,9 +56,9 @@ def open_cuda(bundle: Path, device: FakeDevice) -> CudaSession:
 
 @pytest.mark.parametrize("prompts", [["ab"], ["abcabcabc", "b", "cab"]])
 def test_the_tokens_of_the_cpu(prompts: list[str], exported: Any, device: FakeDevice, use: Use) -> None:
-    """Chunked prefill of rows of different lengths; one binding for single tokens, caches in place, the CPU's library left out."""
+    """Chunked prefill of rows of different lengths; one binding for single tokens, caches in place, no library of the CPU's."""
     bundle, params = exported("two_level")[1], SamplingParams(max_tokens=12)
-    expected = Generator.open(bundle).generate(prompts, params, prefill_chunk=4).finish()
+    expected = Generator.open(bundle, "onnx").generate(prompts, params, prefill_chunk=4).finish()
     module = use()
     opened = open_cuda(bundle, device)
     got = Generator(opened, BundleTokenizer(opened.bundle.tokenizer_path)).generate(prompts, params, prefill_chunk=4).finish()
@@ -68,7 +68,7 @@ def test_the_tokens_of_the_cpu(prompts: list[str], exported: Any, device: FakeDe
 
 def test_rows_routes_and_prefixes(exported: Any, device: FakeDevice, use: Use) -> None:
     bundle = exported("two_level")[1]
-    expected = Generator.open(bundle).session.allocate(2, 128)
+    expected = Generator.open(bundle, "onnx").session.allocate(2, 128)
     use()
     every = open_cuda(bundle, device).allocate(2, 128)
     tokens = np.arange(13)[None] % 7
@@ -162,14 +162,14 @@ GPU = replace(ORIN, packages={**ORIN.packages, "tensorrt": None})
 )
 def test_whether_it_runs(machine: Any, expected: str, tmp_path: Path) -> None:
     bundle = load_bundle(write_bundle(tmp_path))
-    (way,) = [way for way in list_ways(bundle, machine) if way.backend == "onnx-cuda"]
-    assert way.problem == expected
+    (option,) = [option for option in list_options(bundle, machine) if option.backend == "onnx-cuda"]
+    assert option.problem == expected
     if not expected:
-        assert choose(list_ways(bundle, machine))[0].backend == "onnx", "its speed is unknown: only who asks for it gets it"
-        assert "on the GPU (portable bodies, of unknown speed)" in choose(list_ways(bundle, machine), "onnx-cuda")[1]
+        assert choose(list_options(bundle, machine))[0].backend == "onnx", "its speed is unknown: only who asks for it gets it"
+        assert "on the GPU (portable bodies, of unknown speed)" in choose(list_options(bundle, machine), "onnx-cuda")[1]
     else:
         with pytest.raises(EngineError, match="nothing runs this bundle here: "):
-            choose(list_ways(bundle, machine), "onnx-cuda")
+            choose(list_options(bundle, machine), "onnx-cuda")
 
 
 def test_the_command(
@@ -181,7 +181,7 @@ def test_the_command(
     expected = capsys.readouterr().out
     use()
     monkeypatch.setattr("bilevel.runtime.backend.select.look", lambda: GPU)
-    monkeypatch.setattr(onnx_cuda, "Device", lambda: device)
+    monkeypatch.setattr(onnx_cuda, "CudaDevice", lambda: device)
     assert main([*command, "onnx-cuda"]) == 0
     out, err = capsys.readouterr()
     assert out == expected and "[model.onnx in ONNX Runtime on the GPU (portable bodies, of unknown speed)]" in err

@@ -1,4 +1,4 @@
-"""``bilevel doctor``, and what it is made of: the machine, the ways to run a bundle, the choice among them."""
+"""``bilevel doctor``, and what it is made of: the machine, what can run a bundle, the choice among them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bilevel import machine as machine_module
 from bilevel.bundle.format import read_manifest
 from bilevel.errors import EngineError, KernelError, RequestError
 from bilevel.machine import Gpu, Machine, find_jetpack, find_package, look
-from bilevel.runtime.backend.select import LIBRARY_VARIABLE, choose, find_library, library_places, list_ways, open_session
+from bilevel.runtime.backend.select import LIBRARY_VARIABLE, choose, find_library, library_places, list_options, open_session
 from bilevel.runtime.cli.main import main
 from tests import ROOT
 from tests.doubles.bundle import write_bundle
@@ -61,39 +61,39 @@ def write_library(path: Path, **changes: Any) -> Path:
 def problem(bundle: Path, machine: Machine = ORIN, library: Path | None = None, **changes: Any) -> str:
     """Why the only engine of a bundle does not run."""
     write_engine(bundle, **changes)
-    (way,) = [way for way in list_ways(read_manifest(bundle), machine, library) if way.engine]
-    return way.problem
+    (option,) = [option for option in list_options(read_manifest(bundle), machine, library) if option.engine]
+    return option.problem
 
 
 def test_an_engine_that_fits_is_taken(bundle: Path) -> None:
     write_engine(bundle, "small", capacity=64)
     write_engine(bundle, "large", capacity=256)
     write_engine(bundle, "rtx", backend="tensorrt-rtx", architectures=[89])
-    ways = list_ways(read_manifest(bundle), ORIN)
-    assert [way.name for way in ways][:3] == ["large", "small", "rtx"] and ways[3].backend == "onnx"
-    way, why = choose(ways)
-    assert (way.name, why) == ("large", "large")
-    way, why = choose(ways, "onnx")
-    assert way.engine is None and why == "model.onnx in ONNX Runtime on the CPU"
+    options = list_options(read_manifest(bundle), ORIN)
+    assert [option.name for option in options][:3] == ["large", "small", "rtx"] and options[3].backend == "onnx"
+    option, why = choose(options)
+    assert (option.name, why) == ("large", "large")
+    option, why = choose(options, "onnx")
+    assert option.engine is None and why == "model.onnx in ONNX Runtime on the CPU"
     with pytest.raises(
         EngineError, match="nothing runs this bundle here: rtx: it was built for sm_89, this machine has sm_87 .Orin."
     ):
-        choose(ways, "tensorrt-rtx")
+        choose(options, "tensorrt-rtx")
 
 
 def test_what_stands_in_the_way_is_told(bundle: Path) -> None:
     (bundle / "engines").mkdir()
     (bundle / "engines" / "broken.json").write_text("{}")
     write_engine(bundle, "old", version="10.3.0")
-    way, why = choose(list_ways(read_manifest(bundle), ORIN))
-    assert way.backend == "onnx" and "not old: it was built by tensorrt 10.3.0, installed is 11.4.0; build it anew" in why
+    option, why = choose(list_options(read_manifest(bundle), ORIN))
+    assert option.backend == "onnx" and "not old: it was built by tensorrt 10.3.0, installed is 11.4.0; build it anew" in why
     assert "broken.json is no engine's manifest" in why
     with pytest.raises(RequestError, match="there is no backend 'tpu'; take auto, onnx, onnx-cuda, tensorrt, tensorrt-rtx"):
         open_session(bundle, "tpu")
     with pytest.raises(
         EngineError, match="the bundle has no engine of tensorrt-rtx; build one: bilevel build BUNDLE --backend"
     ):
-        choose([way], "tensorrt-rtx")
+        choose([option], "tensorrt-rtx")
 
 
 def no_driver() -> Machine:
@@ -190,7 +190,7 @@ def test_opening_takes_onnx_runtime_where_nothing_else_runs(bundle: Path) -> Non
     write_engine(bundle, "engine", architectures=[1])
     session, why = open_session(bundle, "auto")
     assert session.bundle.folder == bundle and "model.onnx in ONNX Runtime on the CPU (not engine: " in why
-    assert open_session(bundle)[1] == "ONNX Runtime on the CPU"
+    assert open_session(bundle, "onnx")[1] == "ONNX Runtime on the CPU"
     with pytest.raises(EngineError, match="nothing runs this bundle here: engine: "):
         open_session(bundle, "tensorrt")
 
@@ -242,7 +242,7 @@ def test_the_command(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_engine(bundle, "engine", architectures=[1])
     assert main(["doctor", str(bundle), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert [way["runs"] for way in facts["ways"]] == [False, True, False] and facts["machine"]["system"] == "Linux"
+    assert [option["runs"] for option in facts["backends"]] == [False, True, False] and facts["machine"]["system"] == "Linux"
     assert main(["doctor", str(bundle)]) == 0
     text = capsys.readouterr().out
     assert "does not  engine (tensorrt): " in text and "runs      model.onnx in ONNX Runtime on the CPU (onnx)" in text
@@ -273,7 +273,7 @@ def test_the_library_that_is_taken(
     facts = json.loads(capsys.readouterr().out)
     assert [each["from"] for each in facts["libraries"]] == ["bundle", "environment", "package"]
     assert [each["is_taken"] for each in facts["libraries"]] == [True, False, False]
-    for keys in (facts, facts["machine"], facts["machine"]["gpus"][0], facts["libraries"][0], facts["ways"][0]):
+    for keys in (facts, facts["machine"], facts["machine"]["gpus"][0], facts["libraries"][0], facts["backends"][0]):
         assert [key for key in keys if key not in EPILOG] == []
 
 

@@ -15,7 +15,7 @@ import pytest
 import bilevel
 from bilevel.errors import BundleError
 from bilevel.runtime.cli import main as cli
-from bilevel.runtime.generate.rows import Event, Row
+from bilevel.runtime.generate.rows import Row
 from tests import ROOT
 from tests.doubles.bundle import make_tokenizer, predict, write_bundle
 
@@ -26,7 +26,8 @@ class Blocker:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in BLOCKED:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-BLOCKED = {"torch", "onnx", "onnxscript", "onnxruntime", "tokenizers", "safetensors", "rich", "tensorrt", "triton", "polygraphy"}
+BLOCKED = {"torch", "onnx", "onnxscript", "onnxruntime", "tokenizers", "safetensors", "rich"}
+BLOCKED |= {"tensorrt", "triton", "polygraphy"}
 sys.meta_path.insert(0, Blocker())
 """
 
@@ -237,8 +238,8 @@ def test_interrupt_keeps_the_text_so_far(
     """Ctrl-C while the fifth token is chosen."""
     extend, before = Row.extend, signal.getsignal(signal.SIGINT)
 
-    def interrupted(row: Row, logits: object) -> Event:
-        if len(row.completion.token_ids) == 4:
+    def interrupted(row: Row, logits: object) -> int:
+        if len(row.generated_ids) == 4:
             signal.raise_signal(signal.SIGINT)
         return extend(row, logits)  # type: ignore[arg-type]
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bilevel.errors import RequestError
+from bilevel.errors import ContextTooLong, RequestError
 from bilevel.runtime.generate.generator import Generator
-from bilevel.runtime.generate.rows import Event
+from bilevel.runtime.generate.results import Event
 from bilevel.runtime.generate.sampling import SamplingParams
 from tests.doubles.bundle import EOS, MAX_POSITIONS, PREFILL_CHUNK, VOCAB_SIZE, predict, write_bundle
 
@@ -234,13 +234,13 @@ def test_prompts_must_be_a_list(generator: Generator, prompts: list[str]) -> Non
 
 def test_prompt_longer_than_the_capacity(generator: Generator) -> None:
     with pytest.raises(
-        RequestError, match=r"prompt 1 has 17 tokens, but a row holds 16; .* raise the capacity \(at most 100\)"
+        ContextTooLong, match=r"prompt 1 has 17 tokens, but a row holds 16; .* raise the capacity \(at most 100\)"
     ):
         generator.generate([[3], prompt_of(17)], capacity=16)
 
 
 def test_prompt_longer_than_the_model_allows(generator: Generator) -> None:
-    with pytest.raises(RequestError, match="prompt 0 has 101 tokens, but a row holds 100; shorten it$"):
+    with pytest.raises(ContextTooLong, match="prompt 0 has 101 tokens, but a row holds 100; shorten it$"):
         generator.generate([prompt_of(101)])
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bilevel.errors import RequestError
-from bilevel.runtime.generate.text import BundleTokenizer, Detokenizer, StopFilter, TextStream, decode_utf8
+from bilevel.runtime.generate.text import BundleTokenizer, Detokenizer, StopFilter, TextAssembler, decode_utf8
 from tests.doubles.bundle import VOCAB_SIZE, make_tokenizer
 
 MIXED = ["def add(a, b):", "naïve café", "漢字かな交じり文", "🦊👩‍🚀🇩🇪", "é\u0301 \ufffd x", "a"]
@@ -135,10 +135,39 @@ def test_stop_filter_holds_back_only_what_may_begin_a_stop() -> None:
     assert stop_filter.flush() == "E"
 
 
-def test_text_stream_finds_a_stop_text_inside_split_characters(tokenizer: BundleTokenizer) -> None:
-    stream = TextStream(tokenizer, ["字"])
-    text = "".join(stream.push(token) for token in tokenizer.encode("漢字かな")) + stream.flush()
-    assert (text, stream.is_stopped) == ("漢", True)
+def test_a_stop_text_inside_split_characters_ends_the_text(tokenizer: BundleTokenizer) -> None:
+    assembler, pieces = TextAssembler(tokenizer, ["字"]), []
+    for token in tokenizer.encode("漢字かな"):
+        pieces.append(assembler.push(token))
+        if assembler.finish_reason is not None:
+            break
+    assert ("".join(pieces), assembler.text, assembler.finish_reason) == ("漢", "漢", "stop")
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "reason", "expected"),
+    [
+        ("aEN", ["END"], None, ("a", None)),  # what may begin a stop text is held back
+        ("aEN", ["END"], "length", ("aEN", "length")),
+        ("aEND", ["END"], "length", ("a", "stop")),  # the last token completes it
+        ("aEN", ["END"], "eos", ("aE", "eos")),  # the token that ends the text, here N's, has no text of its own
+        ("a", [], "length", ("a", "length")),
+    ],
+)
+def test_how_a_text_ends(
+    tokenizer: BundleTokenizer, text: str, stops: list[str], reason: str | None, expected: tuple[str, str | None]
+) -> None:
+    assembler = TextAssembler(tokenizer, stops)
+    ids = [token for letter in text for token in tokenizer.encode(letter)]
+    pieces = [assembler.push(token, reason if place == len(ids) - 1 else None) for place, token in enumerate(ids)]
+    assert (assembler.text, assembler.finish_reason) == expected
+    assert "".join(pieces) == assembler.text
+
+
+def test_what_is_held_back_is_the_end_of_a_cancelled_text(tokenizer: BundleTokenizer) -> None:
+    assembler = TextAssembler(tokenizer, ["END"])
+    assert [assembler.push(token) for letter in "aE" for token in tokenizer.encode(letter)] == ["a", ""]
+    assert (assembler.end("cancelled"), assembler.text, assembler.finish_reason) == ("E", "aE", "cancelled")
 
 
 def test_decode_utf8() -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bilevel.errors import BundleError, Overloaded, RequestError, ShuttingDown
-from bilevel.runtime.backend.session import OnnxSession
+from bilevel.errors import BundleError, ContextTooLong, Overloaded, RequestError, ShuttingDown
+from bilevel.runtime.backend.onnx import OnnxSession
 from bilevel.runtime.generate.generator import Generator
 from bilevel.runtime.generate.sampling import SamplingParams, log_probabilities
-from bilevel.runtime.schedule.jobs import FairQueue, Job, SchedulerLimits, TokenEvent
+from bilevel.runtime.schedule.jobs import FairQueue, SchedulerLimits, TextJob, TokenEvent
 from bilevel.runtime.schedule.pacing import RATIO, WHOLE_SECONDS, PrefillPacer
 from bilevel.runtime.schedule.scheduler import Scheduler
 from bilevel.runtime.schedule.slots import common_prefix
@@ -30,21 +30,21 @@ class Log:
 
     def __init__(self, session: Any, **limits: Any) -> None:
         self.scheduler = Scheduler(session, SchedulerLimits(**{"max_rows": 3, **limits}), self.receive)
-        self.events: dict[Job, list[TokenEvent]] = {}
+        self.events: dict[TextJob, list[TokenEvent]] = {}
 
     def receive(self, events: Sequence[TokenEvent]) -> None:
         for event in events:
             self.events.setdefault(event.job, []).append(event)
 
-    def submit(self, prompt: Sequence[int], max_tokens: int = 12, **settings: Any) -> Job:
-        job = Job(list(prompt), SamplingParams(max_tokens=max_tokens), **settings)
+    def submit(self, prompt: Sequence[int], max_tokens: int = 12, **settings: Any) -> TextJob:
+        job = TextJob(list(prompt), SamplingParams(max_tokens=max_tokens), **settings)
         self.scheduler.submit(job)
         return job
 
-    def tokens(self, job: Job) -> list[int]:
+    def tokens(self, job: TextJob) -> list[int]:
         return [event.token for event in self.events.get(job, []) if event.token is not None]
 
-    def reason(self, job: Job) -> str | None:
+    def reason(self, job: TextJob) -> str | None:
         return self.events[job][-1].finish_reason if job in self.events else None
 
     def step(self, count: int = 1) -> None:
@@ -195,7 +195,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(session: OnnxSession) -
 def test_the_queue_is_fair_to_clients() -> None:
     """Somebody with a hundred jobs does not push back somebody with one."""
     queue = FairQueue()
-    jobs = {name: Job([1], SamplingParams(), client=name[0]) for name in ("a1", "a2", "a3", "b1", "c1", "b2")}
+    jobs = {name: TextJob([1], SamplingParams(), client=name[0]) for name in ("a1", "a2", "a3", "b1", "c1", "b2")}
     for job in jobs.values():
         queue.push(job)
     names = {id(job): name for name, job in jobs.items()}
@@ -215,9 +215,10 @@ def test_the_queue_is_fair_to_clients() -> None:
 )
 def test_jobs_that_cannot_be_served_are_refused(session: OnnxSession, prompt: list[int], message: str) -> None:
     log = Log(session, row_tokens=40)
-    good = Job([5], SamplingParams())
-    with pytest.raises(RequestError, match=message):
-        log.scheduler.submit(good, Job(prompt, SamplingParams()))
+    good = TextJob([5], SamplingParams())
+    with pytest.raises(RequestError, match=message) as refusal:
+        log.scheduler.submit(good, TextJob(prompt, SamplingParams()))
+    assert isinstance(refusal.value, ContextTooLong) == (len(prompt) > 40)
     assert log.scheduler.num_waiting == 0  # all or none
 
 
@@ -302,7 +303,7 @@ def test_the_pacer_finds_the_chunk_that_fits() -> None:
 
 
 def test_a_short_prompt_is_read_at_once() -> None:
-    """One that takes no longer than WHOLE_SECONDS; the end of a long one is none, nor is any while nobody knows what it takes."""
+    """One that takes no longer than WHOLE_SECONDS; not the end of a long one, and none while no chunk has been timed."""
     pacer = PrefillPacer(512)
     pacer.record_decode(0.020)
     assert pacer.chunk(3, 30, is_begun=False) < 30

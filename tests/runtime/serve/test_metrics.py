@@ -10,7 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from bilevel.bundle.format import load_bundle
-from bilevel.runtime.backend.session import Routes
+from bilevel.runtime.backend.session import RouteArrays
 from bilevel.runtime.schedule.route_stats import EVERY, RouteStats
 from tests.support.http_server import RunningServer, running
 
@@ -59,7 +59,7 @@ def sampled(bundle: Path, choose: Callable[[int], list[int]], experts: Callable[
     for position in range(40, 80):
         blocks = np.full((2, 1, 2, 1, K), -1, np.int32)
         blocks[:, 0, :, 0] = choose(position)
-        routes = Routes(None, blocks, {1: np.array([[experts(position)]], np.int32)})
+        routes = RouteArrays(None, blocks, {1: np.array([[experts(position)]], np.int32)})
         for _ in range(EVERY):
             stats.sample([(0, position)], routes)
     return stats
@@ -83,6 +83,6 @@ def test_what_has_to_be_read_is_no_choice(exported: Callable[..., tuple[Path, Pa
     assert np.isnan([stats.entropy(0), stats.blocks_hit(0), stats.attended(0), stats.expert_entropy(1)]).all()
     blocks = np.full((2, 1, 2, 1, K), -1, np.int32)
     blocks[..., 0], blocks[..., 1] = 0, 1
-    stats.sample([(0, 5)], Routes(None, blocks, {1: np.array([[[0, 1]]], np.int32)}))
+    stats.sample([(0, 5)], RouteArrays(None, blocks, {1: np.array([[[0, 1]]], np.int32)}))
     assert stats.attended(0) == 1  # 6 tokens of 6
     assert np.isnan(stats.entropy(0))

@@ -1,4 +1,7 @@
-"""The page at /, looked at in headless Chromium as on a phone and as on a desk. Where there is no Chromium: only what it refers to."""
+"""The page at /, looked at in headless Chromium as on a phone and as on a desk.
+
+Where there is no Chromium: only what it refers to.
+"""
 
 from __future__ import annotations
 
@@ -51,11 +54,12 @@ def test_generating_with_routes(server: RunningServer, tmp_path: Path, width: in
             # A word of the answer is chosen; the blocks that it was chosen from are shaded, level 1's underlined.
             await page.evaluate("document.querySelectorAll('#answer span')[3].click()")
             routes = expected["routes"][3]
-            shaded = "[...document.querySelectorAll('#blocks .block')].map((b, i) => b.style.background ? i : -1).filter(i => i >= 0)"
+            blocks = "[...document.querySelectorAll('#blocks .block')]"
+            shaded = f"{blocks}.map((b, i) => b.style.background ? i : -1).filter(i => i >= 0)"
             assert await page.evaluate(shaded) == sorted({block for layer in routes["blocks"] for block in layer})
             await page.evaluate("document.getElementById('layer').value = '1'; document.getElementById('layer').onchange()")
             assert await page.evaluate(shaded) == routes["blocks"][1]
-            underlined = "[...document.querySelectorAll('#blocks .block')].map((b, i) => b.className.includes('candidate') ? i : -1).filter(i => i >= 0)"
+            underlined = f"{blocks}.map((b, i) => b.className.includes('candidate') ? i : -1).filter(i => i >= 0)"
             assert await page.evaluate(underlined) == routes["candidates"]
             words = "[...document.querySelectorAll('#blocks .block')].map(b => b.lastChild.textContent).join('')"
             assert (await page.evaluate(words)).startswith(PROMPT)

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from bilevel.errors import BundleError
+from bilevel.errors import BundleError, ContextTooLong, RequestError
 from bilevel.runtime.serve import http as serve_http
 from bilevel.runtime.serve.chat import ChatTemplate
-from bilevel.runtime.serve.errors import ApiError
+from bilevel.runtime.serve.errors import ApiError, as_api_error
 from bilevel.runtime.serve.service import HttpLimits
 from tests.doubles.bundle import MAX_POSITIONS, predict, write_bundle
 from tests.support.http_server import NAME, RunningServer, running
@@ -47,10 +47,10 @@ def still_healthy(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def refused(server: RunningServer, body: Any, path: str = "/v1/completions", **headers: str) -> tuple[int, dict[str, Any]]:
     status, _, answer = server.request("POST", path, body, headers)
-    told = answer["error"]
-    message = told["message"]
+    error = answer["error"]
+    message = error["message"]
     assert message and "\n" not in message and "Traceback" not in message and "/work" not in message and ".py" not in message
-    return status, told
+    return status, error
 
 
 @pytest.mark.parametrize(
@@ -96,6 +96,17 @@ def test_fields_that_make_no_sense(server: RunningServer, fields: dict[str, Any]
     status, told = refused(server, {"model": NAME, "prompt": [5], **fields})
     assert status == 400 and message in told["message"], told
     assert told["type"] == "invalid_request_error"
+
+
+def test_a_context_that_is_too_long_has_a_code_of_its_own(server: RunningServer) -> None:
+    """By the kind of the error, not by its words."""
+    for fields in ({"prompt": [5] * (MAX_POSITIONS + 1)}, {"max_tokens": MAX_POSITIONS + 1}):
+        _, error = refused(server, {"model": NAME, "prompt": [5], **fields})
+        assert error["code"] == "context_length_exceeded"
+    _, error = refused(server, {"model": NAME, "prompt": [MAX_POSITIONS * 100]})
+    assert error["code"] is None
+    assert as_api_error(ContextTooLong("it does not fit")).code == "context_length_exceeded"
+    assert as_api_error(RequestError("the key holds 5 tokens, but one is needed")).code is None
 
 
 @pytest.mark.parametrize(
@@ -205,7 +216,10 @@ def test_a_full_queue_answers_429(bundle: Path) -> None:
         jobs = {"model": NAME, "prompt": [[5], [6]], "stream": True}
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
             body = json.dumps(jobs).encode()
-            head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            head = (
+                "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                f"Content-Length: {len(body)}\r\n\r\n"
+            )
             connection.sendall(head.encode() + body)
             assert connection.recv(1000).startswith(b"HTTP/1.1 200")
             status, headers, answer = server.request("POST", "/v1/completions", {"model": NAME, "prompt": [5]})
