@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from bilevel.bundle.manifest import CALL_INPUTS
 from bilevel.bundle.tensors import DTYPES
 from bilevel.errors import RequestError
-from bilevel.runtime.backend.device_layout import DeviceSession, Place, RowMemory, num_bytes, result_places
+from bilevel.runtime.backend.device_layout import DeviceSession, Place, RowMemory, result_places
 from bilevel.runtime.backend.device_results import DeviceLogits, DeviceRoutes
 from bilevel.runtime.backend.dlpack import DeviceTensor, TokenIds
 from bilevel.runtime.backend.session import RouteArrays, Routes
@@ -91,8 +91,8 @@ class DeviceCaches(ABC):
         counts = {"capacity": tokens, "num_blocks": tokens // bundle.block_size}
         for spec, _ in bundle.graph.state:
             axis = next((n for n, size in enumerate(spec.shape) if size in counts), 0)
-            shape, address, row = spec.resolve(sizes), self._state[spec.name][1], num_bytes(spec, sizes)
-            step = math.prod(shape[axis + 1 :]) * DTYPES[spec.dtype].numpy.itemsize
+            shape, address, row = spec.resolve(sizes), self._state[spec.name][1], spec.num_bytes(sizes)
+            step = math.prod(shape[axis + 1 :]) * spec.itemsize
             width = counts.get(str(spec.shape[axis]), 1) * step
             if width:
                 places = (address + target * row, address + source * row)

@@ -31,11 +31,6 @@ class DeviceSession(Protocol):
     longest: int
 
 
-def num_bytes(spec: TensorSpec, sizes: Mapping[str, int]) -> int:
-    """Bytes of a tensor."""
-    return math.prod(spec.resolve(sizes)) * DTYPES[spec.dtype].numpy.itemsize
-
-
 @dataclass(frozen=True)
 class Place:
     """Where a result of a call lies in the results' memory. offset: in bytes."""
@@ -84,9 +79,9 @@ class RowMemory:
         """
         bundle, gpu = session.bundle, session.gpu
         sizes = bundle.sizes(batch, capacity)
-        caches = {spec.name: gpu.allocate(num_bytes(spec, sizes), zeroed=True) for spec, _ in bundle.graph.state}
+        caches = {spec.name: gpu.allocate(spec.num_bytes(sizes), zeroed=True) for spec, _ in bundle.graph.state}
         longest = {**sizes, "new_tokens": session.longest}
-        call = {spec.name: gpu.allocate(num_bytes(spec, longest)) for spec in bundle.graph.inputs if spec.name in CALL_INPUTS}
+        call = {spec.name: gpu.allocate(spec.num_bytes(longest)) for spec in bundle.graph.inputs if spec.name in CALL_INPUTS}
         # A backend wants an address for every output, those that are never read included.
         results = gpu.allocate(max(place.end for place in result_places(session.results, longest).values()))
         return cls({name: (memory, memory.address) for name, memory in caches.items()}, Buffers(call, results))
@@ -96,7 +91,7 @@ class RowMemory:
         state = {}
         for spec, _ in bundle.graph.state:
             memory, address = self.state[spec.name]
-            size = num_bytes(spec, bundle.sizes(1, capacity))
+            size = spec.num_bytes(bundle.sizes(1, capacity))
             if size % ALIGNMENT and first:
                 raise RequestError(
                     f"a row of the cache {spec.name} takes {size} bytes, a GPU reads from multiples of {ALIGNMENT}; "

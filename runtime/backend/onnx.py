@@ -41,7 +41,7 @@ class OnnxSession(OnnxGraph):
     @property
     def limits(self) -> SessionLimits:
         """See ``Session.limits``: the model's and the host's memory's only."""
-        return SessionLimits(longest_call=self.bundle.prefill_chunk)
+        return SessionLimits(longest_call=self.bundle.prefill_chunk, cache_bytes=available_memory())
 
     def time_calls(self) -> CallTimer:
         """A clock of what ONNX Runtime takes in the calls of caches that are allocated from now on."""
@@ -119,7 +119,7 @@ class OnnxCaches:
             value = self._value(state[spec.name], spec.dtype)
             self._binding.bind_ortvalue_input(spec.name, value)
             self._binding.bind_ortvalue_output(present, value)
-        self._logits = np.zeros((batch, bundle.graph.vocab_size), np.float32)
+        self._logits = np.zeros((batch, bundle.vocab_size), np.float32)
         self._binding.bind_ortvalue_output("logits", self._value(self._logits, "float32"))
         self._past_len = self._bind_input("past_len", (batch,))
         self._new_len = self._bind_input("new_len", (batch,))

@@ -87,8 +87,8 @@ class SessionLimits:
 
     fewest_rows, most_rows: of a batch. capacity: most tokens of a row's caches. longest_call: most new tokens of a row in one
     call, such that every shorter call is taken too; 0 where not even a single token is. cache_bytes: memory that caches may
-    take now. None: no limit of the session's own (of cache_bytes: the host's free memory is the limit). builder, remedy: whose
-    limits these are, and how to have others; "" where only the model and the memory limit anything.
+    take now. None: no limit, or none that is known.
+    builder, remedy: whose limits these are, and how to have others; "" where only the model and the memory limit anything.
     """
 
     longest_call: int

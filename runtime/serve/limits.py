@@ -6,7 +6,6 @@ import sys
 
 from bilevel.bundle.format import Bundle
 from bilevel.errors import RequestError
-from bilevel.machine import available_memory
 from bilevel.runtime.backend.session import Session, SessionLimits
 from bilevel.runtime.schedule.jobs import SchedulerLimits
 
@@ -26,7 +25,7 @@ def choose_limits(session: Session, rows: int | None, capacity: int | None, queu
     if not limits.longest_call:
         raise RequestError(f"{limits.builder} has no profile for single tokens; {limits.remedy}")
     if limits.capacity is None:
-        memory = available_memory() or sys.maxsize if limits.cache_bytes is None else limits.cache_bytes
+        memory = sys.maxsize if limits.cache_bytes is None else limits.cache_bytes
         room = default_capacity(bundle, rows, memory)
     return SchedulerLimits(rows, queue, capacity or room, min(bundle.prefill_chunk, limits.longest_call))
 

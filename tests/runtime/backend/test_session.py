@@ -40,10 +40,11 @@ def open_cuda(folder: Path, monkeypatch: pytest.MonkeyPatch) -> CudaSession:
     return CudaSession(load_bundle(folder), 1, device)  # type: ignore[arg-type]
 
 
-def test_onnx_runtime_has_the_limits_of_the_model_and_the_host(tmp_path: Path) -> None:
+def test_onnx_runtime_has_the_limits_of_the_model_and_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bilevel.runtime.backend.onnx.available_memory", lambda: 1000)
     session: Session = OnnxSession.open(write_bundle(tmp_path), threads=1)
     assert (session.backend, session.device) == ("onnx", "cpu")
-    assert session.limits == SessionLimits(longest_call=PREFILL_CHUNK)
+    assert session.limits == SessionLimits(longest_call=PREFILL_CHUNK, cache_bytes=1000)
 
 
 def test_onnx_runtime_on_a_gpu_has_the_limit_of_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
