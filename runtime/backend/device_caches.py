@@ -42,7 +42,7 @@ class DeviceCaches(ABC):
     @property
     def vocab_size(self) -> int:
         """The number of a row's logits."""
-        return self._bundle.graph.vocab_size
+        return self._bundle.vocab_size
 
     @abstractmethod
     def _prepare(self, length: int) -> None:

@@ -8,6 +8,7 @@ whose speed on a GPU has been measured nowhere, while the CPU has kernels for th
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from bilevel.bundle.engines import BACKENDS, FOLDER, Engine, find_engines
 from bilevel.bundle.format import Bundle, load_bundle
 from bilevel.errors import EngineError, KernelError, RequestError
 from bilevel.folders import file_sha256
-from bilevel.machine import Machine, is_loaded, look
+from bilevel.machine import Machine, is_loaded, look, runs_on
 from bilevel.plugins.library.gpu import read_info
 from bilevel.runtime.backend.onnx import OnnxSession
 from bilevel.runtime.backend.session import Session
@@ -94,15 +95,10 @@ def library_problem(library: Path, machine: Machine) -> str:
         )
     if info.get("tensorrt") is None:
         return f"{library} was built without TensorRT's headers and has no plugins; build it again with them: {remedy}"
-    code = {int(arch) for arch in info["architectures"]}
-    if machine.architectures and not any(_runs(code, capability) for capability in machine.architectures):
+    pairs = itertools.product(map(int, info["architectures"]), machine.architectures)
+    if machine.architectures and not any(runs_on(code, capability) for code, capability in pairs):
         return f"{library} holds no kernels for this GPU; build one: {remedy}"
     return ""
-
-
-def _runs(code: set[int], capability: int) -> bool:
-    """As csrc/kernel_library.cpp says: code for sm_80 runs on 86 and 89, all other code on its own GPU only."""
-    return capability in code or (capability in (86, 89) and bool(code & {80, 86} & set(range(80, capability))))
 
 
 def engine_problem(engine: Engine, bundle: Bundle, machine: Machine, library: Path | None, verify: bool = False) -> str:
