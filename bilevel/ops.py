@@ -191,7 +191,7 @@ torch.library.register_fake(
 
 
 def gather_blocks(tokens: Tensor, first_block: Tensor, num_blocks: int, block_size: int) -> Tensor:
-    """[B, H, num_blocks, block_size, D]: consecutive blocks of each row's cache (see ``bilevel.operators.routing.gather_blocks``).
+    """[B, H, num_blocks, block_size, D]: consecutive blocks of each row's cache (``bilevel.operators.routing.gather_blocks``).
 
     One traced node, because the divisions by block_size on free sizes would cost the tracer seconds per layer.
     """
@@ -200,7 +200,7 @@ def gather_blocks(tokens: Tensor, first_block: Tensor, num_blocks: int, block_si
 
 
 def pool_blocks(tokens: Tensor, first_block: Tensor, num_blocks: int, block_size: int) -> Tensor:
-    """fp32 (fp64 for an fp64 cache) means of consecutive blocks of a cache, rounded to the cache's dtype: [B, H, num_blocks, D].
+    """fp32 (fp64 for an fp64 cache) means of consecutive blocks of a cache, rounded to its dtype: [B, H, num_blocks, D].
 
     A mean over a block that is not complete yet is never read: only complete blocks are scored, and the block is pooled
     again in the call that completes it.

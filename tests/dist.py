@@ -1,8 +1,8 @@
 """``make dist``: the sdist and the manylinux wheel in ``dist/``, and the proof that each is complete.
 
-The wheel is built from the sdist, in an empty folder, and repaired by auditwheel. What each holds is compared with the repository's
-own list of files; each is installed with ``[cpu]`` in an environment of its own, where it runs a bundle far from the checkout.
-Needs git, a C++ compiler and what ``make dist`` installs in ``build/dist-tools``.
+The wheel is built from the sdist, in an empty folder, and repaired by auditwheel. What each holds is compared with the
+repository's own list of files; each is installed with ``[cpu]`` in an environment of its own, where it runs a bundle far from
+the checkout. Needs git, a C++ compiler and what ``make dist`` installs in ``build/dist-tools``.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def check_contents(sdist: Path, wheel: Path) -> None:
 
 
 def install_and_run(archive: Path, bundle: Path) -> None:
-    """Install ``archive[cpu]`` in a fresh environment; the command has to write text, with the CPU library, without the checkout."""
+    """Install ``archive[cpu]`` in a fresh environment; it has to write text, with the CPU library, without the checkout."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
         run([sys.executable, "-m", "venv", folder / "venv"])

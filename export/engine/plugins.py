@@ -17,7 +17,7 @@ LIBRARY = "libbilevel_kernels.so"
 
 @dataclass(frozen=True)
 class Plugins:
-    """A choice. source: a library's file, "python" or "none"; sha256: of the library; why: a remark where nobody asked for it."""
+    """A choice. source: a library's file, "python" or "none"; sha256: of the library; why: a remark on a choice by default."""
 
     source: str
     sha256: str | None = None
@@ -25,12 +25,12 @@ class Plugins:
 
 
 def serves(held: Sequence[int], arch: int) -> bool:
-    """Whether a library's machine code runs on ``arch``: that for sm_80 on 86 and 89 too, for 86 on 89, all other on its own only."""
+    """Whether a library's machine code runs on ``arch``: sm_80's on 86 and 89 too, 86's on 89, all other on its own only."""
     return arch in held or (arch in (86, 89) and any(80 <= other < arch and other != 87 for other in held))
 
 
 def library_problem(library: Path, archs: Sequence[int]) -> str:
-    """Why an engine for ``archs`` cannot be built with a kernel library; "" where it can. Raises KernelError for another file."""
+    """Why an engine for ``archs`` cannot be built with a kernel library; "" where it can. Raises KernelError."""
     info = read_info(library)
     wanted = ",".join(f"sm_{arch}" for arch in archs) or "sm_NN"
     remedy = f"bilevel kernels build --geometry BUNDLE --arch {wanted}"
@@ -45,7 +45,8 @@ def library_problem(library: Path, archs: Sequence[int]) -> str:
 
 
 def choose_plugins(bundle: Path, asked: str | None, archs: Sequence[int]) -> Plugins:
-    """The plugins for an engine. asked: a file, "python", "none", or None: the bundle's kernel library if it serves, else Python.
+    """The plugins for an engine. asked: a file, "python", "none", or None: the bundle's kernel library if it serves, else
+    Python.
 
     Raises EngineError and KernelError for a library that was asked for and does not serve.
     """

@@ -42,7 +42,8 @@ def _request(op: Op, node: onnx.NodeProto, known: Known) -> Request:
             continue
         if name not in known or len(known[name][1]) != len(port.shape):
             raise ExportError(
-                f"the graph does not tell the shape of {name}, an input of {node.name}; export the bundle anew with this bilevel"
+                f"the graph does not tell the shape of {name}, an input of {node.name}; export the bundle anew with this "
+                "bilevel"
             )
         kind, shape = known[name]
         if port.dtype == "T":

@@ -1,7 +1,8 @@
 """A double of ONNX Runtime with its CUDA provider: graphs execute on the CPU, in memory that is called a GPU's.
 
-It enforces what the real one does: memory of a device is given by its address, every input and output is bound before a run, and what
-was enqueued is done when the run ends. Where the provider does not load, sessions are opened without it and say nothing.
+It enforces what the real one does: memory of a device is given by its address, every input and output is bound before a run,
+and what was enqueued is done when the run ends. Where the provider does not load, sessions are opened without it and say
+nothing.
 """
 
 from __future__ import annotations

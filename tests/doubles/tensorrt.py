@@ -1,7 +1,7 @@
 """A double of TensorRT and of a GPU: plans execute in ONNX Runtime on host memory, and TensorRT's rules are enforced.
 
-Work is done when the stream is synchronised, not before: whoever reads earlier reads poison. Every tensor needs an address, shapes
-lie inside the profile, a cache's input and output share one address, and a capture follows a run with the same shapes.
+Work is done when the stream is synchronised, not before: whoever reads earlier reads poison. Every tensor needs an address,
+shapes lie inside the profile, a cache's input and output share one address, and a capture follows a run with the same shapes.
 """
 
 from __future__ import annotations

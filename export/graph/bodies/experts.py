@@ -1,4 +1,4 @@
-"""Portable bodies of ``ExpertRoute`` and ``RoutedExperts`` in standard ONNX operators (semantics: ``bilevel.operators.reference``)."""
+"""Portable bodies of ``ExpertRoute`` and ``RoutedExperts`` in standard ONNX operators (meaning: ``operators.reference``)."""
 
 from __future__ import annotations
 
