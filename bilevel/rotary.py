@@ -1,7 +1,7 @@
 """Rotary position embedding (RoFormer, arXiv 2104.09864), with Hugging Face's layout: channel i turns with i + D/2.
 
-The tables of cos and sin are fp32 by definition, in a model of every precision, fp64 included: they are constants of the model, so
-that models of two precisions differ by the rounding of their sums and not by the angles they turn by.
+The tables of cos and sin are fp32 by definition, in a model of every precision, fp64 included: they are constants of the model,
+so that models of two precisions differ by the rounding of their sums and not by the angles they turn by.
 """
 
 from __future__ import annotations

@@ -56,8 +56,8 @@ class Trace:
     forced: another trace whose choices are obeyed in place of the model's own.
     candidates: level 1's blocks, int32 [B, 1, L, K1]. word_query / word_block_key: what level 1 compared.
     Per layer: query [B, Hq, L, D], block_key [B, Hkv, N, D], routes int32 [B, Hs, L, K2], attention [B, Hq, L, D].
-    Per expert layer: expert_logits [T, E], group_logits [T, Gp], expert_bias [E], expert_ids int32 [T, k], expert_weights [T, k],
-    expert_out [T, d].
+    Per expert layer: expert_logits [T, E], group_logits [T, Gp], expert_bias [E], expert_ids int32 [T, k], expert_weights [T,
+    k], expert_out [T, d].
     """
 
     candidates: Tensor | None = None

@@ -4,13 +4,14 @@
     python examples/bench_serving.py build/example-bundle            a bundle of yours
     python examples/bench_serving.py --only overhead,batching        a part of it
 
-overhead   one client's time per token, first to last token, against the loop of ``bilevel run`` in a process of its own: same prompt,
-           in turns, the median of the rounds' ratios; goal: at most 5 % more
-batching   tokens per second of 8 clients at once, from request to last token, against one client's: medians of the rounds; goal on
-           geometry "small": 2.5 times
+overhead   one client's time per token, first to last token, against the loop of ``bilevel run`` in a process of its own: same
+           prompt, in turns, the median of the rounds' ratios; goal: at most 5 % more
+batching   tokens per second of 8 clients at once, from request to last token, against one client's: medians of the rounds; goal
+           on geometry "small": 2.5 times
 equality   each of those answers is, token by token, what the prompt gets alone (greedy); goal: all
-reading    time between tokens of 4 clients while a prompt of 16,384 tokens is read, against their median before; goal: the longest
-           is under 3 times the median. A machine's own hiccups count too, so the longest without the prompt stands beside it.
+reading    time between tokens of 4 clients while a prompt of 16,384 tokens is read, against their median before; goal: the
+           longest is under 3 times the median. A machine's own hiccups count too, so the longest without the prompt stands
+           beside it.
 
 Exit status 1 where a goal is missed. The last line is one JSON object.
 """
@@ -90,8 +91,8 @@ class Bench:
         ratios = [there / here - 1 for there, here in zip(served, run, strict=True)]
         overhead, (low, high) = median(ratios), interval_of_median(ratios)
         text = (
-            f"{100 * overhead:+.1f} % (95 % interval {100 * low:+.1f} to {100 * high:+.1f} %; {1e3 * median(served):.2f} ms a token, "
-            f"{1e3 * median(run):.2f} by bilevel run)"
+            f"{100 * overhead:+.1f} % (95 % interval {100 * low:+.1f} to {100 * high:+.1f} %; {1e3 * median(served):.2f} ms a "
+            f"token, {1e3 * median(run):.2f} by bilevel run)"
         )
         numbers = {"overhead": overhead, "interval": [low, high], "served_s": median(served), "run_s": median(run)}
         return [Result("overhead", "at most +5 %", text, overhead <= 0.05, numbers)]
@@ -139,14 +140,15 @@ class Bench:
 
 
 def judge_pauses(long: int, others: list[list[float]], start: float, asked: float, came: float) -> list[Result]:
-    """others: when each one's tokens came. From ``start`` they were alone, from ``asked`` to ``came`` the long prompt was read."""
+    """others: when each one's tokens came; alone from ``start``, beside the long prompt from ``asked`` to ``came``."""
     before, during = gaps(others, start, asked), gaps(others, asked, came)
     usual = median(gap for _, gap in before)
     times = np.array([gap for _, gap in during]) / usual
     late = [[round(moment - asked, 2), round(gap / usual, 2)] for moment, gap in during if gap >= 3 * usual]
     longest, longest_before, share = float(times.max()), max(gap for _, gap in before) / usual, len(late) / len(times)
     text = (
-        f"{longest:.1f} times ({1e3 * longest * usual:.0f} of {1e3 * usual:.1f} ms); {100 * share:.2f} % are over 3 times, of which "
+        f"{longest:.1f} times ({1e3 * longest * usual:.0f} of {1e3 * usual:.1f} ms); {100 * share:.2f} % are over 3 times, of "
+        "which "
         f"{sum(moment <= 1 for moment, _ in late)} of {len(late)} in the first second; median {median(times):.2f}, 99 % within "
         f"{np.quantile(times, 0.99):.2f}; longest without the prompt {longest_before:.1f}"
     )

@@ -2,10 +2,11 @@
 
     python examples/gpu_bench.py [--contexts 8k,128k] [--batches 1] [--phases decode] [--dtype bfloat16] [--json FILE]
 
-Decode is one token against a full cache, replayed as a CUDA graph with the L2 cache flushed before every run; prefill is the whole
-text in one call. Times are medians by CUDA events. ``all`` is both routing levels and the attention; level 1, which a model runs once for
-all of its layers, is counted in full. Keys, queries and words are random: independent of one another (the worst case, for no two
-tokens keep the same blocks), and with a correlation between neighbours. Needs PyTorch with its Triton, nothing else beside bilevel.
+Decode is one token against a full cache, replayed as a CUDA graph with the L2 cache flushed before every run; prefill is the
+whole text in one call. Times are medians by CUDA events. ``all`` is both routing levels and the attention; level 1, which a
+model runs once for all of its layers, is counted in full. Keys, queries and words are random: independent of one another (the
+worst case, for no two tokens keep the same blocks), and with a correlation between neighbours. Needs PyTorch with its Triton,
+nothing else beside bilevel.
 """
 
 from __future__ import annotations
@@ -159,8 +160,8 @@ def table_line(row: dict[str, Any]) -> str:
     flex = "" if row["attention_times_flex"] is None else f" ({row['attention_times_flex']:.2f} times the attention)"
     return (
         f"{row['phase']:<7} {heads:>5} x {row['width']}  {row['context']:>7,} tokens  B {row['batch']}  correlation "
-        f"{row['correlation']:<4g} {row['dtype'].removeprefix('torch.')}: all {_show(times['all'])} ms{faster} dense {_show(times['dense'])} "
-        f"[{row['dense_way']}]; FlexAttention {_show(times['flex'])}{flex}\n"
+        f"{row['correlation']:<4g} {row['dtype'].removeprefix('torch.')}: all {_show(times['all'])} ms{faster} dense "
+        f"{_show(times['dense'])} [{row['dense_way']}]; FlexAttention {_show(times['flex'])}{flex}\n"
         f"        level 1 {_show(times['coarse'])}, level 2 {_show(times['fine'])}, attention {_show(times['attention'])} = "
         f"{row['roofline_share']:.0%} of the roofline ({row['bytes'] / 1e6:,.1f} MB, {row['flops'] / 1e9:,.1f} GFLOP; dense "
         f"{row['dense_flops'] / 1e9:,.1f} GFLOP); 16 tokens keep {row['union_of_16_tokens']:.1f} times one's blocks"
@@ -246,7 +247,8 @@ def main(arguments: list[str] | None = None) -> int:
     name = torch.cuda.get_device_name(device) if clock.cuda else "CPU, in Triton's interpreter"
     roof = find_roofline(name, clock.seconds, device)
     print(
-        f"{name}; PyTorch {torch.__version__}; {roof.bandwidth / 1e9:,.0f} GB/s, {roof.flops / 1e12:,.1f} Tflop/s ({roof.source})"
+        f"{name}; PyTorch {torch.__version__}; {roof.bandwidth / 1e9:,.0f} GB/s, {roof.flops / 1e12:,.1f} Tflop/s "
+        f"({roof.source})"
     )
     rows: list[dict[str, Any]] = []
     known: dict[Any, tuple[str, Timing]] = {}

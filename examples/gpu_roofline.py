@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Name as PyTorch gives it -> (memory bandwidth in bytes/s, dense 16-bit matrix products with fp32 sums in flop/s), from NVIDIA's data
-# sheets; the first that is a word of a GPU's name counts.
+# Name as PyTorch gives it -> (memory bandwidth in bytes/s, dense 16-bit matrix products with fp32 sums in flop/s), from
+# NVIDIA's data sheets; the first that is a word of a GPU's name counts.
 PEAKS = {
     "B200": (8.0e12, 2.25e15),
     "GH200": (4.0e12, 9.89e14),

@@ -28,7 +28,7 @@ _TILE = 128  # positions in a row of FlexAttention's block mask
 
 @dataclass(frozen=True)
 class Case:
-    """heads: Hq, Hkv. width: D. correlation: between the vectors of neighbouring tokens; 0: independent, the worst for tiles."""
+    """heads: Hq, Hkv. width: D. correlation: of neighbouring tokens' vectors; 0: independent, the worst for tiles."""
 
     phase: str
     heads: tuple[int, int]
@@ -49,7 +49,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Tensors:
-    """q [B, Hq, L, D]; k, v [B, Hkv, M, D]; words [B, 1, L, Dr] and descriptors [B, 1, N, Dr] of level 1; block_keys [B, Hkv, N, D]."""
+    """q [B, Hq, L, D]; k, v [B, Hkv, M, D]; words [B, 1, L, Dr], descriptors [B, 1, N, Dr]; block_keys [B, Hkv, N, D]."""
 
     q: Tensor
     k: Tensor
@@ -62,7 +62,7 @@ class Tensors:
 
 
 def correlated(shape: tuple[int, ...], correlation: float, random: torch.Generator, dtype: torch.dtype) -> Tensor:
-    """Normal numbers [B, ...]; along the axis before the last one neighbours have ``correlation``, those n apart correlation^n."""
+    """Normal numbers [B, ...]; along the axis before the last, those n apart are correlated by ``correlation`` ** n."""
     rows = []
     for _ in range(shape[0]):  # one at a time: the temporaries are in fp32
         x = torch.randn(shape[1:], generator=random, device=random.device)
@@ -178,7 +178,7 @@ def dense_sides(case: Case, t: Tensors, compiled: bool) -> Iterator[tuple[str, W
 
 
 def block_mask(case: Case, t: Tensors, routes: Tensor) -> tuple[BlockMask, Tensor]:
-    """(the mask, the queries that it is for). A row of blocks is what _TILE positions keep together; a bit for each says who reads."""
+    """(the mask, the queries that it is for). A row of blocks is what _TILE positions keep together, a bit for each reader."""
     size, blocks = case.block_size, case.context // case.block_size
     group = case.heads[0] // case.heads[1]
     bits = _bits(routes, blocks)

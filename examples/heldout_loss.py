@@ -1,8 +1,8 @@
 """What smaller weights cost and bring: ``python examples/heldout_loss.py BUNDLE [BUNDLE ...]``, with bundles of one checkpoint.
 
-For each bundle its size, the held-out loss of the example model's text at 512 and 2,048 tokens of context (through the runtime, every
-token fed on its own as decode does), and its decode speed at these contexts: the median of steps that the bundles take in turns.
-Needs no PyTorch; prints one JSON object.
+For each bundle its size, the held-out loss of the example model's text at 512 and 2,048 tokens of context (through the runtime,
+every token fed on its own as decode does), and its decode speed at these contexts: the median of steps that the bundles take in
+turns. Needs no PyTorch; prints one JSON object.
 """
 
 from __future__ import annotations

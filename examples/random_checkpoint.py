@@ -4,8 +4,8 @@
     bilevel export build/random-1b build/random-1b-bundle
     bilevel check build/random-1b-bundle --against build/random-1b --tokens 512
 
-The default is a Llama shape of 1.0 billion weights with two-level attention. Weights are written layer by layer, so that memory holds
-one layer. The tokenizer is the example model's.
+The default is a Llama shape of 1.0 billion weights with two-level attention. Weights are written layer by layer, so that memory
+holds one layer. The tokenizer is the example model's.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Small HTTP clients for measurements, and a server process to measure: as little of their own as possible.
 
-``ask`` is one request, for many at once in asyncio. ``Clients`` is for times: it reads bytes and notes when they came, because on
-a small machine a client that parses what it reads takes the cores from the model that it measures.
+``ask`` is one request, for many at once in asyncio. ``Clients`` is for times: it reads bytes and notes when they came, because
+on a small machine a client that parses what it reads takes the cores from the model that it measures.
 """
 
 from __future__ import annotations

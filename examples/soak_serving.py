@@ -136,7 +136,8 @@ def main() -> int:
     growth = samples[-1][1] / warm - 1
     seconds = time.perf_counter() - start
     print(
-        f"{soak.counts} in {seconds:.0f} s; memory {warm:.1f} MiB after a fifth, {samples[-1][1]:.1f} at the end ({100 * growth:+.1f} %)"
+        f"{soak.counts} in {seconds:.0f} s; memory {warm:.1f} MiB after a fifth, {samples[-1][1]:.1f} at the end "
+        f"({100 * growth:+.1f} %)"
     )
     print(f"{len(soak.problems)} problems, {stuck:g} rows or waiting requests left")
     for problem in soak.problems[:5]:

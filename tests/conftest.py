@@ -30,7 +30,7 @@ def seeded() -> None:
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
-    """preset, weights="fp32", precision="fp32" -> (checkpoint, bundle) of a tiny model. Shared by all tests: copy before changing anything."""
+    """preset, weights="fp32", precision="fp32" -> (checkpoint, bundle) of a tiny model. Shared: copy before a change."""
     from tests.support.tiny_models import export_once
 
     folder = tmp_path_factory.getbasetemp()

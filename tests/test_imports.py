@@ -20,8 +20,8 @@ LEAVES = ("bilevel.contract", "bilevel.errors", "bilevel.folders", "bilevel.mach
 LIBRARIES = ("bilevel.plugins.library.cpu", "bilevel.plugins.library.gpu")
 SERVING = ("h11", "jinja2", "prometheus_client", "pydantic", "starlette", "uvicorn")
 
-# Package or module -> (what it may import from this repository, what else; None: anything). The longest name applies. A package's
-# name allows all that is in it, but "bilevel" only what is in the folder bilevel/: the other folders share its name.
+# Package or module -> (what it may import from this repository, what else; None: anything). The longest name applies. A
+# package's name allows all that is in it, but "bilevel" only what is in the folder bilevel/: the other folders share its name.
 LAW: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     "bilevel": (("bilevel",), ("torch", "safetensors")),
     "bilevel.contract": (("bilevel.errors",), ()),

@@ -14,7 +14,7 @@ import pytest
 import bilevel
 from bilevel import errors
 from bilevel.plugins.library import build
-from tests import ROOT
+from tests import ROOT, dist
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -71,8 +71,58 @@ def test_command_exists(pyproject: dict[str, Any]) -> None:
 
 
 def test_files_named_by_the_project_exist(pyproject: dict[str, Any]) -> None:
-    project = pyproject["project"]
-    assert [name for name in (project["readme"], *project["license-files"]) if not (ROOT / name).is_file()] == []
+    assert [name for name in pyproject["project"]["license-files"] if not (ROOT / name).is_file()] == []
+
+
+def test_description_for_package_indexes_leads_nowhere(pyproject: dict[str, Any]) -> None:
+    """An index shows it away from the repository, where a relative link or picture is broken."""
+    readme = pyproject["project"]["readme"]
+    targets = re.findall(r"\]\(([^)]*)\)|(?:src|href)=[\"']([^\"']*)", readme["text"])
+    assert readme["content-type"] == "text/markdown" and readme["text"].strip().startswith("# bilevel")
+    assert [target for pair in targets for target in pair if target and not target.startswith("https://")] == []
+
+
+def test_one_wheel_serves_every_python(pyproject: dict[str, Any]) -> None:
+    """Its tag starts at the oldest Python that is supported; its library is the one whose name says no version."""
+    oldest = pyproject["project"]["requires-python"].removeprefix(">=")
+    assert pyproject["tool"]["distutils"]["bdist_wheel"]["py-limited-api"] == f"cp{oldest.replace('.', '')}"
+    (module,) = pyproject["tool"]["setuptools"]["ext-modules"]
+    assert module["py-limited-api"] is True
+    assert dist.CPU_LIBRARY == f"{module['name'].replace('.', '/')}.abi3.so"
+
+
+def test_sdist_is_what_the_wheel_is_built_from() -> None:
+    assert "prune tests" in (ROOT / "MANIFEST.in").read_text(encoding="utf-8").splitlines()
+    if not (ROOT / ".git").exists():
+        pytest.skip("this is no clone: git does not list the package's files")
+    files = dist.package_files()
+    assert {
+        "bilevel/model.py",
+        "bilevel/plugins/csrc/ort/vector.h",
+        "bilevel/runtime/serve/page.html",
+        "bilevel/py.typed",
+    } <= files
+    assert not [name for name in files if name.endswith((".so", ".pyc", ".md"))]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a.py"], r"lacks \['b.py'\]"),
+        (["a.py", "b.py", "c.so"], r"should not hold \['c.so'\]"),
+        (["a.py", "b.py", "b.py"], "holds a file twice"),
+    ],
+)
+def test_archive_with_other_files_is_refused(names: list[str], message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        dist.check_names(Path("x.whl"), names, {"a.py", "b.py"})
+
+
+def test_every_tool_of_make_dist_is_pinned() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (line,) = re.findall(r"\$\(DIST\)/bin/python -m pip install .* -c constraints\.txt (.*)", makefile)
+    pinned = {re.split("==", name)[0] for name in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()}
+    assert set(line.split()) <= pinned and "auditwheel" in line
 
 
 def test_missing_dependency_names_an_extra_that_brings_it(pyproject: dict[str, Any]) -> None:

@@ -1,1 +1,1 @@
-"""What the operators mean (``reference``, in loops) and their vectorised, trainable forms. Modules call them by ``bilevel.ops``."""
+"""What the operators mean (``reference``, in loops) and their vectorised, trainable forms. Called by ``bilevel.ops``."""

@@ -17,7 +17,8 @@ def head_map(num_from: int, num_to: int, device: torch.device | None = None) -> 
 
 
 def block_scores(query: Tensor, unit_key: Tensor, num_selection_heads: int) -> Tensor:
-    """fp32 (fp64 for fp64 operands) scores [B, Hs, L, U] of every unit: dot products summed over the route heads that share a selection head.
+    """fp32 (fp64 for fp64 operands) scores [B, Hs, L, U] of every unit: dot products summed over the route heads that share a
+    selection head.
 
     query: [B, Hr, L, Dr]. unit_key: [B, Hk, U, Dr]. Summing the queries first is the same sum and G times cheaper, where
     all heads of one choice read the same key head (only infinite keys tell the two apart: 2*inf - 1*inf).

@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from bilevel.export.engine.build import Plan
 
 EPILOG = """\
-An engine is the bundle's graph, optimised by TensorRT for one kind of GPU. It lies in BUNDLE/engines with a manifest; bilevel inspect
-shows it, bilevel run takes the best one that fits the machine.
+An engine is the bundle's graph, optimised by TensorRT for one kind of GPU. It lies in BUNDLE/engines with a manifest; bilevel
+inspect shows it, bilevel run takes the best one that fits the machine.
 
   bilevel build my-bundle --backend tensorrt-rtx --sm 89,120    for RTX 40 and 50, on any x86-64 Linux machine, without a GPU
   bilevel build my-bundle --backend tensorrt                    for the GPU at hand: on a Jetson, on the Jetson
 
-Sizes are fixed here: --capacity tokens for each row's caches, --batch rows. Every engine has two optimisation profiles, one for the
-prompt's chunks and one for single tokens. The routed nodes run as plugins of the bundle's kernel library (bilevel kernels build), or of
---plugins FILE; python builds with stand-ins that need that library only on the device, none with the portable bodies, slower but without
-a library. A build that is interrupted leaves what was there before.
+Sizes are fixed here: --capacity tokens for each row's caches, --batch rows. Every engine has two optimisation profiles, one for
+the prompt's chunks and one for single tokens. The routed nodes run as plugins of the bundle's kernel library (bilevel kernels
+build), or of --plugins FILE; python builds with stand-ins that need that library only on the device, none with the portable
+bodies, slower but without a library. A build that is interrupted leaves what was there before.
 """
 
 
@@ -58,7 +58,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weight-streaming",
         action="store_true",
-        help="weights that do not fit into the GPU's memory stay in the host's and are copied for every call: for models too large for it",
+        help="for models too large for the GPU's memory: weights stay in the host's and are copied for every call",
     )
     parser.add_argument(
         "--reproducible",

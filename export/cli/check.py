@@ -12,10 +12,11 @@ EPILOG = """\
 Three judgements, never one number, and the invariants:
   selection     which blocks and experts every router chose. A differing choice is excused only at a near-tie: its distance to
                 the cut must lie within the rounding error that the data type and the operands allow.
-  computation   every part of the graph, fed PyTorch's hidden state and choices, against PyTorch in fp64: fp32 to 1e-4 of the largest
-                magnitude; fp16 and bf16 to twice the error that plain PyTorch makes in that precision.
+  computation   every part of the graph, fed PyTorch's hidden state and choices, against PyTorch in fp64: fp32 to 1e-4 of the
+                largest magnitude; fp16 and bf16 to twice the error that plain PyTorch makes in that precision.
   end to end    the shipped graph on its own: distribution of the next token and greedy text, with intervals.
-  invariants    any cut into calls, all blocks kept equals dense, the future moves no earlier route, order and repetition of routes.
+  invariants    any cut into calls, all blocks kept equals dense, the future moves no earlier route, order and repetition of
+                routes.
 
 A bundle with int8 or int4 weights is held to the same limits, against PyTorch over weights that are rounded alike and with
 MatMulNBits computing in fp32. Two lines more:
@@ -23,11 +24,11 @@ MatMulNBits computing in fp32. Two lines more:
                 as PyTorch itself does with activations so rounded.
   effect        routes, next token and loss of the shipped file against the checkpoint as it was trained; reported, not judged.
 
-Where something fails, the report names the first layer and operator and the smallest input that shows it. PyTorch and the graph are
-compared part by part, so that memory holds one part of the model at a time.
+Where something fails, the report names the first layer and operator and the smallest input that shows it. PyTorch and the graph
+are compared part by part, so that memory holds one part of the model at a time.
 
   bilevel check my-bundle --against my-checkpoint                    tables
-  bilevel check my-bundle --against my-checkpoint --report parity    also a page to read (parity/index.html) and parity/report.json
+  bilevel check my-bundle --against my-checkpoint --report parity    also a page, parity/index.html, and report.json
   bilevel check my-bundle --against my-checkpoint --tokens 512       a quick look
 
 The verdict is recorded in the bundle. Exit status: 0 parity holds, 1 it fails, 2 the check could not run.

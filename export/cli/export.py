@@ -22,9 +22,9 @@ whose config.json has a "routing" section (and "experts"). BUNDLE is the folder 
 Runtime's MatMulNBits. Routers, the embedding table, norms and the experts' weights stay in fp32. bilevel check then compares
 with PyTorch over the same rounded weights, and reports apart from that what the rounding changed.
 
---precision fp16 and bf16 store weights, activations and caches in 16 bits, for devices that compute in them (TensorRT takes the graph
-as it is). Routers' scores and expert gates' logits stay fp32, and so do the sums inside softmax and norms. ONNX Runtime's CPU provider
-runs fp16 by casting, slower than fp32, and bf16 not at all.
+--precision fp16 and bf16 store weights, activations and caches in 16 bits, for devices that compute in them (TensorRT takes the
+graph as it is). Routers' scores and expert gates' logits stay fp32, and so do the sums inside softmax and norms. ONNX Runtime's
+CPU provider runs fp16 by casting, slower than fp32, and bf16 not at all.
 
 An export that is interrupted leaves an existing bundle as it was.
 """

@@ -24,11 +24,13 @@ named. Neither a GPU nor its driver is asked: build on a PC, copy to the board.
   bilevel kernels build --geometry my-bundle --arch sm_87,sm_110 --target aarch64  the same from a PC, Thor too
   bilevel kernels show my-bundle/kernels/aarch64/libbilevel_kernels.so             what a library holds
 
-architectures: sm_80 (A100), sm_86 (RTX 30), sm_87 (Orin), sm_89 (RTX 40), sm_90 (H100), sm_100 (B200), sm_110 (Thor), sm_120 (RTX 50)
+architectures: sm_80 (A100), sm_86 (RTX 30), sm_87 (Orin), sm_89 (RTX 40), sm_90 (H100), sm_100 (B200), sm_110 (Thor),
+sm_120 (RTX 50)
 
-The library has a plain C interface (plugins/csrc/gpu/bilevel_kernels.h documents it) and, where NVIDIA's headers are found, the TensorRT
-plugins. It needs no CUDA runtime; the driver is opened when the first kernel is launched. Machine code for sm_80 to sm_90 is made
-by an assembler of CUDA 12, which drivers of CUDA 12 and 13 load, for newer architectures by one of CUDA 13: --cuda chooses otherwise.
+The library has a plain C interface (plugins/csrc/gpu/bilevel_kernels.h documents it) and, where NVIDIA's headers are found, the
+TensorRT plugins. It needs no CUDA runtime; the driver is opened when the first kernel is launched. Machine code for sm_80 to
+sm_90 is made by an assembler of CUDA 12, which drivers of CUDA 12 and 13 load, for newer architectures by one of CUDA 13:
+--cuda chooses otherwise.
 """
 
 
@@ -58,8 +60,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--tensorrt",
         choices=("auto", "none", "required"),
         default="auto",
-        help="build: the TensorRT plugins, which need NVIDIA's headers ($TENSORRT_ROOT/include or the usual folders); auto, the "
-        "default, goes without them where there are none",
+        help="build: the TensorRT plugins, which need NVIDIA's headers ($TENSORRT_ROOT/include or the usual folders); "
+        "auto, the default, goes without them where there are none",
     )
     parser.add_argument(
         "--jobs", type=int, default=0, metavar="N", help="build: processes that compile (default: one per core)"

@@ -1,7 +1,7 @@
 """Checkpoint folder -> bundle folder: the graph, its weights, config and tokenizer, and ``bundle.json`` that describes them.
 
-The format is specified in ``bilevel/bundle/format.py``, which reads it. A bundle is written under a temporary name and renamed when
-complete: an interrupted export leaves what was there before.
+The format is specified in ``bilevel/bundle/format.py``, which reads it. A bundle is written under a temporary name and renamed
+when complete: an interrupted export leaves what was there before.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ def export_bundle(
     """Export the model in ``checkpoint`` to ``bundle``. Raises BilevelError; an existing bundle is replaced only with force.
 
     prefill_chunk: tokens that the runtime prefills per call unless told otherwise. weights: fp32, int8 or int4
-    (``bilevel.export.graph.quantise`` says what is rounded). precision: fp32, fp16 or bf16, the type of weights, activations and caches;
-    routers' scores, expert gates' logits, softmax and norms are accumulated in fp32 in every one, and the logits are fp32.
-    on_stage: told what is being done.
+    (``bilevel.export.graph.quantise`` says what is rounded). precision: fp32, fp16 or bf16, the type of weights, activations
+    and caches; routers' scores, expert gates' logits, softmax and norms are accumulated in fp32 in every one, and the logits
+    are fp32. on_stage: told what is being done.
     """
     checkpoint, bundle = Path(checkpoint), Path(bundle)
     check_format(weights)
@@ -119,7 +119,7 @@ def _save_graphs(
 
 
 def _with_small_cache(twin: Path, config: ModelConfig) -> onnx.ModelProto:
-    """Give the twin of a quantised model int8 caches too, the best that the engine has; their range is that of random tokens."""
+    """Give the twin of a quantised model int8 caches too, the best that the engine has; random tokens give their range."""
     length = min(_CALIBRATION, config.max_position_embeddings)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, length)
     return save_int8_cache(twin, twin, cache_ranges(twin, tokens))

@@ -1,6 +1,7 @@
 """The decoder as an exportable graph: flat caches in, logits of each row's last valid token and flat caches out.
 
-Its precision is the model's own: weights, activations and caches have the type of the parameters. The logits are fp32 in every one.
+Its precision is the model's own: weights, activations and caches have the type of the parameters. The logits are fp32 in every
+one.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ node. (Rotating in nodes of our own takes the same time within what measurements
 Everything else (projections, norms, MLP or experts, head) is the routed decoder's own code, and so is the layout of the
 graph: input_ids, past_len, new_len and past.{key,value}.i in, logits and present.{key,value}.i out.
 It has kernels for fp32 and fp16 on the CPU, none for bf16, so a model in bf16 has no twin.
-Limit of that operator: a call of several tokens behind cached ones takes one row; prefill from nothing and decode take any batch.
+Limit of that operator: a call of several tokens behind cached ones takes one row; prefill from nothing and decode take any
+batch.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """The dense twin with its keys and values cached in 8 bits, for measurements against quantised bundles.
 
-ONNX Runtime's GroupQueryAttention takes an int8 cache on the CPU from version 1.27 on: past and present of type int8, a scale per
-cache (inputs k_scale and v_scale), the attributes k_quant_type, v_quant_type and kv_cache_bit_width. It rounds what it writes,
-computes on the int8 values, and still writes in place where past and present share a buffer; what exceeds the scale's range is cut.
-One scale per tensor, because that is the faster form (5 to 10 % at 32,768 cached tokens) and a twin shall not be handicapped.
+ONNX Runtime's GroupQueryAttention takes an int8 cache on the CPU from version 1.27 on: past and present of type int8, a scale
+per cache (inputs k_scale and v_scale), the attributes k_quant_type, v_quant_type and kv_cache_bit_width. It rounds what it
+writes, computes on the int8 values, and still writes in place where past and present share a buffer; what exceeds the scale's
+range is cut. One scale per tensor, because that is the faster form (5 to 10 % at 32,768 cached tokens) and a twin shall not be
+handicapped.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def cache_ranges(path: Path, token_ids: np.ndarray[Any, Any]) -> dict[str, float
 
 
 def save_int8_cache(source: Path, target: Path, ranges: Mapping[str, float]) -> onnx.ModelProto:
-    """Write the twin at ``source`` with int8 caches to ``target`` in the same folder (the weights are shared); returns its graph.
+    """Write the twin at ``source`` with int8 caches to ``target`` in the same folder (the weights are shared); returns its
+    graph.
 
     ranges: what the caches hold at most, by the past's name (:func:`cache_ranges`). Raises ExportError.
     """

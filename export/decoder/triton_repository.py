@@ -24,7 +24,8 @@ from bilevel.folders import replacing
 VERSION = "1"
 _HEADER = """\
 # Written by bilevel export. Triton's ONNX Runtime runs the routed operators' portable bodies; the fast CPU kernels take their
-# place where the server has the library of bilevel's installation: model_operations { op_library_filename: ["/PATH/_cpu.abi3.so"] }
+# place where the server has the library of bilevel's installation:
+# model_operations { op_library_filename: ["/PATH/_cpu.abi3.so"] }
 """
 
 

@@ -1,4 +1,4 @@
-"""A bundle to an engine: ``engines/NAME.plan`` and its manifest ``NAME.json``, whose format ``bilevel/bundle/engines.py`` specifies.
+"""A bundle to an engine: ``engines/NAME.plan`` and its manifest ``NAME.json``, specified in ``bilevel/bundle/engines.py``.
 
 The build itself runs in a process of its own (``worker``). Nothing appears in ``engines/`` before it is complete.
 """
@@ -139,7 +139,7 @@ def _is_free(scratch: Path) -> bool:
 
 
 def _prepare_model(plan: Plan, scratch: Path) -> tuple[Path, int]:
-    """(the ONNX file to parse, its nodes that are to be plugins): caches written in place; no functions where they would win over plugins."""
+    """(the ONNX file to parse, its nodes for plugins): caches written in place; no functions where they would win over plugins."""
     model = onnx.load(str(plan.bundle.graph_path), load_external_data=False)
     limits = plan.limits
     sizes = {name: limits.sizes(limits.batch, 1)[name] for name in ("capacity", "num_blocks")}

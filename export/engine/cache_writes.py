@@ -1,12 +1,13 @@
 """How an engine writes its caches: a bundle's graph with every ``ScatterND`` on a cache replaced by what writes in place.
 
-A bundle writes a cache by ScatterND, which every ONNX Runtime and every TensorRT knows. ONNX Runtime does it in place where input and output are
-bound to one buffer; TensorRT promises nothing of the kind, and whoever copies a cache for each token pays for the capacity and not for
-what is kept. So in an engine
+A bundle writes a cache by ScatterND, which every ONNX Runtime and every TensorRT knows. ONNX Runtime does it in place where
+input and output are bound to one buffer; TensorRT promises nothing of the kind, and whoever copies a cache for each token pays
+for the capacity and not for what is kept. So in an engine
 
-- a cache of floats is written by ``TensorScatter`` (opset 24), TensorRT's KV cache layer, or, in versions that lack it, by the plugin
-  ``WriteCache``: both at one address for input and output;
-- a cache of whole numbers (level 1's token ids), which neither takes, is only read: the runtime writes the new tokens into it before a call;
+- a cache of floats is written by ``TensorScatter`` (opset 24), TensorRT's KV cache layer, or, in versions that lack it, by the
+  plugin ``WriteCache``: both at one address for input and output;
+- a cache of whole numbers (level 1's token ids), which neither takes, is only read: the runtime writes the new tokens into it
+  before a call;
 - capacity is a number: TensorScatter asks for that.
 """
 
@@ -69,8 +70,8 @@ def check_caches(flavour: Flavour, state: Sequence[tuple[TensorSpec, str]]) -> N
     """Raises EngineError where this TensorRT needs the plugin for a bundle's caches, for an engine without plugins."""
     if state and not has_cache_layer(flavour):
         raise EngineError(
-            f"{flavour.backend} {flavour.version_text} has no layer that writes caches in place (10.15 has), so that an engine needs the "
-            "plugin WriteCache: build the kernel library (bilevel kernels build) and leave --plugins none out"
+            f"{flavour.backend} {flavour.version_text} has no layer that writes caches in place (10.15 has), so that an engine "
+            "needs the plugin WriteCache: build the kernel library (bilevel kernels build) and leave --plugins none out"
         )
 
 
@@ -84,8 +85,8 @@ def write_in_place(
 ) -> None:
     """Change ``model`` as the module's docstring says. sizes: free sizes that become numbers ("capacity", "num_blocks").
 
-    by_plugin: the plugin writes, not TensorRT's layer. with_long_updates: that layer is never given a single unit of level 1's keys.
-    Raises ExportError for a graph that is not ours.
+    by_plugin: the plugin writes, not TensorRT's layer. with_long_updates: that layer is never given a single unit of level 1's
+    keys. Raises ExportError for a graph that is not ours.
     """
     graph = model.graph
     for write in find_writes(graph, state):
@@ -119,7 +120,7 @@ def _replace(graph: onnx.GraphProto, write: CacheWrite, by_plugin: bool) -> None
 
 
 def _double_update(graph: onnx.GraphProto, write: CacheWrite) -> None:
-    """The update twice, one behind the other: the second lies in blocks that are not whole, whose keys nobody reads, or beyond the end."""
+    """The update twice, one behind the other: the second lies in blocks that are not whole, unread, or beyond the end."""
     at = next(i for i, node in enumerate(graph.node) if list(node.output) == [write.present])
     twice = f"write.{write.past}.twice"
     graph.node[at].input[1] = twice

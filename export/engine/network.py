@@ -77,8 +77,8 @@ def failure(logger: Any, what: str, remedy: str) -> EngineError:
 def parse_graph(flavour: Flavour, model: bytes, graph: Path, nodes: int) -> Network:
     """Parse an ONNX model of which ``nodes`` must become plugins; 0: it is to run its portable bodies. Raises EngineError.
 
-    graph: the file that the model is of; its weights lie beside it. The plugins must have been registered: a node without its plugin
-    falls back to its body, and no TensorRT says so.
+    graph: the file that the model is of; its weights lie beside it. The plugins must have been registered: a node without its
+    plugin falls back to its body, and no TensorRT says so.
     """
     trt = flavour.trt
     if nodes and needs_stub(flavour):
@@ -95,8 +95,9 @@ def parse_graph(flavour: Flavour, model: bytes, graph: Path, nodes: int) -> Netw
     found = count_plugins(trt, network)
     if nodes and found != nodes:
         raise EngineError(
-            f"{graph} has {nodes} nodes for plugins, but {flavour.backend} {flavour.version_text} made {found} plugin layers of them: the "
-            "rest would run their portable bodies; build with the plugins of this bilevel (--plugins python), or with --plugins none"
+            f"{graph} has {nodes} nodes for plugins, but {flavour.backend} {flavour.version_text} made {found} plugin layers "
+            "of them: the rest would run their portable bodies; build with the plugins of this bilevel (--plugins python), or "
+            "with --plugins none"
         )
     return Network(flavour, builder, network, parser, logger)
 

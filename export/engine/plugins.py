@@ -18,7 +18,7 @@ LIBRARY = "libbilevel_kernels.so"
 
 @dataclass(frozen=True)
 class Plugins:
-    """A choice. source: a library's file, "python" or "none"; sha256: of the library; why: a remark where nobody asked for it."""
+    """A choice. source: a library's file, "python" or "none"; sha256: of the library; why: a remark on a choice by default."""
 
     source: str
     sha256: str | None = None
@@ -26,7 +26,7 @@ class Plugins:
 
 
 def library_problem(library: Path, archs: Sequence[int]) -> str:
-    """Why an engine for ``archs`` cannot be built with a kernel library; "" where it can. Raises KernelError for another file."""
+    """Why an engine for ``archs`` cannot be built with a kernel library; "" where it can. Raises KernelError."""
     info = read_info(library)
     wanted = ",".join(f"sm_{arch}" for arch in archs) or "sm_NN"
     remedy = f"bilevel kernels build --geometry BUNDLE --arch {wanted}"
@@ -41,7 +41,8 @@ def library_problem(library: Path, archs: Sequence[int]) -> str:
 
 
 def choose_plugins(bundle: Path, asked: str | None, archs: Sequence[int]) -> Plugins:
-    """The plugins for an engine. asked: a file, "python", "none", or None: the bundle's kernel library if it serves, else Python.
+    """The plugins for an engine. asked: a file, "python", "none", or None: the bundle's kernel library if it serves, else
+    Python.
 
     Raises EngineError and KernelError for a library that was asked for and does not serve.
     """

@@ -1,8 +1,8 @@
 """Lets TensorRT-RTX's wheels import plugins: a stand-in for a file that they lack (standard library only).
 
-The ONNX parser of TensorRT-RTX 1.7 reaches the builder by the name ``libtensorrt_rtx.so`` when it meets a plugin; the wheels ship
-``libtensorrt_rtx.so.1`` alone, and the process aborts. A shared library that has the missing name and needs the real one, loaded
-beforehand, mends that without touching the installation.
+The ONNX parser of TensorRT-RTX 1.7 reaches the builder by the name ``libtensorrt_rtx.so`` when it meets a plugin; the wheels
+ship ``libtensorrt_rtx.so.1`` alone, and the process aborts. A shared library that has the missing name and needs the real one,
+loaded beforehand, mends that without touching the installation.
 """
 
 from __future__ import annotations

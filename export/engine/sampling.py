@@ -1,4 +1,4 @@
-"""Outputs of an engine that spare the host its logits: the K best of every row, and the logarithm of the sum of all exponentials.
+"""Outputs of an engine that spare the host its logits: the K best of every row, and the log of the sum of exponentials.
 
 ``runtime/backend/ranking.py`` says what follows from them, and what it is worth.
 """
@@ -8,14 +8,14 @@ from __future__ import annotations
 from bilevel.export.engine.network import Network
 
 NUM_BEST = 64
-# The measurements in runtime/backend/ranking.py: below, a row's logits are copied and ranked on the host in a few microseconds, or drawn from
-# with top-p in half a millisecond; three more layers in every call would buy little.
+# The measurements in runtime/backend/ranking.py: below, a row's logits are copied and ranked on the host in a few microseconds,
+# or drawn from with top-p in half a millisecond; three more layers in every call would buy little.
 LEAST_VOCAB = 16_384
 
 
 def add_best_logits(parsed: Network, least: int = LEAST_VOCAB) -> bool:
-    """Add ``top_logits`` fp32 [B, K], ``top_ids`` int32 [B, K] and ``log_sum`` fp32 [B] to a network whose vocabulary has ``least``
-    tokens or more; whether it has. K: NUM_BEST, or the whole vocabulary where it is smaller.
+    """Add ``top_logits`` fp32 [B, K], ``top_ids`` int32 [B, K] and ``log_sum`` fp32 [B] to a network whose vocabulary has
+    ``least`` tokens or more; whether it has. K: NUM_BEST, or the whole vocabulary where it is smaller.
     """
     trt, network = parsed.flavour.trt, parsed.network
     logits = next(each for each in map(network.get_output, range(network.num_outputs)) if each.name == "logits")

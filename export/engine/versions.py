@@ -1,4 +1,4 @@
-"""The flavours of TensorRT and how their versions differ: every difference that this code knows of, as a predicate with its reason.
+"""The flavours of TensorRT and how their versions differ: every known difference, as a predicate with its reason.
 
 Enum members are used by name everywhere: 11.0 renumbered some.
 """
@@ -64,7 +64,7 @@ def must_strip_functions(flavour: Flavour) -> bool:
 
 
 def has_cache_layer(flavour: Flavour) -> bool:
-    """TensorScatter is imported, as the layer that writes a cache in place: from 10.15 on, and in TensorRT-RTX (tried with 1.7).
+    """TensorScatter is imported, as the layer that writes a cache in place: from 10.15 on, and in TensorRT-RTX (1.7).
 
     Before, a plugin of ours does the same: ScatterND copies the whole cache, or does not, as TensorRT likes.
     """
@@ -82,7 +82,7 @@ def has_attention(flavour: Flavour) -> bool:
 
 
 def crashes_on_short_updates(flavour: Flavour) -> bool:
-    """TensorRT-RTX 1.7 dies while it builds for one token of one row, where that layer writes level 1's keys besides a layer's own caches.
+    """TensorRT-RTX 1.7 dies while it builds for one token of one row, where that layer writes level 1's keys too.
 
     It does not where the update has two units or more.
     """
@@ -95,7 +95,7 @@ def is_weakly_typed(flavour: Flavour) -> bool:
 
 
 def measures_kernels(flavour: Flavour) -> bool:
-    """A build times kernels on the GPU, which a timing cache spares the next one. TensorRT-RTX chooses them on the device, when it runs."""
+    """A build times kernels on the GPU, which a timing cache spares the next one. TensorRT-RTX chooses them when it runs."""
     return flavour.backend == "tensorrt"
 
 

@@ -1,13 +1,14 @@
 """The process that builds one engine: ``python -m bilevel.export.engine.worker JOB``, JOB being a Job as JSON.
 
-It writes the plan to the job's ``out`` and events to standard output, one JSON object a line: {"phase", "step", "steps"} while it builds,
-{"error"} for a failure that has a sentence, {"version"} when it has built.
+It writes the plan to the job's ``out`` and events to standard output, one JSON object a line: {"phase", "step", "steps"} while
+it builds, {"error"} for a failure that has a sentence, {"version"} when it has built.
 
 A process of its own: a build that is interrupted, runs out of memory or crashes takes nobody along.
 
-``reproducible``: the same bytes every time, for a bundle in one place. TensorRT orders parts of a plan by addresses. For these to be the same, memory lies where it
-lay the last time (no address space randomisation), little is imported here besides TensorRT, and TensorRT's threads never run at the same
-time as the one that builds: all share one core, and the builder gives way to them.
+``reproducible``: the same bytes every time, for a bundle in one place. TensorRT orders parts of a plan by addresses. For these
+to be the same, memory lies where it lay the last time (no address space randomisation), little is imported here besides
+TensorRT, and TensorRT's threads never run at the same time as the one that builds: all share one core, and the builder gives
+way to them.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class Job:
 
     model: the ONNX file to parse; graph: the bundle's, beside which the weights lie. nodes: that must become plugins.
     archs: as in 89; empty: the GPU at hand. plugins: a kernel library's file, "python" or "none". out: the plan's file.
-    timings: the file that keeps what was measured from build to build, "" for none. weight_streaming: weights may stay in the host's
-    memory.
+    timings: the file that keeps what was measured from build to build, "" for none. weight_streaming: weights may stay in the
+    host's memory.
     """
 
     model: str
@@ -67,7 +68,7 @@ class Job:
 
 
 def make_reproducible(job: Job) -> None:
-    """Start this program again with fixed addresses, and give way to its threads. Raises EngineError where the system refuses."""
+    """Start this program again with fixed addresses, and give way to its threads. Raises EngineError where it may not."""
     if not sys.platform.startswith("linux"):
         raise EngineError("--reproducible needs Linux; leave it out")
     if not os.environ.get(_ASKED):
@@ -102,7 +103,8 @@ def load_plugins(flavour: Flavour, plugins: str) -> None:
         register_plugins(flavour.trt)
     elif plugins != NO_PLUGINS and not flavour.trt.get_plugin_registry().load_library(plugins):
         raise EngineError(
-            f"{flavour.backend} cannot load the plugins of {plugins}; build the library anew: bilevel kernels build --geometry BUNDLE"
+            f"{flavour.backend} cannot load the plugins of {plugins}; build the library anew: bilevel kernels build --geometry "
+            "BUNDLE"
         )
 
 

@@ -1,11 +1,11 @@
 """A lower-precision graph as every ONNX Runtime can execute it on a CPU, meaning the same; and bf16 arrays in and out of it.
 
-ONNX Runtime's CPU provider has next to no bf16 kernels, and fp16 it runs by casts of its own. In the emulated copy every operator
-that touches the lower type reads fp32 copies of its operands, computes in fp32 and has its results rounded back: one rounding per
-operator, which is what a device with fp32 accumulators does. Routed operators too are one operator each: their bodies, and the fp32
-CPU kernels that may run in their place, see fp32 only and round nothing inside. Operators that only move numbers stay in the
-lower type, so that a large weight that is gathered from or a cache that is written to is not copied. Integer and fp32 parts,
-graph inputs and outputs, weights and their external data stay as they are.
+ONNX Runtime's CPU provider has next to no bf16 kernels, and fp16 it runs by casts of its own. In the emulated copy every
+operator that touches the lower type reads fp32 copies of its operands, computes in fp32 and has its results rounded back: one
+rounding per operator, which is what a device with fp32 accumulators does. Routed operators too are one operator each: their
+bodies, and the fp32 CPU kernels that may run in their place, see fp32 only and round nothing inside. Operators that only move
+numbers stay in the lower type, so that a large weight that is gathered from or a cache that is written to is not copied.
+Integer and fp32 parts, graph inputs and outputs, weights and their external data stay as they are.
 
     session = ort.InferenceSession(emulate(model).SerializeToString(), options)
     logits, key = run(session, ["logits", "present.key.0"], {"past.key.0": to_numpy(cache), ...})

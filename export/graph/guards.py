@@ -37,8 +37,8 @@ def check_parameters_used(program: ExportedProgram) -> None:
     unused = sorted(n for n in names.values() if n not in used_targets and id(program.state_dict[n]) not in used_tensors)
     if unused:
         raise ExportError(
-            f"the traced graph never reads {len(unused)} parameter(s), the first is {unused[0]!r}: part of the model was dropped; "
-            "make forward use it, or delete it from the module"
+            f"the traced graph never reads {len(unused)} parameter(s), the first is {unused[0]!r}: part of the model was "
+            "dropped; make forward use it, or delete it from the module"
         )
 
 

@@ -107,8 +107,8 @@ def _name_sizes(model: onnx_ir.Model, dynamic: Dynamic, names: Sequence[str]) ->
             symbol = str(getattr(found, "value", found))
             if named.setdefault(symbol, size) != size:
                 raise ExportError(
-                    f"the example tensors give {named[symbol]!r} and {size!r} the same size, so tracing cannot tell them apart; "
-                    "use different example sizes"
+                    f"the example tensors give {named[symbol]!r} and {size!r} the same size, so tracing cannot tell them "
+                    "apart; use different example sizes"
                 )
     values = [*model.graph.inputs, *(v for node in model.graph.all_nodes() for v in node.outputs)]
     for value in values:

@@ -48,7 +48,8 @@ def check_format(weights: str) -> None:
 class Quantised:
     """One matrix in MatMulNBits' layout: codes uint8 [N, blocks, bytes], scales fp32 [N, blocks], zeros uint8 [N, packed].
 
-    Two 4-bit codes share a byte, the first in the lower half. depth: K, the length of the contraction; the last block is padded.
+    Two 4-bit codes share a byte, the first in the lower half. depth: K, the length of the contraction; the last block is
+    padded.
     """
 
     codes: Array
@@ -191,7 +192,7 @@ def _kept(graph: onnx_ir.Graph) -> dict[str, int]:
 
 
 def quantise_graph(path: Path, weights: str, output: str = "logits") -> dict[str, Any]:
-    """Rewrite the ONNX file at ``path`` and its external weights in the format ``weights``; returns what the manifest says of it.
+    """Rewrite the ONNX file at ``path`` and its external weights in the format ``weights``; returns its entry in the manifest.
 
     output: the graph output that the products to be quantised lead to. Weights are read one at a time, so that memory holds the
     small ones and a single large one. The result: format, bits, block, activations, quantised (how many products), kept_fp32

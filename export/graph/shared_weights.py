@@ -45,7 +45,7 @@ class _Place:
 
 
 def share_weights(folder: Path, graphs: Sequence[str]) -> int:
-    """Rewrite the external weights of the ONNX files ``graphs`` in ``folder`` into one ``model.data``; returns its size in bytes.
+    """Rewrite the external weights of the ONNX files ``graphs`` in ``folder`` into one ``model.data``; returns its bytes.
 
     The old data files are removed, weights that a graph holds inline stay where they are. Raises ExportError.
     """

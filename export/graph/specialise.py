@@ -1,8 +1,8 @@
 """Bodies for one geometry: what a model's shapes and attributes decide is computed once, at export.
 
 The bodies are written for every geometry, so about half of their nodes only work out sizes. Where all nodes of an operator have
-the same static sizes and attributes, which is the rule, the body is folded for them; free sizes (batch, new_tokens, ...) stay free.
-An operator that a model uses with several geometries keeps the general body.
+the same static sizes and attributes, which is the rule, the body is folded for them; free sizes (batch, new_tokens, ...) stay
+free. An operator that a model uses with several geometries keeps the general body.
 """
 
 from __future__ import annotations

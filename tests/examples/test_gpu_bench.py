@@ -1,4 +1,4 @@
-"""examples/gpu_bench.py on the CPU, with the kernels in Triton's interpreter: every side runs, rows and goals say what was measured."""
+"""examples/gpu_bench.py on the CPU, with the kernels in Triton's interpreter: every side runs and is described."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Calls of the operators for ``make gpu-test``, made where the generator lives: a GPU or the CPU.
 
-Whole numbers where a choice is made, so that scores are exact in every type and ties are common; ordinary numbers where something
-is computed. Rows of different lengths, heads that do not nest, head dims that are no power of two, odd blocks.
+Whole numbers where a choice is made, so that scores are exact in every type and ties are common; ordinary numbers where
+something is computed. Rows of different lengths, heads that do not nest, head dims that are no power of two, odd blocks.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Attention:
     causal: int = 1
 
     def call(self, random: torch.Generator, length: int, dtype: torch.dtype) -> tuple[Inputs, Attributes]:
-        """Row 0 is full, row 1 short, row 2 idle; routes are unsorted, repeated, out of range or empty; what nobody may see is NaN."""
+        """Row 0 is full, row 1 short, row 2 idle; routes are unsorted, repeated, out of range or empty; the unseen is NaN."""
         heads, kv_heads, choices = self.heads
         capacity = self.size * self.blocks
         k, v = (_normal(random, 3, kv_heads, capacity, self.width) for _ in range(2))

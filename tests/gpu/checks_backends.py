@@ -1,7 +1,7 @@
-"""Checks of ``make gpu-test``, fifth part: a bundle on this GPU, by ONNX Runtime's CUDA provider and by engines, beside the CPU.
+"""Checks of ``make gpu-test``, fifth part: a bundle on this GPU, by ONNX Runtime's CUDA provider and by engines.
 
-The bundle is BILEVEL_GPU_BUNDLE's, or build/example-bundle, or is exported here. An engine is built where a TensorRT is installed and the
-bundle has none that runs here. What is not there is said, with what to do about it.
+The bundle is BILEVEL_GPU_BUNDLE's, or build/example-bundle, or is exported here. An engine is built where a TensorRT is
+installed and the bundle has none that runs here. What is not there is said, with what to do about it.
 """
 
 from __future__ import annotations

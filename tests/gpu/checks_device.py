@@ -1,4 +1,5 @@
-"""Checks of ``make gpu-test``, fourth part: the runtime's side of CUDA, ``runtime/backend/device_memory.py``. Needs cuda-bindings and NumPy.
+"""Checks of ``make gpu-test``, fourth part: the runtime's side of CUDA, ``runtime/backend/device_memory.py``. Needs
+cuda-bindings and NumPy.
 
 ``device``: memory, copies, order, graphs, refusals. What a check finds does not depend on where the memory is, so
 ``tests/gpu/test_program.py`` drives all of them on the host, and plants errors.

@@ -1,4 +1,4 @@
-"""Checks of ``make gpu-test``, first part: the kernels as Triton compiles them for PyTorch, every plan and by way of ``bilevel.ops``."""
+"""Checks of ``make gpu-test``, first part: the kernels as Triton compiles them for PyTorch, every plan, and ``bilevel.ops``."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class Made:
 
 @dataclass(frozen=True)
 class Cases:
-    """The geometries of the library. tokens: of the calls, so many that they take the first and the last of an operator's plans."""
+    """The geometries of the library. tokens: of the calls, few and many: an operator's first and last plan."""
 
     attention: tuple[Attention, ...]
     routes: tuple[Route, ...]

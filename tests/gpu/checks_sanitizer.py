@@ -1,4 +1,4 @@
-"""Checks of ``make gpu-test`` that run under compute-sanitizer: one call of every kernel, and a write that must not go unnoticed."""
+"""Checks of ``make gpu-test`` that run under compute-sanitizer: one call of every kernel, and a write to be noticed."""
 
 from __future__ import annotations
 

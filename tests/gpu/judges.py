@@ -1,7 +1,7 @@
-"""Whether outputs are right, for ``make gpu-test``: a choice must be equal, a computation is judged by its error against float64.
+"""Whether outputs are right, for ``make gpu-test``: a choice must be equal, a computation near float64's.
 
-The other side is PyTorch's vectorised form (which ``tests/`` hold against the loops of ``bilevel/operators/reference.py``) on the same device,
-and for small calls the loops themselves.
+The other side is PyTorch's vectorised form (which ``tests/`` hold against the loops of ``bilevel/operators/reference.py``) on
+the same device, and for small calls the loops themselves.
 """
 
 from __future__ import annotations

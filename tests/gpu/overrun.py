@@ -1,4 +1,4 @@
-"""A kernel that writes where it must not: ``make gpu-test`` shows with it that its memory checker notices. Loaded by nobody else."""
+"""A kernel that writes where it must not: ``make gpu-test`` shows by it that its memory checker notices."""
 
 from __future__ import annotations
 

@@ -1,12 +1,13 @@
 """Everything that needs a GPU to be shown: ``make gpu-test``, or ``python -m tests.gpu.program`` in the repository's folder.
 
-Needs an NVIDIA GPU, PyTorch with its Triton, NumPy and g++; no network and no test framework. One line for every check: what ran, the
-worst error or a count, ok or FAILED; exit status 1 where one failed. NVIDIA's TensorRT headers (TENSORRT_ROOT), compute-sanitizer,
-ONNX Runtime's CUDA provider and TensorRT are used where they are found, and a line says so where they are not. Without PyTorch, as on a
-board that only runs engines, the runtime's checks are made (cuda-bindings and NumPy are enough), and a line says so.
+Needs an NVIDIA GPU, PyTorch with its Triton, NumPy and g++; no network and no test framework. One line for every check: what
+ran, the worst error or a count, ok or FAILED; exit status 1 where one failed. NVIDIA's TensorRT headers (TENSORRT_ROOT),
+compute-sanitizer, ONNX Runtime's CUDA provider and TensorRT are used where they are found, and a line says so where they are
+not. Without PyTorch, as on a board that only runs engines, the runtime's checks are made (cuda-bindings and NumPy are enough),
+and a line says so.
 
-The groups of checks run side by side in processes of their own: Triton compiles for minutes on one core, and a kernel that fails takes
-its process's GPU context with it.
+The groups of checks run side by side in processes of their own: Triton compiles for minutes on one core, and a kernel that
+fails takes its process's GPU context with it.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def what_is_missing() -> str:
     import torch
 
     if torch.version.cuda is None:
-        return f"PyTorch {torch.__version__} of {sys.executable} is built without CUDA; name another Python: make gpu-test GPU_PYTHON=..."
+        remedy = "name another Python: make gpu-test GPU_PYTHON=..."
+        return f"PyTorch {torch.__version__} of {sys.executable} is built without CUDA; {remedy}"
     if not torch.cuda.is_available():
         return "PyTorch sees no NVIDIA GPU; run this on a machine that has one (nvidia-smi lists it)"
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Result:
-    """One line of the report. measure: the worst error or a count; ok: None where the check was not run, for the reason in ``measure``."""
+    """One line of the report. measure: the worst error or a count; ok: None where it was not run; ``measure`` is the reason."""
 
     name: str
     what: str

@@ -10,7 +10,7 @@ from bilevel.bundle.tensors import PRECISIONS, decode, encode
 
 
 def test_bfloat16_bits_are_those_of_ml_dtypes() -> None:
-    """Every exponent, both signs, ties to even on both sides, values that round up to the next power of two, and to infinity."""
+    """Every exponent, both signs, ties to even on both sides, values that round up to a power of two, and to infinity."""
     random = np.random.default_rng(0)
     values = random.integers(0, 2**32, 20000, dtype=np.uint32).view(np.float32)
     ties = ((np.arange(2048, dtype=np.uint32) << 16) + 0x3F808000).view(np.float32)

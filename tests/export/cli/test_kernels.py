@@ -100,7 +100,7 @@ def test_two_bundles_share_a_library(bundle: Path, cache: Path) -> None:
     any(shutil.which(tool) is None for tool in CROSS), reason="needs Debian's g++-aarch64-linux-gnu and qemu-user"
 )
 def test_a_library_for_a_board(bundle: Path, cache: Path, tmp_path: Path) -> None:
-    """Orin's and Thor's code in a library for aarch64, loaded by an emulated one; JetPack 6 has glibc 2.35, libstdc++ 3.4.30."""
+    """Orin's and Thor's code in a library for aarch64, loaded by an emulated one; JetPack 6 has glibc 2.35."""
     kernels("build", "--geometry", bundle, "--arch", "sm_87,sm_110", "--target", "aarch64", cache=cache)
     path = bundle / "kernels" / "aarch64" / LIBRARY
     assert read_info(path)["target"] == "aarch64" and set(read_info(path)["architectures"]) == {"87", "110"}
@@ -166,7 +166,8 @@ int main(int, char** arguments) {
   for (int32_t i = 0; i < count; ++i) {
     const auto creator = static_cast<nvinfer1::IPluginCreatorV3One*>(creators[i]);
     const auto kind = creator->getInterfaceInfo();
-    std::printf("%s %s %s %s\\n", kind.kind, creator->getPluginNamespace(), creator->getPluginName(), creator->getPluginVersion());
+    std::printf("%s %s %s %s\\n", kind.kind, creator->getPluginNamespace(), creator->getPluginName(),
+                creator->getPluginVersion());
   }
 }
 """

@@ -153,7 +153,7 @@ def test_activations_are_of_the_lower_type(bundle: Path, precision: str) -> None
 
 
 def test_weights_are_pytorchs(exported: Exported, precision: str) -> None:
-    """Bit for bit those of the model loaded in that type; what stays fp32 is a gate's, which only scores read, and constants."""
+    """Bit for bit those of the model loaded in that type; fp32 remain a gate's, which only scores read, and constants."""
     checkpoint, bundle = exported("two_level", precision=precision)
     parameters = {name: to_numpy(p) for name, p in load_model(checkpoint, dtype=DTYPES[precision]).named_parameters()}
     graph = onnx.load(bundle / "model.onnx").graph
@@ -170,7 +170,7 @@ def test_weights_are_pytorchs(exported: Exported, precision: str) -> None:
 
 
 def test_strongly_typed(bundle: Path) -> None:
-    """Every operator, those of the bodies included, has operands of exactly the types that ONNX gives it: no engine need convert."""
+    """Every operator, those of the bodies included, has operands of exactly ONNX's types: no engine need convert."""
     model = onnx.load(bundle / "model.onnx")
     inlined = onnx.inliner.inline_local_functions(model)
     assert not any(node.domain == "bilevel" for node in inlined.graph.node)

@@ -1,4 +1,4 @@
-"""The model repository for Triton Inference Server: its configuration in Triton's own schema, and what a server does with it."""
+"""The model repository for Triton Inference Server: its configuration in Triton's schema, and its use by a server."""
 
 from __future__ import annotations
 

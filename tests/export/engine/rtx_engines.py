@@ -1,8 +1,8 @@
 """Engines for GPUs that are not there: the tests' way through TensorRT-RTX's parser and builder.
 
-As a program (``python -m tests.export.engine.rtx_engines GRAPH NODES PLUGINS ROWS,CAPACITY,CHUNK,BLOCK SM,...``) it does the same in a process of its own,
-whose plugin registry nobody else has touched. NODES: that must become plugins. PLUGINS: "none", or the file of
-a plugin library. It prints what it built as JSON.
+As a program (``python -m tests.export.engine.rtx_engines GRAPH NODES PLUGINS ROWS,CAPACITY,CHUNK,BLOCK SM,...``) it does the
+same in a process of its own, whose plugin registry nobody else has touched. NODES: that must become plugins. PLUGINS: "none",
+or the file of a plugin library. It prints what it built as JSON.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``bilevel build``: engines for GPUs that are not there, their manifests, what is refused, and that nothing is left half done."""
+"""``bilevel build``: engines for absent GPUs, their manifests, what is refused, and that nothing is left half done."""
 
 from __future__ import annotations
 

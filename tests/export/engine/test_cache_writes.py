@@ -1,4 +1,4 @@
-"""Caches written in place: the graphs of engines give what a bundle's own graph gives, written by the layer and by the plugin."""
+"""Caches written in place: an engine's graph gives what the bundle's own gives, by the layer and by the plugin."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def test_logits_are_ranked_where_the_vocabulary_is_large(rtx: Flavour, exported:
 
 
 def test_the_same_file_builds_and_runs_without_plugins(exported: Exported) -> None:
-    """Nobody registered them: the nodes run their portable bodies, in TensorRT-RTX and in ONNX Runtime. The logits are ranked."""
+    """Unregistered: the nodes run their portable bodies, in TensorRT-RTX and in ONNX Runtime. The logits are ranked."""
     graph = exported("two_level")[1] / "model.onnx"
     built = in_process(graph, 0, "none", TINY, (89,))
     assert "PLUGIN_V3" not in built["layers"] and built["layers"]["TOPK"] > 0 and built["bytes"] > 10_000
