@@ -110,7 +110,8 @@ def _memory_bytes() -> int | None:
 
 
 def available_memory(root: Path = _ROOT) -> int | None:
-    """Bytes that this process can have: the machine's free ones, or what is left of a limit (a container's); None where nothing says.
+    """Bytes that this process can have: the machine's free ones, or what is left of a limit (a container's); None where nothing
+    says.
 
     root: where /proc and /sys lie.
     """

@@ -1,4 +1,4 @@
-"""JSON objects while they are being read: values of the right type, or one sentence that says what is wrong with which of them."""
+"""JSON objects while they are being read: values of the right type, or one sentence that says what is wrong."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def _short(value: Any) -> str:
 class Section:
     """One object of a JSON file.
 
-    file: what errors call the file. fail: makes the error of a problem, and adds the remedy to it. prefix: where in the file the object
-    stands, as in "graph.inputs[0]." Every key that is asked for may be a dotted one, as in "limits.max_positions".
+    file: what errors call the file. fail: makes the error of a problem, and adds the remedy to it. prefix: where in the file
+    the object stands, as in "graph.inputs[0]." Every key that is asked for may be a dotted one, as in "limits.max_positions".
     """
 
     def __init__(self, values: Any, file: str, fail: Callable[[str], BilevelError], prefix: str = "") -> None:

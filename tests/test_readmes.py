@@ -1,4 +1,4 @@
-"""The READMEs say what is there: links and anchors lead somewhere, commands, options, targets and programs exist, README is one page."""
+"""The READMEs say what is there: links lead somewhere, commands, options, targets and programs exist, README is one page."""
 
 from __future__ import annotations
 

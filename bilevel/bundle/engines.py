@@ -1,18 +1,20 @@
-"""Engines in a bundle: ``engines/NAME.plan``, a plan that TensorRT or TensorRT-RTX built, and ``engines/NAME.json``, its manifest.
+"""Engines in a bundle: ``engines/NAME.plan``, a plan that TensorRT or TensorRT-RTX built, and ``engines/NAME.json``, its
+manifest.
 
 The manifest, format version 1, is one JSON object:
 
     format, format_version    "bilevel-engine" and 1; another version is refused
     created_by                {tool: version}
     backend, version          "tensorrt" or "tensorrt-rtx", and its version: a plan runs with the version that built it
-    platform                  "x86_64" or "aarch64" for tensorrt, whose plans run on the kind of machine that built them; else null
+    platform                  "x86_64" or "aarch64" for tensorrt, whose plans run on the kind of machine that built them,
+                              else null
     architectures             compute capabilities, as in [86, 89], that the plan was built for
     precision                 the bundle's
     capacity                  tokens that a row's caches hold
     batch                     [fewest, most] rows
     new_tokens                [[fewest, most] per optimisation profile], the profile for single tokens last
-    plugins                   null, or {"nodes": number of plugin layers, "library": SHA-256 of the kernel library that the plan was
-                              built with, or null where the Python plugins served}
+    plugins                   null, or {"nodes": number of plugin layers, "library": SHA-256 of the kernel library that the plan
+                              was built with, or null where the Python plugins served}
     weight_streaming          whether weights may stay in the host's memory, as much of them as the GPU has no room for
     graph_sha256              of the bundle's graph that the plan was built from
     memory_bytes              {"weights", "activations", "caches"}: what running it takes, with the largest batch

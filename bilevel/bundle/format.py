@@ -10,11 +10,11 @@
 
     format, format_version    "bilevel-bundle" and 1; another version is refused
     created_by                {tool: version}
-    precision                 "float32", "float16" or "bfloat16": the type of caches, of activations and of weights that are floats.
+    precision                 "float32", "float16" or "bfloat16": the type of caches, activations and float weights.
                               Scores of routers, logits of expert gates and the graph's logits are float32 in all three
     weights                   optional {"format": "fp32" (the default), "int8" or "int4", ...}: how the matrix products' weights
-                              are stored. fp32: as floats, of the type that precision says. The integer formats go with precision
-                              float32 and also say how many products and which weights stayed floats
+                              are stored. fp32: as floats, of the type that precision says. The integer formats go with
+                              precision float32 and also say how many products and which weights stayed floats
                               {"bits", "block", "activations", "quantised", "kept_fp32": {what for: bytes}}
     config                    the contents of config.json
     block_size                R; a cache's capacity is a multiple of it
@@ -25,9 +25,9 @@
     graph.inputs, .outputs    [{"name", "dtype", "shape"}]; a size is a number or one of batch, new_tokens, capacity and
                               num_blocks (= capacity / block_size)
     graph.state               [{"input", "output"}]: caches, carried from one call to the next
-    graph.routes              optional {"candidates": output or null, "blocks": [output of each layer], "experts": {layer: output}}:
-                              what the routers of a call chose, int32 [batch, heads, new_tokens, kept] (experts [batch, new_tokens,
-                              kept]), -1 where nothing; present where attention is routed. Nobody has to fetch them
+    graph.routes              optional {"candidates": output or null, "blocks": [output of each layer],
+                              "experts": {layer: output}}: what the routers of a call chose, int32 [batch, heads, new_tokens,
+                              kept] (experts [batch, new_tokens, kept]), -1 in the unused tail; present where attention is routed
     dense_twin                optional {"file", "operators", "inputs", "outputs", "state"}: the same weights with ordinary
                               attention, which ``bilevel bench`` measures the graph against; described like the graph
     files                     {name: {"sha256", "bytes"}} of every other file in the folder

@@ -17,8 +17,8 @@ def load_adapted(path: Path, precision: str = "float32", *, emulated: bool = Tru
     """The graph at ``path``, its weights still on disk.
 
     precision: the bundle's. emulated: a lower precision is computed in fp32 and rounded after every operator, so that kernels
-    for fp32 can run it; else it is left to ONNX Runtime. fp32_activations: products with int8 or int4 weights do not round their
-    activations. Raises BundleError.
+    for fp32 can run it; else it is left to ONNX Runtime. fp32_activations: products with int8 or int4 weights do not round
+    their activations. Raises BundleError.
     """
     try:
         model = ir.load(path)
@@ -36,8 +36,8 @@ def load_adapted(path: Path, precision: str = "float32", *, emulated: bool = Tru
 def keep_activations(model: ir.Model) -> None:
     """Let every MatMulNBits compute with fp32 activations.
 
-    The same weights from the same file, without the rounding of activations to 8 bits: what is left must agree with PyTorch over
-    the dequantised weights as tightly as an fp32 graph.
+    The same weights from the same file, without the rounding of activations to 8 bits: what is left must agree with PyTorch
+    over the dequantised weights as tightly as an fp32 graph.
     """
     for node in model.graph:
         if node.op_type == "MatMulNBits" and node.domain == "com.microsoft":

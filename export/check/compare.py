@@ -62,8 +62,8 @@ class Where:
 class Entry:
     """One line of the report: what it is called, where it stands, which operator made it, and the numbers.
 
-    value: the graph's name for what failed first; first: where it did; sides: a failed tensor, (PyTorch's in fp64, the graph's).
-    message: why the graph's part could not run.
+    value: the graph's name for what failed first; first: where it did; sides: a failed tensor, (PyTorch's in fp64, the
+    graph's). message: why the graph's part could not run.
     """
 
     name: str

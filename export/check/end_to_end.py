@@ -1,8 +1,8 @@
 """End to end: the shipped graph as a device runs it, against PyTorch, on the same text.
 
-Next token: both sides read the same text with their own choices; every position's distribution is compared. Greedy text: the device
-generates, PyTorch reads what came out and says at every token whether it would have chosen it; that is the same question as
-comparing two generations up to their first difference, and it goes on behind it.
+Next token: both sides read the same text with their own choices; every position's distribution is compared. Greedy text: the
+device generates, PyTorch reads what came out and says at every token whether it would have chosen it; that is the same question
+as comparing two generations up to their first difference, and it goes on behind it.
 
 Intervals: text is no independent sample, so runs of ``BOOTSTRAP_BLOCK`` tokens are drawn with replacement (block bootstrap,
 Künsch 1989, Annals of Statistics 17(3)); the interval is the middle 95 % of ``BOOTSTRAP_DRAWS`` means.
@@ -57,7 +57,7 @@ def bootstrap(values: Array) -> tuple[float, float]:
 
 
 class Head:
-    """Logits of hidden states on the device's side, position by position: the graph computes those of a row's last token only."""
+    """Logits of hidden states on the device's side, by position: the graph computes those of a row's last token only."""
 
     def __init__(self, parts: GraphParts) -> None:
         self._parts, self._part = parts, parts.head()
@@ -217,8 +217,8 @@ def greedy(
 
 
 def _agreement(reference: Reference, head: Head, places: Array, chosen: Array) -> tuple[Array, Array, float | None]:
-    """(which tokens PyTorch would choose too, which others it misses by a near-tie, how often PyTorch of the precision agrees with
-    fp64) of the tokens ``chosen`` behind the positions ``places``."""
+    """(which tokens PyTorch would choose too, which others it misses by a near-tie, how often PyTorch of the precision agrees
+    with fp64) of the tokens ``chosen`` behind the positions ``places``."""
     equal, near, floor = [], [], []
     pieces = reference.pieces(places, head, reference.hidden)
     for first, (expected, _, other) in zip(range(0, len(places), _PIECE), pieces, strict=True):

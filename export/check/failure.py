@@ -1,7 +1,7 @@
 """Where a failure starts: the first layer and operator, the graph's nodes in question, and the smallest input that shows it.
 
-Every part of the graph was fed PyTorch's own hidden state and choices, so that the first failing entry in graph order is a cause
-and no consequence. Its input is then cut down: one row, as few calls and as few tokens as still fail.
+Every part of the graph was fed PyTorch's own hidden state and choices, so that the first failing entry in graph order is a
+cause and no consequence. Its input is then cut down: one row, as few calls and as few tokens as still fail.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """A bundle's graph, cut at its hidden states into parts that run alone, with every selection shown and replaced by a given one.
 
-The parts are those of ``bilevel.export.check.layered``: "words" (embedding and level 1), one per layer, "head". Each takes the hidden
-state that PyTorch computed, so that a fault shows where it is and nowhere else, and memory holds one part's weights. With
-PyTorch's selections forced into a part, what is computed from them can be compared tightly while the router's own choice is judged
-on equal operands. All of it is surgery on a copy in memory; the shipped file stays as it is.
+The parts are those of ``bilevel.export.check.layered``: "words" (embedding and level 1), one per layer, "head". Each takes the
+hidden state that PyTorch computed, so that a fault shows where it is and nowhere else, and memory holds one part's weights.
+With PyTorch's selections forced into a part, what is computed from them can be compared tightly while the router's own choice
+is judged on equal operands. All of it is surgery on a copy in memory; the shipped file stays as it is.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ class Shown(dict[str, Any]):
 
 
 def _owners(graph: ir.Graph, layers: int) -> dict[ir.Node, int | None]:
-    """The layer that each routed node belongs to: that of the last hidden state it depends on; None where it depends on none."""
+    """The layer that each routed node belongs to: that of the last hidden state it depends on, None without one."""
     last: dict[ir.Value, int] = {}
     names = {hidden_name(index): index for index in range(layers + 1)}
     owners: dict[ir.Node, int | None] = {}

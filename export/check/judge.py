@@ -3,10 +3,10 @@ computed from equal selections by its error.
 
 Why a differing block can be right: two implementations add the same products in different orders. A dot product of n terms in
 precision u is off by at most gamma_n * sum|q_i||k_i| with gamma_n = n*u / (1 - n*u) (Higham, Accuracy and Stability of
-Numerical Algorithms, 2nd ed., eq. 3.5). Scores are accumulated in fp32 whatever the model's type is, so u = 2^-24 and the sum is
-over the operands as stored. Two blocks whose exact scores differ by less than both implementations' bounds may be ordered either
-way; so may blocks whose scores moved because the operands themselves differ, which is measured, not guessed (and judged on its
-own as computation). Every other difference is an error.
+Numerical Algorithms, 2nd ed., eq. 3.5). Scores are accumulated in fp32 whatever the model's type is, so u = 2^-24 and the sum
+is over the operands as stored. Two blocks whose exact scores differ by less than both implementations' bounds may be ordered
+either way; so may blocks whose scores moved because the operands themselves differ, which is measured, not guessed (and judged
+on its own as computation). Every other difference is an error.
 
 Why a computed tensor may be off: in fp32 by the order of sums, far below the fixed limit. In fp16 and bf16 by rounding at every
 step, and there the measure is PyTorch itself: twice the error that plain PyTorch makes in the same precision against fp64, from

@@ -1,7 +1,7 @@
 """PyTorch's side of a comparison, one part of the model in memory at a time: the embedding with level 1, every layer, the head.
 
-A text is cut into calls as a device would read it. Every part runs over all calls before the next part is loaded, so that memory
-holds one part's weights and caches and the hidden states of the text, whatever the size of the checkpoint.
+A text is cut into calls as a device would read it. Every part runs over all calls before the next part is loaded, so that
+memory holds one part's weights and caches and the hidden states of the text, whatever the size of the checkpoint.
 """
 
 from __future__ import annotations
@@ -62,8 +62,9 @@ class Text:
     ) -> Text:
         """Calls of the given sizes one after the other, the rest in calls of at most ``longest`` tokens.
 
-        late: all rows but the first begin with the second call, so that rows of one call stand at different positions. A row that
-        has not begun or is finished goes along idle at position 0 of its own caches, which nobody reads before it is written anew.
+        late: all rows but the first begin with the second call, so that rows of one call stand at different positions. A row
+        that has not begun or is finished goes along idle at position 0 of its own caches, which nobody reads before it is
+        written anew.
         """
         sizes, calls, first = list(sizes), [], 0
         begin = np.zeros(len(ids), np.int64)

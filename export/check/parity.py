@@ -1,7 +1,7 @@
 """Parity of a bundle with the checkpoint it came from: selection, computation, end to end, and what must hold anyway.
 
-``check_bundle`` returns the report and records the verdict in ``bundle.json``. Of the checkpoint one part at a time is in memory; of
-the graph one part at a time, and once the whole.
+``check_bundle`` returns the report and records the verdict in ``bundle.json``. Of the checkpoint one part at a time is in
+memory; of the graph one part at a time, and once the whole.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def check_bundle(
 ) -> Report:
     """Compare ``bundle`` with ``checkpoint`` and record the verdict in the bundle; returns the report.
 
-    The arguments are those of :class:`Request`. precision: refuse a bundle of another one. on_stage: is told what is being done.
-    Raises BilevelError when the comparison could not run; a parity failure is a report with ``passed`` False.
+    The arguments are those of :class:`Request`. precision: refuse a bundle of another one. on_stage: is told what is being
+    done. Raises BilevelError when the comparison could not run; a parity failure is a report with ``passed`` False.
     """
     started = time.perf_counter()
     request = Request(Path(bundle), Path(checkpoint), data, tokens, cuts, row_order, backend, shrink)
@@ -123,7 +123,8 @@ class _Check:
             raise RequestError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
         if backend == "kernels" and library is None:
             raise RequestError(
-                "the CPU kernels are not installed here; reinstall bilevel where there is a C++ compiler, or use --backend portable"
+                "the CPU kernels are not installed here; reinstall bilevel where there is a C++ compiler, or use "
+                "--backend portable"
             )
         has_kernels = library is not None and backend != "portable" and not self.config.routing.is_dense
         executions: dict[str, Path | None] = {} if backend == "kernels" and has_kernels else {"bodies": None}

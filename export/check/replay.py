@@ -1,8 +1,8 @@
 """PyTorch and the parts of the graph side by side, with PyTorch's choices and hidden states going in.
 
-Every part of the graph (``graph_parts``) gets the hidden state that plain PyTorch of the bundle's precision computed, and PyTorch's
-choices. So does PyTorch in fp64 with the same weights, which is the reference; plain PyTorch's own error is the floor. A fault
-therefore shows in its own part only, and the first entry that fails, in graph order, is where it starts.
+Every part of the graph (``graph_parts``) gets the hidden state that plain PyTorch of the bundle's precision computed, and
+PyTorch's choices. So does PyTorch in fp64 with the same weights, which is the reference; plain PyTorch's own error is the
+floor. A fault therefore shows in its own part only, and the first entry that fails, in graph order, is where it starts.
 """
 
 from __future__ import annotations
@@ -146,8 +146,8 @@ class Replay:
         return forced
 
     def _reorder(self, part: Part, execution: str, runner: BaseRunner, feeds: Arrays) -> None:
-        """Run the call twice more with every list of blocks a block shorter: as a router would write it, then reversed and filled
-        up with a block that it holds already. The two name the same blocks."""
+        """Run the call twice more with every list of blocks a block shorter: as a router would write it, then reversed and
+        filled up with a block that it holds already. The two name the same blocks."""
         lists = {name for node in self.parts.nodes if node.op_type in ("CoarseRoute", "FineRoute") for name in node.outputs}
         shorter = {name: _shorter(feeds[name]) for name in part.inputs if name in lists}
         if not shorter:
@@ -183,6 +183,6 @@ def _shorter(routes: Array) -> Array:
 
 
 def _repeated(routes: Array) -> Array:
-    """Routes [..., K] backwards, -1 replaced by the second block of the list: the first one is often kept whatever is proposed."""
+    """Routes [..., K] backwards, -1 replaced by the list's second block: the first is often kept whatever is proposed."""
     filling = np.where(routes[..., 1:2] >= 0, routes[..., 1:2], routes[..., :1])
     return np.ascontiguousarray(np.where(routes < 0, filling, routes)[..., ::-1])

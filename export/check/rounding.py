@@ -1,5 +1,5 @@
-"""What a format of small weights keeps of a model's numbers, in PyTorch: weights rounded as the export rounds them, activations as
-ONNX Runtime rounds them inside a quantised product.
+"""What a format of small weights keeps of a model's numbers, in PyTorch: weights rounded as the export rounds them, activations
+as ONNX Runtime rounds them inside a quantised product.
 """
 
 from __future__ import annotations

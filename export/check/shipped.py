@@ -25,9 +25,10 @@ from bilevel.state import Trace
 class ShippedGraph:
     """A session over the graph at ``path``. Numbers of a lower precision go in and come out as fp32.
 
-    precision: the bundle's; bf16 is emulated, because ONNX Runtime's CPU provider has no kernels for it. fp32_activations: products
-    with int8 or int4 weights do not round their activations. library: CPU kernels, or None for the portable bodies.
-    After each call ``hidden`` holds the hidden state [B, L, d] behind the last layer and ``routes`` every router's choices by name.
+    precision: the bundle's; bf16 is emulated, because ONNX Runtime's CPU provider has no kernels for it. fp32_activations:
+    products with int8 or int4 weights do not round their activations. library: CPU kernels, or None for the portable bodies.
+    After each call ``hidden`` holds the hidden state [B, L, d] behind the last layer and ``routes`` every router's choices by
+    name.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """The routed nodes of a graph, and the attributes on them, against those of the model.
 
-ONNX Runtime runs bodies that were folded for the attributes; a TensorRT plugin reads the attributes themselves. Running the graph
-can therefore not show a wrong one. Nor can it show a layer that became dense where the text is short.
+ONNX Runtime runs bodies that were folded for the attributes; a TensorRT plugin reads the attributes themselves. Running the
+graph can therefore not show a wrong one. Nor can it show a layer that became dense where the text is short.
 """
 
 from __future__ import annotations

@@ -24,10 +24,10 @@ DECODED = 4  # tokens at the end of the text that are read one by one
 class Request:
     """What is checked against what, and on which text.
 
-    tokens: of the first row; a second one is shorter (None: rows of up to LONGEST_ROW tokens, LEAST_TOKENS in all). cuts: sizes of
-    the first calls (None: calls that end inside, at and across block borders). row_order: of the rows. backend: which executions of
-    the routed nodes are judged: their portable bodies, the CPU kernels, or all that are installed. shrink: where something fails,
-    look for the smallest input that shows it.
+    tokens: of the first row; a second one is shorter (None: rows of up to LONGEST_ROW tokens, LEAST_TOKENS in all). cuts: sizes
+    of the first calls (None: calls that end inside, at and across block borders). row_order: of the rows. backend: which
+    executions of the routed nodes are judged: their portable bodies, the CPU kernels, or all that are installed. shrink: where
+    something fails, look for the smallest input that shows it.
     """
 
     bundle: Path

@@ -93,7 +93,8 @@ def _read_bundle(folder: Path) -> Bundle:
     bundle = read_manifest(folder)
     if bundle.weights["format"] != "fp32":
         raise EngineError(
-            f"{folder} has {bundle.weights['format']} weights in ONNX Runtime's format, which TensorRT cannot read; export another: "
+            f"{folder} has {bundle.weights['format']} weights in ONNX Runtime's format, which TensorRT cannot read; "
+            "export another: "
             "bilevel export CHECKPOINT BUNDLE --precision fp16"
         )
     return bundle

@@ -85,7 +85,7 @@ def parse_architectures(text: str | None) -> list[int]:
 
 
 def _check(args: argparse.Namespace) -> tuple[list[int], list[Path]]:
-    """(the architectures, the bundles' graphs); options that do not go together are refused before anything heavy is imported."""
+    """(the architectures, the bundles' graphs); options that contradict each other are refused before anything heavy loads."""
     if args.action == "show":
         if args.library is None or args.geometry or args.arch or args.out:
             raise KernelError("show takes a library and nothing else: bilevel kernels show LIBRARY")

@@ -139,7 +139,7 @@ def _is_free(scratch: Path) -> bool:
 
 
 def _prepare_model(plan: Plan, scratch: Path) -> tuple[Path, int]:
-    """(the ONNX file to parse, its nodes for plugins): caches written in place; no functions where they would win over plugins."""
+    """(the ONNX file to parse, its nodes for plugins): caches in place; no functions where they would win over plugins."""
     model = onnx.load(str(plan.bundle.graph_path), load_external_data=False)
     limits = plan.limits
     sizes = {name: limits.sizes(limits.batch, 1)[name] for name in ("capacity", "num_blocks")}

@@ -1,8 +1,8 @@
 """What ``bilevel check`` reports of each judgement: every number, and what it means.
 
-Rates lie in 0..1; losses and KL are in nats a token; layers count from 0. A margin is the distance between the last kept and the
-first dropped score over the larger of their magnitudes, so that it has no unit. None (null in JSON) means "not applicable" or,
-where something was measured, "not finite".
+Rates lie in 0..1; losses and KL are in nats a token; layers count from 0. A margin is the distance between the last kept and
+the first dropped score over the larger of their magnitudes, so that it has no unit. None (null in JSON) means "not applicable"
+or, where something was measured, "not finite".
 """
 
 from __future__ import annotations

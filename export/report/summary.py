@@ -114,8 +114,8 @@ def ratio(tensor: TensorResult) -> float:
 
 
 def worst(entries: Sequence[Result]) -> Result:
-    """Of the failing entries the first, where it started; if none fails the tensor nearest to its limit, or the router that agrees
-    least."""
+    """Of the failing entries the first, where it started; if none fails the tensor nearest to its limit, or the router that
+    agrees least."""
     failing = [entry for entry in entries if not entry.passed]
     return min(failing, key=lambda entry: entry.order) if failing else max(entries, key=_badness)
 

@@ -1,7 +1,7 @@
 """The page's pictures as inline SVG: histograms of margins, values by layer, intervals.
 
-Colours and line styles are classes of the page's style sheet, so that they follow its light and dark form. Every picture says in
-words (``aria-label``) what it shows. ``Markup.format`` escapes all text. Lengths are SVG units, about a pixel each.
+Colours and line styles are classes of the page's style sheet, so that they follow its light and dark form. Every picture says
+in words (``aria-label``) what it shows. ``Markup.format`` escapes all text. Lengths are SVG units, about a pixel each.
 """
 
 from __future__ import annotations

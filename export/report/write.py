@@ -49,8 +49,8 @@ def _is_our_json(path: Path) -> bool:
 def write_report(report: Report, folder: Path) -> Path:
     """Write ``report.json`` and ``index.html`` into ``folder``, which is made if need be; returns the page's path.
 
-    Both files are complete before either takes its name; earlier reports, of any version, are replaced and other files stay. Raises
-    RequestError.
+    Both files are complete before either takes its name; earlier reports, of any version, are replaced and other files stay.
+    Raises RequestError.
     """
     folder = Path(folder)
     check_report_folder(folder)

@@ -24,7 +24,7 @@ def change_both(
     change: Callable[[torch.Tensor], Any],
     same: Callable[[np.ndarray], Any],
 ) -> None:
-    """One tensor of the checkpoint by ``change``, the initializer that holds it in the graph by ``same``; both work in place."""
+    """One tensor of the checkpoint by ``change``, its initializer in the graph by ``same``; both work in place."""
     weights = load_file(checkpoint / "model.safetensors")
     change(weights[key])
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})

@@ -1,7 +1,7 @@
 """Faults of exported graphs: what an export can get wrong, and where ``bilevel check`` must say that it starts.
 
-Each is planted alone into a copy of a tiny model's bundle (``tests.support.tiny_models``). Faults of function bodies and of CPU kernels:
-``tests.export.check.faults_bodies``.
+Each is planted alone into a copy of a tiny model's bundle (``tests.support.tiny_models``). Faults of function bodies and of CPU
+kernels: ``tests.export.check.faults_bodies``.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ GATED = using(using(nth("Sigmoid", 0)))  # silu(gate) * up of layer 0, whose MLP
 class Fault(NamedTuple):
     """How a fault is planted, the entry of the report that must fail first, and its operator.
 
-    model, tokens: what it takes to show; weights: whether the edit changes weights; prepare: makes another model of checkpoint and
-    bundle first.
+    model, tokens: what it takes to show; weights: whether the edit changes weights; prepare: makes another model of checkpoint
+    and bundle first.
     """
 
     plant: Edit

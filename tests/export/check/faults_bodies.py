@@ -1,7 +1,7 @@
 """Faults of function bodies and of CPU kernels: a snippet of the source changed, and where the check must say that it starts.
 
-A body serves every node of its operator, so the fault starts at the first of them. It is wrong in the execution "bodies" only, a
-kernel in "CPU kernels" only.
+A body serves every node of its operator, so the fault starts at the first of them. It is wrong in the execution "bodies" only,
+a kernel in "CPU kernels" only.
 """
 
 from __future__ import annotations
@@ -152,7 +152,11 @@ KERNEL_FAULTS = {
         "attention.h", "kv = h * a.kv_heads / a.heads", "kv = h % a.kv_heads", "layer 0 attention", "RoutedAttention"
     ),
     "attention: scale missing in short calls": _kernel(
-        "attention.h", "= dot[r * kDirectKeys + j] * scale;", "= dot[r * kDirectKeys + j];", "layer 0 attention", "RoutedAttention"
+        "attention.h",
+        "= dot[r * kDirectKeys + j] * scale;",
+        "= dot[r * kDirectKeys + j];",
+        "layer 0 attention",
+        "RoutedAttention",
     ),
     "attention: blocks merged without their peaks": _kernel(
         "attention_tiles.h",
@@ -168,6 +172,9 @@ KERNEL_FAULTS = {
         "experts.h", "used ? s.scores[expert] /", "used ? s.best[expert] /", "layer 1 experts weights", "ExpertRoute"
     ),
     "experts: the last column dropped for few rows": _kernel(
-        "experts.h", "dots(column.data(), row, some, width, result);", "dots(column.data(), row, some, width - 1, result);", *_LAYER_1
+        "experts.h",
+        "dots(column.data(), row, some, width, result);",
+        "dots(column.data(), row, some, width - 1, result);",
+        *_LAYER_1,
     ),
 }  # fmt: skip

@@ -1,6 +1,8 @@
-"""Harmless changes: what another exporter, optimiser, kernel or machine may rightly do otherwise. ``bilevel check`` must pass them.
+"""Harmless changes: what another exporter, optimiser, kernel or machine may rightly do otherwise. ``bilevel check`` must pass
+them.
 
-Each is made alone in a copy of a tiny model's bundle. What moves a choice moves it at an exact tie or inside the derived tolerance.
+Each is made alone in a copy of a tiny model's bundle. What moves a choice moves it at an exact tie or inside the derived
+tolerance.
 """
 
 from __future__ import annotations
@@ -62,8 +64,8 @@ class Harmless(NamedTuple):
     """What is changed: the graph (edit), with weights or not; anything in the folders (files); the library (kernel); the
     surroundings of the check (around).
 
-    arguments: further ones of ``check_bundle``. periodic: on a text whose blocks are all equal. excused: the router whose choice
-    must differ, and be excused.
+    arguments: further ones of ``check_bundle``. periodic: on a text whose blocks are all equal. excused: the router whose
+    choice must differ, and be excused.
     """
 
     edit: Edit | None = None

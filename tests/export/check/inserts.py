@@ -1,4 +1,4 @@
-"""What surgery puts into graphs: as onnxscript functions, first those that are wrong, then those that are right in another way."""
+"""What surgery puts into graphs: as onnxscript functions, first wrong ones, then those that are right in another way."""
 
 from __future__ import annotations
 

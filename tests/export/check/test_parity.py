@@ -1,4 +1,4 @@
-"""What ``bilevel check`` reports, records and refuses. That it finds faults and lets pass what is harmless: ``test_faults.py``."""
+"""What ``bilevel check`` reports, records and refuses. What it finds and lets pass: ``test_faults.py``."""
 
 from __future__ import annotations
 

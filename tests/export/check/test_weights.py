@@ -1,4 +1,4 @@
-"""``bilevel check`` on int8 and int4 bundles: as strict as on fp32 ones about the export, honest about what rounding changed."""
+"""``bilevel check`` on int8 and int4 bundles: as strict about the export as on fp32 ones, honest about rounding."""
 
 from __future__ import annotations
 

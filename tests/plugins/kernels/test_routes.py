@@ -118,7 +118,7 @@ def test_normative_order(scores: list[float], expected: list[int]) -> None:
 
 
 def wrong_choices(routes: Tensor, scores: Tensor, tolerance: float) -> int:
-    """Rows whose kept blocks differ from the best by more than ``tolerance``. routes [n, K]; scores fp64 [n, N], -inf: not allowed."""
+    """Rows whose blocks differ from the best by more than ``tolerance``. routes [n, K]; scores fp64 [n, N], -inf: barred."""
     wrong = 0
     for kept, row in zip(routes.tolist(), scores, strict=True):
         kept = [block for block in kept if block >= 0]
@@ -130,7 +130,7 @@ def wrong_choices(routes: Tensor, scores: Tensor, tolerance: float) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=["fp16", "bf16", "fp32"])
 def test_choices_by_score_are_right_where_the_margin_allows(dtype: torch.dtype) -> None:
-    """Scores of ordinary numbers: exact products, sums in fp32, so only scores that lie within their rounding may change places."""
+    """Scores of ordinary numbers: exact products, sums in fp32; only scores within their rounding may change places."""
     case = Case(1, 6, 80, (2, 1, 1), 96, init=0)
     inputs = {"query": torch.randn(1, 2, 40, 96).to(dtype), "unit_key": torch.randn(1, 1, 80, 96).to(dtype)}
     inputs |= {"past_len": int32(40), "new_len": int32(40)}

@@ -102,7 +102,10 @@ def test_compiling_in_the_interpreter_is_refused() -> None:
 
 def test_parameters_are_counted() -> None:
     """In the kernel's own list, whatever functions stand beside it."""
-    ptx = ".func other(.param .b32 a)\n{}\n.visible .entry f(\n\t.param .u64 .ptr .global .align 1 f_0,\n\t.param .u32 f_1\n)\n.reqntid 128\n{}"
+    ptx = (
+        ".func other(.param .b32 a)\n{}\n"
+        ".visible .entry f(\n\t.param .u64 .ptr .global .align 1 f_0,\n\t.param .u32 f_1\n)\n.reqntid 128\n{}"
+    )
     assert count_parameters(ptx, "f") == 2
     with pytest.raises(KernelError, match="has no kernel g; install the Triton that PyTorch was built with"):
         count_parameters(ptx, "g")
