@@ -153,7 +153,10 @@ def config_to_dict(config: ModelConfig) -> dict[str, Any]:
                 raw[spec.name] = list(value)
         elif value is not None:
             raw[spec.name] = value
-    if config.model_type == "smollm3":  # Hugging Face's spelling of nope_layers
+    if (
+        config.model_type == "smollm3"
+    ):  # Hugging Face's spelling of nope_layers; and its ids of tokens are not those of every model
+        raw |= {"bos_token_id": config.bos_token_id, "pad_token_id": None}
         raw["no_rope_layers"] = [int(i not in config.nope_layers) for i in range(config.num_hidden_layers)]
     return raw
 
