@@ -51,12 +51,12 @@ def source_from_dict(raw: Mapping[str, Any], ignore: Collection[str] = ()) -> So
     Raises ConfigError naming the first key that cannot be honoured.
     """
     family = family_of(raw.get("model_type", "llama"))
+    read = {*_COMMON, *_TOKENS, *windows.KEYS, *rope.KEYS, *family.reads, "routing", "experts"}
+    check_ignored(ignore, read)
     if raw.get("quantization_config"):
         raise ConfigError(
             "config.json sets quantization_config; bilevel reads float weights: give the checkpoint before quantization"
         )
-    read = {*_COMMON, *_TOKENS, *windows.KEYS, *rope.KEYS, *family.reads, "routing", "experts"}
-    check_ignored(ignore, raw, read)
     full = _given({**family.defaults, **raw})
     rest = dict(full)
     values: dict[str, Any] = {"model_type": rest.pop("model_type", "llama")}
@@ -69,11 +69,9 @@ def source_from_dict(raw: Mapping[str, Any], ignore: Collection[str] = ()) -> So
             values[name] = _section(kind, name, section)
     values |= {key: rest.pop(key) for key in [key for key in rest if key in _COMMON]}
     _merge(values, family.values(full))
-    for key in sorted(rest):
-        if key not in family.reads:
-            judge(key, rest[key], ignore)
+    ignored = tuple(key for key in sorted(rest) if key not in family.reads and judge(key, rest[key], ignore))
     config = _complete(values, share)
-    return Source(config, family.layout(full, config), tuple(sorted(ignore)))
+    return Source(config, family.layout(full, config), ignored)
 
 
 def _given(raw: Mapping[str, Any]) -> dict[str, Any]:

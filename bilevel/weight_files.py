@@ -98,8 +98,8 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
         # Files older than PyTorch 1.6 are no zip archives and cannot be mapped.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        if "weights_only" not in str(error).lower() and "weights only" not in str(error).lower():
-            raise CheckpointError(f"{path} is damaged or truncated ({error}); download the checkpoint again") from None
+        if "Unsupported operand" in str(error) or "weights only" not in str(error).lower():  # no pickle at all
+            raise CheckpointError(f"{path} is damaged or truncated (no pickle); download the checkpoint again") from None
         raise CheckpointError(
             f"{path} holds other objects than tensors, and reading those can run foreign code; "
             "convert it with transformers' save_pretrained, which writes safetensors"
@@ -153,6 +153,12 @@ def _check_index(index: Path, files: Mapping[str, str]) -> None:
     for key, file in files.items():
         if key not in listed:
             raise CheckpointError(f"{file} holds {key}, which {index.name} does not list; download the checkpoint again")
+
+
+def weights_entry(folder: Path) -> Path:
+    """The file that stands for a checkpoint's weights: the single file, or the index of the shards. Raises CheckpointError."""
+    files, index = _weight_files(folder)
+    return index or files[0]
 
 
 def _weight_files(folder: Path) -> tuple[list[Path], Path | None]:

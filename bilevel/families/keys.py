@@ -67,7 +67,6 @@ UNIMPLEMENTED: dict[str, Unimplemented] = {
     "hidden_activation": _FUNCTION,
     "mlp_type": Unimplemented(("swiglu",), "only SwiGLU layers are implemented"),
     "quantization_config": Unimplemented((), "bilevel reads float weights: give the checkpoint before quantization"),
-    "partial_rotary_factor": Unimplemented((1,), "this model_type turns whole heads; set the model_type that it belongs to"),
     "rotary_pct": Unimplemented((1,), "this model_type turns whole heads; set the model_type that it belongs to"),
     "rotary_emb_base": _OTHER_SHAPE,
     "add_cross_attention": _OTHER_SHAPE,
@@ -124,26 +123,28 @@ def _shown(value: Any, most: int = 60) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
-def judge(key: str, value: Any, ignored: Collection[str]) -> None:
-    """Pass over a key that no family reads, or raise ConfigError: it names the key, its value and the remedy."""
+def judge(key: str, value: Any, ignored: Collection[str]) -> bool:
+    """Pass over a key that no family reads, or raise ConfigError: it names the key, its value and the remedy.
+
+    Returns whether it is passed over only because it is among ``ignored``.
+    """
     if is_inert(key) or _is_one_of(value, _NOTHING):
-        return
+        return False
     known = UNIMPLEMENTED.get(key)
     if known is not None:
         if _is_one_of(value, known.neutral):
-            return
+            return False
         raise ConfigError(f"config.json sets {key} to {_shown(value)}, which bilevel does not implement; {known.remedy}")
     if key not in ignored:
         raise ConfigError(
             f"config.json holds the unknown key {key!r} ({_shown(value)}), which may change the result; "
             f"if it does not, export with --ignore-key {key}"
         )
+    return True
 
 
-def check_ignored(ignored: Collection[str], raw: Collection[str], read: Collection[str]) -> None:
-    """Raise ConfigError for a key to ignore that is absent, or known to change the result."""
+def check_ignored(ignored: Collection[str], read: Collection[str]) -> None:
+    """Raise ConfigError for a key to ignore that is known to change the result."""
     for key in sorted(ignored):
-        if key not in raw:
-            raise ConfigError(f"--ignore-key {key}: config.json has no such key; leave the option out")
         if key in read or key in UNIMPLEMENTED:
             raise ConfigError(f"--ignore-key {key}: the result depends on this key, so it is not ignored; leave the option out")
