@@ -5,48 +5,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from bilevel.config_types import check_types, positive
 from bilevel.contract import MAX_TOPK
 from bilevel.errors import ConfigError
+from bilevel.rope_scaling import RopeScaling
 
 PRESETS = ("two_level", "moba", "moba_gqa", "dense")
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-# A field's annotation -> what its value must be, and the test for it. JSON may hold anything.
-_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "int": ("a whole number", _is_whole),
-    "int | None": ("a whole number or null", lambda value: value is None or _is_whole(value)),
-    "float": (
-        "a finite number",
-        lambda value: (_is_whole(value) or isinstance(value, float)) and abs(value) <= sys.float_info.max,
-    ),
-    "bool": ("true or false", lambda value: isinstance(value, bool)),
-    "tuple[int, ...]": ("a list of whole numbers", lambda value: isinstance(value, tuple) and all(map(_is_whole, value))),
-}
-
-
-def _check_types(owner: str, section: Any) -> None:
-    """Raise ConfigError for the first field of a dataclass that does not hold what its annotation says."""
-    for spec in dataclasses.fields(section):
-        value = getattr(section, spec.name)
-        expected, holds = _KINDS.get(str(spec.type), ("", lambda value: True))
-        if not holds(value):
-            raise ConfigError(f"{owner}.{spec.name}={value!r} must be {expected}")
-
-
-def _positive(owner: str, **values: int) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise ConfigError(f"{owner}.{name}={value!r} must be a positive whole number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +37,10 @@ class Routing:
     route_dim: int = 0
 
     def __post_init__(self) -> None:
-        _check_types("routing", self)
+        check_types("routing", self)
         if self.preset not in PRESETS:
             raise ConfigError(f"routing.preset={self.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
-        _positive(
+        positive(
             "routing",
             block_size=self.block_size,
             coarse_topk=self.coarse_topk,
@@ -120,6 +87,7 @@ class Experts:
 
     num_experts: E. top_k: experts per word. n_group / topk_group: groups there are and groups kept.
     intermediate_size: f, an expert's width. layers: indices of the layers whose MLP is replaced by experts.
+    shared_intermediate_size: width of the shared expert, which every word goes through beside its own (0 = none).
     score_func: sigmoid or softmax. group_score: external (level 1: similarity of the word embedding to a group's centroid),
     max or top2_sum (from the layer's own scores). normalize: the kept weights sum to 1. scale: factor on the weights.
     select_bias: a per-expert bias that moves the choice but not the weights.
@@ -136,12 +104,13 @@ class Experts:
     normalize: bool = True
     scale: float = 1.0
     select_bias: bool = False
+    shared_intermediate_size: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.layers, list):
             object.__setattr__(self, "layers", tuple(self.layers))
-        _check_types("experts", self)
-        _positive(
+        check_types("experts", self)
+        positive(
             "experts",
             num_experts=self.num_experts,
             top_k=self.top_k,
@@ -149,6 +118,8 @@ class Experts:
             n_group=self.n_group,
             topk_group=self.topk_group,
         )
+        if self.shared_intermediate_size < 0:
+            raise ConfigError(f"experts.shared_intermediate_size={self.shared_intermediate_size} must be at least 0")
         if self.score_func not in ("sigmoid", "softmax"):
             raise ConfigError(f"experts.score_func={self.score_func!r} must be sigmoid or softmax")
         if self.group_score not in ("external", "max", "top2_sum"):
@@ -191,33 +162,14 @@ class Experts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """Rotary frequencies other than the plain ones: ``linear`` or ``llama3`` (Llama 3.1 and later)."""
-
-    rope_type: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-
-    def __post_init__(self) -> None:
-        if self.rope_type not in ("linear", "llama3"):
-            raise ConfigError(
-                f"rope_type={self.rope_type!r} is not supported; only default, linear and llama3 positions are implemented"
-            )
-        _check_types("rope_scaling", self)
-        if not self.factor > 0:
-            raise ConfigError(f"rope_scaling.factor={self.factor!r} must be greater than 0")
-        _positive("rope_scaling", original_max_position_embeddings=self.original_max_position_embeddings)
-        if not self.high_freq_factor > self.low_freq_factor:
-            raise ConfigError(
-                f"rope_scaling.high_freq_factor={self.high_freq_factor!r} must exceed low_freq_factor={self.low_freq_factor!r}"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder in the Llama/Qwen3 shape. Field names are those of Hugging Face's ``config.json``."""
+    """A decoder in the Llama/Qwen3 shape. Field names are those of Hugging Face's ``config.json``, where it has them.
+
+    model_type: what ``config.json`` is written as; ``bilevel/families`` says which types are read, and as what.
+    attention_bias: of q, k, v and, unless attention_output_bias says otherwise, of the output projection.
+    qk_norm: none, head (each head's q and k are normalised) or projection (all heads' together); None: head for qwen3, else none.
+    rotary_dim: channels of a head that positions turn, from the first one; None: all. nope_layers: layers without positions.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -238,10 +190,16 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     routing: Routing = field(default_factory=lambda: Routing(preset="dense"))
     experts: Experts | None = None
+    attention_output_bias: bool | None = None
+    qk_norm: str | None = None
+    rotary_dim: int | None = None
+    nope_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_types("config", self)
-        _positive(
+        if isinstance(self.nope_layers, list):
+            object.__setattr__(self, "nope_layers", tuple(self.nope_layers))
+        check_types("config", self)
+        positive(
             "config",
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
@@ -257,19 +215,57 @@ class ModelConfig:
                 f"num_attention_heads={self.num_attention_heads} is not divisible by "
                 f"num_key_value_heads={self.num_key_value_heads}; every key/value head must serve the same number of heads"
             )
-        if self.head_dim % 2:
-            raise ConfigError(f"head_dim={self.head_dim} is odd; rotary positions turn pairs of channels")
         if not self.rms_norm_eps > 0 or not self.rope_theta > 0:
             raise ConfigError(f"rms_norm_eps={self.rms_norm_eps} and rope_theta={self.rope_theta} must be greater than 0")
-        if self.experts is not None:
-            for layer in self.experts.layers:
+        if self.qk_norm not in (None, "none", "head", "projection"):
+            raise ConfigError(f"qk_norm={self.qk_norm!r} must be none, head or projection")
+        self._check_positions()
+        for name, layers in (
+            ("experts.layers", self.experts.layers if self.experts else ()),
+            ("nope_layers", self.nope_layers),
+        ):
+            for layer in layers:
                 if not 0 <= layer < self.num_hidden_layers:
-                    raise ConfigError(f"experts.layers holds {layer}, but the layers are 0..{self.num_hidden_layers - 1}")
+                    raise ConfigError(f"{name} holds {layer}, but the layers are 0..{self.num_hidden_layers - 1}")
+
+    def _check_positions(self) -> None:
+        """The rotary channels, and what the scaling says of them."""
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim={self.head_dim} is odd; rotary positions turn pairs of channels")
+        if self.rotary_dim is not None and (self.rotary_dim % 2 or not 2 <= self.rotary_dim <= self.head_dim):
+            raise ConfigError(f"rotary_dim={self.rotary_dim} must be an even number from 2 to head_dim={self.head_dim}")
+        scaling = self.rope_scaling
+        if scaling is None:
+            return
+        if scaling.rope_type == "yarn" and not self.rope_theta > 1:
+            raise ConfigError(f"rope_theta={self.rope_theta} must be greater than 1 for rope_type yarn")
+        for name in ("short_factor", "long_factor"):
+            factors = getattr(scaling, name)
+            if scaling.rope_type == "longrope" and len(factors) != self.rotated_channels // 2:
+                raise ConfigError(
+                    f"rope_scaling.{name} holds {len(factors)} factors, but the {self.rotated_channels} rotary channels of a head "
+                    f"need {self.rotated_channels // 2}"
+                )
+
+    @property
+    def qk_norm_kind(self) -> str:
+        """none, head or projection."""
+        return self.qk_norm or ("head" if self.model_type == "qwen3" else "none")
 
     @property
     def has_qk_norm(self) -> bool:
-        """Qwen3 normalises each head's query and key."""
-        return self.model_type == "qwen3"
+        """Whether queries and keys are normalised before they are turned."""
+        return self.qk_norm_kind != "none"
+
+    @property
+    def has_output_bias(self) -> bool:
+        """Whether the attention's output projection has a bias."""
+        return self.attention_bias if self.attention_output_bias is None else self.attention_output_bias
+
+    @property
+    def rotated_channels(self) -> int:
+        """Channels of a head that positions turn."""
+        return self.rotary_dim or self.head_dim
 
     @property
     def num_selection_heads(self) -> int:

@@ -1,77 +1,92 @@
 """Hugging Face's ``config.json`` in and out.
 
-A dense Llama or Qwen3 ``config.json`` loads as it is. Routing is described by one extra section, ``"routing"``, and expert
-layers by another, ``"experts"``. Unknown keys are an error: a key that this code does not know may change the result.
+A ``config.json`` of any family in ``bilevel/families`` loads as it is. Routing is described by one extra section, ``"routing"``, and
+expert layers by another, ``"experts"``. ``bilevel/families/keys.py`` says which keys matter: one that is unknown may change the result.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bilevel.config import Experts, ModelConfig, RopeScaling, Routing
+from bilevel.config import Experts, ModelConfig, Routing
 from bilevel.errors import ConfigError
+from bilevel.families import family_of, rope, windows
+from bilevel.families.family import Layout
+from bilevel.families.keys import check_ignored, judge
 
-# Keys that training or tooling writes and that do not change what the model computes.
-_HARMLESS = frozenset({
-    "architectures", "attention_dropout", "dtype", "initializer_range", "max_window_layers", "pad_token_id",
-    "pretraining_tp", "torch_dtype", "transformers_version", "use_cache", "_name_or_path", "_attn_implementation",
-    "id2label", "label2id", "return_dict", "output_attentions", "output_hidden_states", "problem_type",
-    "chunk_size_feed_forward", "is_encoder_decoder", "_commit_hash", "unsloth_fixed", "unsloth_version",
-})  # fmt: skip
-
-
-# Keys that may be present only with these values: anything else is a model that this code does not implement.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),
-    "use_sliding_window": (False, None),
-    "sliding_window": (None,),
-    "quantization_config": (None, {}),
-    "partial_rotary_factor": (1, 1.0, None),
-    "is_decoder": (False, True),
-    "add_cross_attention": (False,),
-    "tie_encoder_decoder": (False,),
-    "cross_attention_hidden_size": (None,),
+_COMMON = frozenset({spec.name for spec in dataclasses.fields(ModelConfig)} - {"eos_token_ids"})
+_TOKENS = ("bos_token_id", "eos_token_id", "eos_token_ids")
+# What a model is written as, and the class that Hugging Face's tools look for.
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "bilevel": "BilevelForCausalLM",
 }
 
 
-def config_from_dict(raw: Mapping[str, Any]) -> ModelConfig:
-    """Read a Hugging Face ``config.json``. Raises ConfigError naming the first key that cannot be honoured."""
-    raw = dict(raw)
-    model_type = raw.pop("model_type", "llama")
-    if model_type not in ("llama", "qwen3"):
-        raise ConfigError(f"model_type={model_type!r} is not supported; bilevel reads llama and qwen3 checkpoints")
-    values: dict[str, Any] = {"model_type": model_type}
+@dataclass(frozen=True)
+class Source:
+    """What a ``config.json`` says: the model, how its weights are stored, and the unknown keys that were passed over by request."""
+
+    config: ModelConfig
+    layout: Layout
+    ignored: tuple[str, ...] = ()
+
+
+def config_from_dict(raw: Mapping[str, Any], ignore: Collection[str] = ()) -> ModelConfig:
+    """The model of a Hugging Face ``config.json``. Raises ConfigError naming the first key that cannot be honoured."""
+    return source_from_dict(raw, ignore).config
+
+
+def source_from_dict(raw: Mapping[str, Any], ignore: Collection[str] = ()) -> Source:
+    """Read a Hugging Face ``config.json`` of any family. ignore: unknown keys to pass over.
+
+    Raises ConfigError naming the first key that cannot be honoured.
+    """
+    family = family_of(raw.get("model_type", "llama"))
+    read = {*_COMMON, *_TOKENS, *windows.KEYS, *rope.KEYS, *family.reads, "routing", "experts"}
+    check_ignored(ignore, read)
     if raw.get("quantization_config"):
         raise ConfigError(
             "config.json sets quantization_config; bilevel reads float weights: give the checkpoint before quantization"
         )
-    for key, allowed in _NEUTRAL.items():
-        if key in raw and raw.pop(key) not in allowed:
-            raise ConfigError(f"config.json sets {key} to a value that bilevel does not implement; it must be {allowed[0]!r}")
-    layer_types = raw.pop("layer_types", None) or []
-    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
-        raise ConfigError("config.json's layer_types names layers other than full_attention, which bilevel does not implement")
-    _read_rope(raw, values)
-    _read_tokens(raw, values)
-    if (routing := raw.pop("routing", None)) is not None:
-        values["routing"] = _section(Routing, "routing", routing)
-    if (experts := raw.pop("experts", None)) is not None:
-        values["experts"] = _section(Experts, "experts", experts)
-    known = {f.name for f in dataclasses.fields(ModelConfig)} - set(values)
-    for key in [key for key in raw if key in known]:
-        value = raw.pop(key)
-        if value is not None:  # null means the default, in Hugging Face's files too
-            values[key] = value
-    unknown = sorted(set(raw) - _HARMLESS)
-    if unknown:
+    full = _given({**family.defaults, **raw})
+    rest = dict(full)
+    values: dict[str, Any] = {"model_type": rest.pop("model_type", "llama")}
+    windows.read_windows(rest, family.windows)
+    positions, share = rope.read_rope(rest, family.partial_rotary)
+    values |= positions
+    _read_tokens(rest, values)
+    for name, kind in (("routing", Routing), ("experts", Experts)):
+        if (section := rest.pop(name, None)) is not None:
+            values[name] = _section(kind, name, section)
+    values |= {key: rest.pop(key) for key in [key for key in rest if key in _COMMON]}
+    _merge(values, family.values(full))
+    ignored = tuple(key for key in sorted(rest) if key not in family.reads and judge(key, rest[key], ignore))
+    config = _complete(values, share)
+    return Source(config, family.layout(full, config), ignored)
+
+
+def _given(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries with a value: null means the default, in Hugging Face's files too."""
+    return {key: value for key, value in raw.items() if value is not None}
+
+
+def _merge(values: dict[str, Any], own: Mapping[str, Any]) -> None:
+    """Add what a family says of itself; its experts and a section of that name cannot both hold."""
+    if values.get("experts") is not None and own.get("experts") is not None:
         raise ConfigError(
-            f"config.json holds the unknown key {unknown[0]!r}, which may change the result; remove it if it does not matter"
+            f'config.json has an "experts" section and model_type={values["model_type"]!r}, which has experts of its own; '
+            "remove the section"
         )
-    return _complete(values)
+    values |= {key: value for key, value in own.items() if key != "experts" or value is not None}
 
 
 def _section(kind: type, name: str, raw: Any) -> Any:
@@ -88,29 +103,6 @@ def _section(kind: type, name: str, raw: Any) -> Any:
     return kind(**raw)
 
 
-def _read_rope(raw: dict[str, Any], values: dict[str, Any]) -> None:
-    """Both of Hugging Face's spellings: ``rope_theta`` + ``rope_scaling``, and the newer ``rope_parameters``."""
-    scaling: dict[str, Any] = {}
-    for key in ("rope_parameters", "rope_scaling"):
-        section = raw.pop(key, None) or {}
-        if not isinstance(section, Mapping):
-            raise ConfigError(f"config.json's {key} must be an object, not {section!r}")
-        scaling.update(section)
-    if "rope_theta" in scaling:
-        values["rope_theta"] = scaling.pop("rope_theta")
-        raw.pop("rope_theta", None)
-    rope_type = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
-    scaling.pop("type", None)
-    if scaling.get("partial_rotary_factor") in _NEUTRAL["partial_rotary_factor"]:
-        scaling.pop("partial_rotary_factor", None)
-    known = {f.name for f in dataclasses.fields(RopeScaling)}
-    for key in scaling:
-        if key not in known:
-            raise ConfigError(f"rope_scaling.{key} is not supported")
-    if rope_type != "default":
-        values["rope_scaling"] = _section(RopeScaling, "rope_scaling", {"rope_type": rope_type, **scaling})
-
-
 def _read_tokens(raw: dict[str, Any], values: dict[str, Any]) -> None:
     bos, eos = raw.pop("bos_token_id", None), raw.pop("eos_token_id", None)
     values["bos_token_id"] = bos[0] if isinstance(bos, list) and bos else bos
@@ -118,17 +110,23 @@ def _read_tokens(raw: dict[str, Any], values: dict[str, Any]) -> None:
     raw.pop("eos_token_ids", None)
 
 
-def _complete(values: dict[str, Any]) -> ModelConfig:
-    """Fill in what Hugging Face derives, and turn a missing key into a sentence."""
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _complete(values: dict[str, Any], share: float) -> ModelConfig:
+    """Fill in what Hugging Face derives, and turn a missing key into a sentence. share: of a head, turned by positions."""
     heads = values.get("num_attention_heads")
     if values.get("num_key_value_heads") is None:
         values["num_key_value_heads"] = heads
-    if values.get("head_dim") is None and heads and values.get("hidden_size"):
+    if values.get("head_dim") is None and _is_size(heads) and _is_size(values.get("hidden_size")):
         if values["hidden_size"] % heads:
             raise ConfigError(
                 f"hidden_size={values['hidden_size']} is not divisible by num_attention_heads={heads}; give head_dim explicitly"
             )
         values["head_dim"] = values["hidden_size"] // heads
+    if share < 1 and _is_size(values.get("head_dim")):
+        values["rotary_dim"] = int(values["head_dim"] * share)
     for spec in dataclasses.fields(ModelConfig):
         required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
         if required and values.get(spec.name) is None:
@@ -139,24 +137,49 @@ def _complete(values: dict[str, Any]) -> ModelConfig:
 def config_to_dict(config: ModelConfig) -> dict[str, Any]:
     """The inverse of :func:`config_from_dict`, ready for ``json.dump``."""
     raw: dict[str, Any] = {
-        "architectures": ["Qwen3ForCausalLM" if config.has_qk_norm else "LlamaForCausalLM"],
+        "architectures": [_ARCHITECTURES.get(config.model_type, _ARCHITECTURES["bilevel"])],
         "hidden_act": "silu",
     }
     for spec in dataclasses.fields(config):
         value = getattr(config, spec.name)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            value = dataclasses.asdict(value)
-        if spec.name == "eos_token_ids":
+            raw[spec.name] = _section_to_dict(value)
+        elif spec.name == "eos_token_ids":
             raw["eos_token_id"] = list(value) if len(value) > 1 else (value[0] if value else None)
+        elif spec.name == "nope_layers":
+            if value:
+                raw[spec.name] = list(value)
         elif value is not None:
-            raw[spec.name] = list(value) if isinstance(value, tuple) else value
-    if config.experts is not None:
-        raw["experts"]["layers"] = list(config.experts.layers)
+            raw[spec.name] = value
+    if (
+        config.model_type == "smollm3"
+    ):  # Hugging Face's spelling of nope_layers; and its ids of tokens are not those of every model
+        raw |= {"bos_token_id": config.bos_token_id, "pad_token_id": None}
+        raw["no_rope_layers"] = [int(i not in config.nope_layers) for i in range(config.num_hidden_layers)]
     return raw
 
 
-def load_config(folder: Path) -> ModelConfig:
-    """Read ``config.json`` in a checkpoint or bundle folder."""
+# What a section may leave out, because older files and readers do not have it.
+_OPTIONAL = ("shared_intermediate_size",)
+
+
+def _section_to_dict(section: Any) -> dict[str, Any]:
+    """A nested dataclass as JSON; what is null or says nothing is left out."""
+    fields = dataclasses.asdict(section)
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in fields.items()
+        if value is not None and not (key in _OPTIONAL and not value)
+    }
+
+
+def load_config(folder: Path, ignore: Collection[str] = ()) -> ModelConfig:
+    """Read ``config.json`` in a checkpoint or bundle folder. ignore: unknown keys to pass over."""
+    return load_source(folder, ignore).config
+
+
+def load_source(folder: Path, ignore: Collection[str] = ()) -> Source:
+    """Read ``config.json`` in a checkpoint or bundle folder, with the layout of the weights. ignore: unknown keys to pass over."""
     path = Path(folder) / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -166,4 +189,4 @@ def load_config(folder: Path) -> ModelConfig:
         raise ConfigError(f"{path} is not valid JSON ({error}); write it anew") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold a JSON object")
-    return config_from_dict(raw)
+    return source_from_dict(raw, ignore)

@@ -69,13 +69,29 @@ class ExpertWeights(nn.Module):
         nn.init.normal_(self.down_proj, std=0.02)
 
 
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)): width -> hidden -> width."""
+
+    def __init__(self, width: int, hidden: int, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden, bias=bias)
+        self.up_proj = nn.Linear(width, hidden, bias=bias)
+        self.down_proj = nn.Linear(hidden, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
 class ExpertMLP(nn.Module):
-    """A mixture of experts routed in two levels: groups by the word, experts by the context."""
+    """A mixture of experts routed in two levels: groups by the word, experts by the context; beside it a shared expert, or none."""
 
     def __init__(self, config: ModelConfig, experts: Experts) -> None:
         super().__init__()
         self.gate = ExpertGate(experts, config.hidden_size)
         self.experts = ExpertWeights(experts, config.hidden_size)
+        self.shared_experts: SwiGLU | None = None
+        if experts.shared_intermediate_size:
+            self.shared_experts = SwiGLU(config.hidden_size, experts.shared_intermediate_size)
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         flat = x.flatten(0, 1)
@@ -84,4 +100,6 @@ class ExpertMLP(nn.Module):
         out = ops.routed_experts(flat, ids, weights, self.experts.gate_up_proj, self.experts.down_proj)
         if step.trace is not None:
             step.trace.expert_out.append(out)
+        if self.shared_experts is not None:
+            out = out + self.shared_experts(flat)
         return out.reshape(x.shape)

@@ -1,4 +1,4 @@
-"""The decoder: Llama/Qwen3 with two-level routing. Weight names are those of Hugging Face.
+"""The decoder: the Llama/Qwen3 shape with two-level routing. Weight names are those of Hugging Face.
 
 One forward serves training (no state: the call is the whole text), chunked prefill and decode (a ``DecoderState`` that the
 call extends). Everything stateful is here, as ordinary tensor code; the routing operators themselves are pure functions.
@@ -7,12 +7,11 @@ call extends). Everything stateful is here, as ordinary tensor code; the routing
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bilevel import ops
 from bilevel.config import ModelConfig
-from bilevel.expert_layers import ExpertMLP
+from bilevel.expert_layers import ExpertMLP, SwiGLU
 from bilevel.operators.attention import dense_attention
 from bilevel.rotary import apply_rotary, rotary_angles
 from bilevel.state import DecoderState, LayerState, Step, Trace
@@ -34,17 +33,19 @@ def _pool_into(cache: Tensor | None, tokens: Tensor, past_len: Tensor, length: i
 class Attention(nn.Module):
     """Grouped-query attention; level 2 of the routing decides which blocks of tokens each word reads."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, index: int = 0) -> None:
         super().__init__()
         self.config = config
+        self.has_positions = index not in config.nope_layers
         width, bias = config.hidden_size, config.attention_bias
         self.q_proj = nn.Linear(width, config.num_attention_heads * config.head_dim, bias=bias)
         self.k_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
         self.v_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, width, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, width, bias=config.has_output_bias)
         if config.has_qk_norm:
-            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
-            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+            whole = config.qk_norm_kind == "projection"
+            heads = (config.num_attention_heads, config.num_key_value_heads) if whole else (1, 1)
+            self.q_norm, self.k_norm = (nn.RMSNorm(h * config.head_dim, eps=config.rms_norm_eps) for h in heads)
 
     def route(self, q: Tensor, block_key: Tensor, step: Step) -> Tensor:
         """The blocks that each word of this layer reads: int32 [B, Hs, L, K2]."""
@@ -61,13 +62,28 @@ class Attention(nn.Module):
         q, k, v = (proj(x).unflatten(-1, (-1, width)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
         return q, k, v
 
+    def normalise(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys [B, H, L, D] with the norm that the model has: none, of each head, or of all heads together."""
+        kind = self.config.qk_norm_kind
+        if kind == "none":
+            return q, k
+        if kind == "head":
+            return self.q_norm(q), self.k_norm(k)
+        q, k = (norm(x.transpose(1, 2).flatten(2)) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
+        width = self.config.head_dim
+        return q.unflatten(-1, (-1, width)).transpose(1, 2), k.unflatten(-1, (-1, width)).transpose(1, 2)
+
+    def turn(self, q: Tensor, k: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """Queries and keys turned by their positions; as they are in a layer without positions."""
+        if not self.has_positions:
+            return q, k
+        return apply_rotary(q, step.cos, step.sin), apply_rotary(k, step.cos, step.sin)
+
     def forward(self, x: Tensor, step: Step, state: LayerState | None) -> tuple[Tensor, LayerState]:
         """x: [B, L, d]. Returns ([B, L, d], the layer's state after this call)."""
         config, size, length = self.config, self.config.routing.block_size, x.shape[1]
         q, k, v = self.project(x)
-        if config.has_qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rotary(q, step.cos, step.sin), apply_rotary(k, step.cos, step.sin)
+        q, k = self.turn(*self.normalise(q, k), step)
         key = _extend(state.key if state else None, k, step.past_len, size)
         value = _extend(state.value if state else None, v, step.past_len, size)
         scale = config.attention_scale
@@ -88,17 +104,14 @@ class Attention(nn.Module):
         return self.o_proj(out.transpose(1, 2).flatten(2)), LayerState(key, value, block_key)
 
 
-class MLP(nn.Module):
-    """SwiGLU."""
+class MLP(SwiGLU):
+    """The MLP of a layer without experts."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        super().__init__(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x: Tensor, step: Step | None = None) -> Tensor:
+        return super().forward(x)
 
 
 class DecoderLayer(nn.Module):
@@ -107,7 +120,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         has_experts = config.experts is not None and index in config.experts.layers
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, index)
         self.mlp = ExpertMLP(config, config.experts) if has_experts and config.experts else MLP(config)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)

@@ -27,9 +27,10 @@
     graph.state               [{"input", "output"}]: caches, carried from one call to the next
     graph.routes              optional {"candidates": output or null, "blocks": [output of each layer],
                               "experts": {layer: output}}: what the routers of a call chose, int32 [batch, heads, new_tokens,
-                              kept] (experts [batch, new_tokens, kept]), -1 in the unused tail; present where attention is routed
+                              kept] (experts [batch, new_tokens, kept]), -1 in the unused tail; only where attention is routed
     dense_twin                optional {"file", "operators", "inputs", "outputs", "state"}: the same weights with ordinary
                               attention, which ``bilevel bench`` measures the graph against; described like the graph
+    ignored_keys              optional [key]: keys of the checkpoint's config.json that the export was asked to pass over
     files                     {name: {"sha256", "bytes"}} of every other file in the folder
     checks                    verdicts that ``bilevel check`` appended
 
@@ -89,6 +90,7 @@ class Bundle:
     twin: Graph | None
     files: Mapping[str, FileRecord]
     checks: tuple[Mapping[str, Any], ...]
+    ignored_keys: tuple[str, ...] = ()
 
     def dense_twin(self) -> Bundle:
         """This bundle with the dense twin's graph in the place of its own. Raises BundleError where it has none."""
@@ -166,6 +168,7 @@ def read_manifest(path: str | Path) -> Bundle:
         twin=None if twin is None else read_graph(twin, twin.section("operators"), files),
         files=files,
         checks=tuple(manifest.get("checks", list)),
+        ignored_keys=tuple(map(str, manifest.get("ignored_keys", list, default=[]))),
     )
 
 

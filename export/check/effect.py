@@ -6,7 +6,8 @@ Three things are kept apart:
   the export      PyTorch over the checkpoint's weights, rounded here as the export rounds them (from the checkpoint, not read
                   out of the file), against the file computing with fp32 activations: the same limits as for an fp32 bundle.
   activations     ONNX Runtime rounds activations to 8 bits inside every quantised product. The shipped file may be at most
-                  twice as far from that reference (KL) as PyTorch itself is when it rounds its activations alike (design section 9).
+                  twice as far from that reference (KL) as PyTorch itself is when it rounds its activations alike
+                  (design section 9).
   the effect      routes, next token and loss of the shipped file against the checkpoint as trained: reported, not judged.
 """
 

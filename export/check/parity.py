@@ -47,6 +47,7 @@ from bilevel.export.report.judgements import (
 )
 from bilevel.export.report.model import Failure, JudgedText, ModelShape, Report, Verdicts
 from bilevel.plugins.library.cpu import find_cpu_library
+from bilevel.weight_files import weights_entry
 
 Stage = Callable[[str], None]
 
@@ -85,14 +86,15 @@ def check_bundle(
     """
     started = time.perf_counter()
     request = Request(Path(bundle), Path(checkpoint), data, tokens, cuts, row_order, backend, shrink)
-    manifest = dict(read_manifest(request.bundle).manifest)
+    exported = read_manifest(request.bundle)
+    manifest = dict(exported.manifest)
     if precision is not None and manifest["precision"] != precision:
         raise RequestError(
             f"{bundle} is of precision {manifest['precision']}, not {precision}; give that one, or export the checkpoint again "
             "with --precision"
         )
     on_stage("reading the checkpoint's headers")
-    source = Checkpoint(request.checkpoint)
+    source = Checkpoint(request.checkpoint, exported.ignored_keys)
     _verify(request.bundle, manifest, source.config)
     check = _Check(request, manifest, source, on_stage)
     report = replace(check.report(), seconds=time.perf_counter() - started)
@@ -243,6 +245,4 @@ class _Check:
 
 def _checkpoint_hash(checkpoint: Path) -> str:
     """SHA-256 of the weight file, or of its index where the weights are sharded."""
-    single = checkpoint / "model.safetensors"
-    path = single if single.is_file() else checkpoint / "model.safetensors.index.json"
-    return str(describe_file(path)["sha256"])
+    return str(describe_file(weights_entry(checkpoint))["sha256"])

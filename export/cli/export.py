@@ -11,8 +11,9 @@ from bilevel.errors import ExportError, require
 from bilevel.export.graph.precision import PRECISIONS, check_precision
 
 EPILOG = """\
-CHECKPOINT is a Hugging Face folder (config.json, model.safetensors, tokenizer.json): a dense Llama or Qwen3 as it is, or one
-whose config.json has a "routing" section (and "experts"). BUNDLE is the folder to write.
+CHECKPOINT is a Hugging Face folder (config.json, weights, tokenizer.json) of a family in bilevel/families (Llama, Qwen, Mistral,
+SmolLM, Granite, MiniCPM, Phi-3, OLMoE, GLM-4.5, Ling, ...) as it is, or with a "routing" section in its config.json. BUNDLE is the
+folder to write. A key of config.json that is not known is refused, since it may change the result; --ignore-key passes over it.
 
   bilevel export my-model my-bundle
   bilevel check my-bundle --against my-model
@@ -54,6 +55,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="fp32, fp16 or bf16 (default fp32): the type of weights, activations and caches; not together with --weights",
     )
     parser.add_argument(
+        "--ignore-key",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="pass over this unknown key of config.json, which does not change the result; repeatable, recorded in the bundle",
+    )
+    parser.add_argument(
         "--triton-repository",
         type=Path,
         metavar="DIR",
@@ -82,6 +90,7 @@ def main(args: argparse.Namespace) -> int:
             prefill_chunk=args.prefill_chunk,
             weights=args.weights,
             precision=args.precision,
+            ignore_keys=args.ignore_key,
             on_stage=lambda stage: status.update(stage),
         )
         repository = None

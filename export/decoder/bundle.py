@@ -7,7 +7,7 @@ when complete: an interrupted export leaves what was there before.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from bilevel.bundle.manifest import MANIFEST, FileRecord, write_manifest
 from bilevel.bundle.tensors import ONNX_DTYPES
 from bilevel.checkpoint import load_model
 from bilevel.config import ModelConfig
-from bilevel.config_json import config_to_dict, load_config
+from bilevel.config_json import config_to_dict, load_source
 from bilevel.contract import BY_NAME
 from bilevel.errors import ExportError
 from bilevel.export.decoder.decoder import route_outputs, save_decoder, state_tensors
@@ -63,6 +63,7 @@ def export_bundle(
     prefill_chunk: int = 512,
     weights: str = "fp32",
     precision: str = "fp32",
+    ignore_keys: Collection[str] = (),
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> ExportReport:
     """Export the model in ``checkpoint`` to ``bundle``. Raises BilevelError; an existing bundle is replaced only with force.
@@ -70,7 +71,8 @@ def export_bundle(
     prefill_chunk: tokens that the runtime prefills per call unless told otherwise. weights: fp32, int8 or int4
     (``bilevel.export.graph.quantise`` says what is rounded). precision: fp32, fp16 or bf16, the type of weights, activations
     and caches; routers' scores, expert gates' logits, softmax and norms are accumulated in fp32 in every one, and the logits
-    are fp32. on_stage: told what is being done.
+    are fp32. ignore_keys: unknown keys of config.json that are
+    passed over. on_stage: told what is being done.
     """
     checkpoint, bundle = Path(checkpoint), Path(bundle)
     check_format(weights)
@@ -78,10 +80,10 @@ def export_bundle(
     _check_target(bundle, force)
     if prefill_chunk < 1:
         raise ExportError(f"prefill_chunk={prefill_chunk} must be at least 1")
-    config = load_config(checkpoint)
+    config = _load_config(checkpoint, ignore_keys)
     tokenizer = _read_tokenizer(checkpoint)
     on_stage(f"loading {checkpoint}")
-    model = load_model(checkpoint, dtype=getattr(torch, PRECISIONS[precision]))
+    model = load_model(checkpoint, dtype=getattr(torch, PRECISIONS[precision]), ignore=ignore_keys)
     with replacing(bundle, ExportError) as folder:
         graphs, stored = _save_graphs(model, folder, weights, precision in TWIN_PRECISIONS, on_stage)
         on_stage("writing the bundle")
@@ -93,6 +95,8 @@ def export_bundle(
             twin = graphs[TWIN_FILE]
             manifest["dense_twin"] = {**_ports(TWIN_FILE, twin, dense_config(config)), "operators": _versions(twin)}
         manifest |= {"precision": PRECISIONS[precision], "weights": stored}
+        if ignore_keys:
+            manifest["ignored_keys"] = sorted(ignore_keys)
         manifest["files"] = {path.name: describe_file(path) for path in sorted(folder.iterdir())}
         write_manifest(folder, manifest)
     counts: dict[str, int] = {}
@@ -123,6 +127,16 @@ def _with_small_cache(twin: Path, config: ModelConfig) -> onnx.ModelProto:
     length = min(_CALIBRATION, config.max_position_embeddings)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, length)
     return save_int8_cache(twin, twin, cache_ranges(twin, tokens))
+
+
+def _load_config(checkpoint: Path, ignore_keys: Collection[str]) -> ModelConfig:
+    """The checkpoint's configuration; every key to ignore must be one that would be refused."""
+    source = load_source(checkpoint, ignore_keys)
+    if idle := sorted(set(ignore_keys) - set(source.ignored)):
+        raise ExportError(
+            f"--ignore-key {idle[0]}: {checkpoint / 'config.json'} has no such key, or needs none to be ignored; leave the option out"
+        )
+    return source.config
 
 
 def _check_target(bundle: Path, force: bool) -> None:

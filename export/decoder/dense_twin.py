@@ -24,7 +24,7 @@ from bilevel.config import ModelConfig
 from bilevel.export.decoder.decoder import save_decoder
 from bilevel.export.decoder.fused import FusedAttention
 from bilevel.model import CausalLM
-from bilevel.rotary import apply_rotary, rotary_angles
+from bilevel.rotary import rotary_angles
 from bilevel.state import LayerState, Step
 
 _OPERATOR = "com.microsoft::GroupQueryAttention"
@@ -38,21 +38,21 @@ class TwinAttention(FusedAttention):
 
     @property
     def rotates(self) -> bool:
-        """Whether the operator turns q and k itself: heads of whole vectors of 16 only, and fp32 only.
+        """Whether the operator turns q and k itself: whole heads only, of whole vectors of 16, and fp32 only.
 
         In fp16 it would take tables of cos and sin in fp16, but the model's are fp32 in every precision.
         """
-        return self.config.head_dim % 16 == 0 and self.qkv_proj.weight.dtype == torch.float32
+        whole = self.has_positions and self.config.rotated_channels == self.config.head_dim
+        return whole and self.config.head_dim % 16 == 0 and self.qkv_proj.weight.dtype == torch.float32
 
     def _operands(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """q, k, v packed [B, L, (Hq + 2 Hkv) D]; apart, [B, L, H D] each, where something is done to q and k before."""
-        if self.rotates and not self.config.has_qk_norm:
+        if not self.config.has_qk_norm and (self.rotates or not self.has_positions):
             return self.qkv_proj(x), None, None
         q, k, v = self.project(x)
-        if self.config.has_qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.normalise(q, k)
         if not self.rotates:
-            q, k = apply_rotary(q, step.cos, step.sin), apply_rotary(k, step.cos, step.sin)
+            q, k = self.turn(q, k, step)
         q, k, v = (heads.transpose(1, 2).flatten(2) for heads in (q, k, v))
         return q, k, v
 

@@ -274,8 +274,8 @@ def test_load_model_missing_parts(folder: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").rename(folder / "weights.safetensors")
     with pytest.raises(CheckpointError, match="holds no model.safetensors"):
         load_model(folder)
-    (folder / "pytorch_model.bin").write_bytes(b"\x80")
-    with pytest.raises(CheckpointError, match=r"only pickled weights \(pytorch_model.bin\).* save_pretrained"):
+    (folder / "consolidated.00.pth").write_bytes(b"\x80")
+    with pytest.raises(CheckpointError, match=r"only pickled weights \(consolidated.00.pth\).* save_pretrained"):
         load_model(folder)
     (folder / "config.json").unlink()
     with pytest.raises(ConfigError, match="config.json does not exist"):

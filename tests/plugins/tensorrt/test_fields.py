@@ -130,7 +130,7 @@ def test_the_workspace_of_the_largest_call_serves_every_smaller_one(name: str) -
 
 
 def test_workspaces_belong_to_a_format_version() -> None:
-    """An engine's workspace is fixed when it is built: where a plan takes another, FORMAT_VERSION (Python and C++) must grow."""
+    """An engine's workspace is fixed when it is built: where a plan takes another, FORMAT_VERSION (Python and C++) grows."""
     sizes = {"B": 2, "L": 512, "U": 128, "M": 8192, "T": 1024}
     digest = sha256()
     for op in contract.GPU_OPS:

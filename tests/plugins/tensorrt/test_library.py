@@ -1,4 +1,4 @@
-"""The C++ plugins: fields, types, shapes, workspace, and numbers, over the C launcher on host memory. Needs NVIDIA's headers."""
+"""The C++ plugins: fields, types, shapes, workspace, numbers, over the C launcher on host memory. Needs NVIDIA's headers."""
 
 from __future__ import annotations
 

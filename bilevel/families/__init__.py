@@ -1,0 +1,49 @@
+"""Families of released models, one small declarative file each: ``config.json`` in, ``ModelConfig`` and a weight layout out.
+
+    family.py            what a family declares, and checked access to a file's values
+    keys.py              which keys matter, which do not, which are refused
+    rope.py windows.py gates.py   positions, sliding windows and expert gates, which families share
+    own.py               this package's own model_type
+    (the rest)           one released family each
+
+A new family is a file with a ``FAMILY`` and a line below. Its test compares a tiny random model with transformers' own class
+(``tests/bilevel/families``), or with the definition in slow loops where transformers has none.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from bilevel.errors import ConfigError
+from bilevel.families import (
+    bailing_moe,
+    dots1,
+    ernie4_5,
+    glm4_moe,
+    granite,
+    granitemoe,
+    llama,
+    minicpm,
+    mistral,
+    olmoe,
+    own,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
+from bilevel.families.family import Family
+
+_MODULES: tuple[ModuleType, ...] = (
+    llama, qwen2, qwen3, mistral, smollm3, granite, minicpm, phi3, ernie4_5, qwen3_moe, granitemoe, olmoe, glm4_moe, dots1, bailing_moe,
+    own,
+)  # fmt: skip
+FAMILIES: dict[str, Family] = {name: module.FAMILY for module in _MODULES for name in module.FAMILY.model_types}
+
+
+def family_of(model_type: object) -> Family:
+    """The family that reads this model_type. Raises ConfigError naming those that there are."""
+    if isinstance(model_type, str) and model_type in FAMILIES:
+        return FAMILIES[model_type]
+    raise ConfigError(f"model_type={model_type!r} is not supported; bilevel reads {', '.join(sorted(FAMILIES))}")

@@ -1,0 +1,5 @@
+"""Qwen3: every head's queries and keys are normalised."""
+
+from bilevel.families.family import Family
+
+FAMILY = Family(model_types=("qwen3",), windows="switch")
