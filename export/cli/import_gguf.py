@@ -50,12 +50,19 @@ def main(args: argparse.Namespace) -> int:
         report = import_gguf(args.model, args.checkpoint, dtype=args.dtype, force=args.force, on_stage=status.update)
     seconds = time.perf_counter() - started
     if args.json:
-        content = {"checkpoint": str(report.path), "bytes": report.size_bytes, "weights": report.num_weights, "types": report.kinds}
+        content = {
+            "checkpoint": str(report.path),
+            "bytes": report.size_bytes,
+            "weights": report.num_weights,
+            "types": report.kinds,
+        }
         print(json.dumps({**content, "model_type": report.config["model_type"], "seconds": seconds}))
         return 0
     config = report.config
     stored = ", ".join(f"{count} {kind}" for kind, count in report.kinds.items())
     print(f"wrote {report.path} ({report.size_bytes / 1e6:.1f} MB) in {seconds:.1f} s")
-    print(f"{config['model_type']}: {config['num_hidden_layers']} layers, {report.num_weights / 1e6:.1f} million weights, from tensors in {stored}")
+    print(
+        f"{config['model_type']}: {config['num_hidden_layers']} layers, {report.num_weights / 1e6:.1f} million weights, from tensors in {stored}"
+    )
     print(f"next: bilevel export {report.path} my-bundle")
     return 0

@@ -30,7 +30,7 @@ from bilevel.export.gguf.dequantise import read_rows
 from bilevel.export.gguf.header import CONVERT, GgufFile, GgufTensor
 
 _IDS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
-_NEUTRAL = (0, False, None, "", [], "none")  # a feature that is stored and switched off
+_NEUTRAL: tuple[Any, ...] = (0, False, None, "", [], "none")  # a feature that is stored and switched off
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -52,7 +52,11 @@ def make_config(file: GgufFile) -> tuple[dict[str, Any], list[Placed]]:
             "give one of these, or the model's own folder in Hugging Face's format"
         )
     architecture = ARCHITECTURES[name]
-    config = {"architectures": [architecture.class_name], "model_type": architecture.model_type, "hidden_act": "silu"}
+    config: dict[str, Any] = {
+        "architectures": [architecture.class_name],
+        "model_type": architecture.model_type,
+        "hidden_act": "silu",
+    }
     config |= _scalars(file, name, architecture)
     config |= {"head_dim": _head_size(file, name, config)}
     config |= _flags(file, architecture) | _rope(file, name, config)
@@ -63,7 +67,9 @@ def make_config(file: GgufFile) -> tuple[dict[str, Any], list[Placed]]:
     placed = list(_place(file, architecture, config))
     config["vocab_size"] = file.tensors[EMBEDDING].shape[0]
     if (stated := file.metadata.get(f"{name}.vocab_size", config["vocab_size"])) != config["vocab_size"]:
-        raise CheckpointError(f"{file.path} gives {name}.vocab_size={stated}, but {EMBEDDING} has {config['vocab_size']}; {CONVERT}")
+        raise CheckpointError(
+            f"{file.path} gives {name}.vocab_size={stated}, but {EMBEDDING} has {config['vocab_size']}; {CONVERT}"
+        )
     return config, placed
 
 
@@ -107,7 +113,9 @@ def _rope(file: GgufFile, name: str, config: Mapping[str, Any]) -> dict[str, Any
     """``rope_scaling``: from metadata (linear), or recognised in the table of factors that llama.cpp stores for Llama 3.1."""
     kind = file.value(f"{name}.rope.scaling.type", str, "none")
     if kind == "linear" and ROPE_FACTORS not in file.tensors:
-        return {"rope_scaling": {"rope_type": "linear", "factor": exact_float(file.value(f"{name}.rope.scaling.factor", float))}}
+        return {
+            "rope_scaling": {"rope_type": "linear", "factor": exact_float(file.value(f"{name}.rope.scaling.factor", float))}
+        }
     if kind != "none":
         raise CheckpointError(
             f"{file.path} gives {name}.rope.scaling.type={kind!r}, and none and linear are imported; "
@@ -117,7 +125,7 @@ def _rope(file: GgufFile, name: str, config: Mapping[str, Any]) -> dict[str, Any
         return {}
     tensor = file.tensors[ROPE_FACTORS]
     stored = read_rows(file, tensor, 0, tensor.num_rows).reshape(-1)
-    scaling = {"rope_type": "llama3", "factor": exact_float(float(stored.max())), **_LLAMA3}
+    scaling = {"rope_type": "llama3", "factor": round(float(stored.max()), 4), **_LLAMA3}
     expected = llama3_factors(config["head_dim"], config["rope_theta"], scaling)
     if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=1e-5):
         raise CheckpointError(
@@ -178,7 +186,9 @@ def _place(file: GgufFile, architecture: Architecture, config: dict[str, Any]) -
         left.remove(name)
         tensor, shape = file.tensors[name], tuple(size[letter] for letter in stored.shape)
         if tensor.shape != shape:
-            raise CheckpointError(f"{file.path} stores {name} as {list(tensor.shape)}, and its metadata call for {list(shape)}; {CONVERT}")
+            raise CheckpointError(
+                f"{file.path} stores {name} as {list(tensor.shape)}, and its metadata call for {list(shape)}; {CONVERT}"
+            )
         yield Placed(tensor, stored.name, heads[stored.heads] if stored.heads and architecture.permuted else 0)
     if left:
         raise CheckpointError(

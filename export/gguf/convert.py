@@ -57,7 +57,7 @@ def import_gguf(
         )
     tokenizer_config["model_max_length"] = config["max_position_embeddings"]
     config["dtype"] = DTYPES[dtype][0]
-    generation = {key: config[key] for key in ("bos_token_id", "pad_token_id") if key in config}
+    generation: dict[str, Any] = {key: config[key] for key in ("bos_token_id", "pad_token_id") if key in config}
     generation["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)
     with replacing(folder, CheckpointError) as partial:
         _write_json(partial / "config.json", config)
@@ -79,16 +79,16 @@ def check_target(folder: Path, force: bool) -> None:
     if not force:
         raise CheckpointError(f"{folder} exists; choose another folder or replace it with --force")
     if not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.json").is_file()):
-        raise CheckpointError(f"{folder} exists and is no checkpoint (no config.json), so --force does not replace it; move it away")
+        raise CheckpointError(
+            f"{folder} exists and is no checkpoint (no config.json), so --force does not replace it; move it away"
+        )
 
 
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _write_weights(
-    file: GgufFile, placed: list[Placed], output: BinaryIO, dtype: str, on_stage: Callable[[str], None]
-) -> None:
+def _write_weights(file: GgufFile, placed: list[Placed], output: BinaryIO, dtype: str, on_stage: Callable[[str], None]) -> None:
     """A safetensors file in the order of ``placed``: the length of its head, the head (names, types, shapes, places), the weights.
 
     The safetensors package writes a file only from tensors that are in memory all at once.
@@ -104,8 +104,7 @@ def _write_weights(
     output.write(len(text).to_bytes(8, "little") + text)
     for number, each in enumerate(placed, start=1):
         on_stage(f"weights: tensor {number} of {len(placed)}, {each.source.name}")
-        for weights in read_chunks(file, each.source, each.heads):
-            output.write(_rounded(file, each, weights, dtype).data)
+        output.writelines(_rounded(file, each, weights, dtype).data for weights in read_chunks(file, each.source, each.heads))
 
 
 def _rounded(file: GgufFile, placed: Placed, weights: np.ndarray, dtype: str) -> np.ndarray:
@@ -118,5 +117,7 @@ def _rounded(file: GgufFile, placed: Placed, weights: np.ndarray, dtype: str) ->
     with np.errstate(over="ignore"):
         half = weights.astype(np.float16)
     if not np.isfinite(half).all():
-        raise CheckpointError(f"{file.path} holds weights too large for fp16 in {placed.source.name}; import it as fp32 or bf16")
+        raise CheckpointError(
+            f"{file.path} holds weights too large for fp16 in {placed.source.name}; import it as fp32 or bf16"
+        )
     return half

@@ -169,7 +169,9 @@ class _Reader:
         name = self.string()
         axes = self.scalar("I")
         if not 1 <= axes <= _MAX_AXES:
-            raise CheckpointError(f"{self.path} gives the tensor {name} {axes} axes, and GGUF has 1 to {_MAX_AXES}; download it again")
+            raise CheckpointError(
+                f"{self.path} gives the tensor {name} {axes} axes, and GGUF has 1 to {_MAX_AXES}; download it again"
+            )
         shape = tuple(self.scalar("Q") for _ in range(axes))[::-1]
         return name, shape, self.scalar("I"), self.scalar("Q")
 
@@ -183,7 +185,9 @@ class _Reader:
             )
         block, block_bytes = GGML_QUANT_SIZES[known[kind]]
         if shape[-1] % block:
-            raise CheckpointError(f"{self.path} stores {name} in rows of {shape[-1]}, no multiple of {block}; download it again")
+            raise CheckpointError(
+                f"{self.path} stores {name} in rows of {shape[-1]}, no multiple of {block}; download it again"
+            )
         tensor = GgufTensor(name, known[kind].name, shape, offset, shape[-1] // block * block_bytes)
         end = offset + tensor.num_rows * tensor.row_bytes
         if end > len(self.contents):

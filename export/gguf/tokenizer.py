@@ -17,7 +17,12 @@ from bilevel.export.gguf.pretokenizers import PRE_TOKENIZERS
 # llama.cpp's kinds of tokens that are matched in the text before anything else.
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece spells a space
-_ROLES = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id", "pad_token": "padding_token_id"}
+_ROLES = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
 _ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 # Texts that end an answer wherever they are a control token of the vocabulary: llama.cpp stops at them whatever the metadata say.
 _END_TEXTS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>")
@@ -47,7 +52,9 @@ class GgufVocabulary:
         """The id of a special token, None where the file names none."""
         number: int = self.file.value(f"tokenizer.ggml.{key}", int, -1)
         if number >= len(self.tokens):
-            raise CheckpointError(f"{self.file.path} gives tokenizer.ggml.{key}={number}, and has {len(self.tokens)} tokens; {CONVERT}")
+            raise CheckpointError(
+                f"{self.file.path} gives tokenizer.ggml.{key}={number}, and has {len(self.tokens)} tokens; {CONVERT}"
+            )
         return None if number < 0 else number
 
     def end_ids(self) -> list[int]:
@@ -68,14 +75,16 @@ class GgufVocabulary:
 
     def merges(self) -> list[tuple[str, str]]:
         """The file's merges, each the two parts of a token."""
-        pairs = [tuple(merge.split(" ")) for merge in self.file.value("tokenizer.ggml.merges", list)]
-        for number, pair in enumerate(pairs):
-            if len(pair) != 2 or not {*pair, "".join(pair)} <= self.ids.keys():
+        pairs = []
+        for number, merge in enumerate(self.file.value("tokenizer.ggml.merges", list)):
+            left, _, right = merge.partition(" ")
+            if not {left, right, left + right} <= self.ids.keys():
                 raise CheckpointError(
-                    f"{self.file.path} lists in tokenizer.ggml.merges {' '.join(pair)!r} (number {number}), which does not join "
-                    f"two tokens to a third; {CONVERT}"
+                    f"{self.file.path} lists in tokenizer.ggml.merges {merge!r} (number {number}), which does not join two tokens to "
+                    f"a third; {CONVERT}"
                 )
-        return pairs  # type: ignore[return-value]  # each has two parts, as was just seen
+            pairs.append((left, right))
+        return pairs
 
 
 def make_tokenizer(file: GgufFile) -> tuple[Tokenizer, dict[str, Any], list[int]]:
@@ -88,12 +97,21 @@ def make_tokenizer(file: GgufFile) -> tuple[Tokenizer, dict[str, Any], list[int]
     ends = file.value("tokenizer.ggml.add_eos_token", bool, False)
     for role, wanted in (("bos_token", begins), ("eos_token", ends)):
         if wanted and role not in texts:
-            raise CheckpointError(f"{file.path} adds a {role} to every text, but lacks tokenizer.ggml.{_ROLES[role]}; {CONVERT}")
+            raise CheckpointError(
+                f"{file.path} adds a {role} to every text, but lacks tokenizer.ggml.{_ROLES[role]}; {CONVERT}"
+            )
     if begins or ends:
         around = ([texts["bos_token"]] if begins else []), ([texts["eos_token"]] if ends else [])
         tokenizer.post_processor = processors.TemplateProcessing(
             single=[*around[0], "$A", *around[1]],
-            pair=[*around[0], "$A", *around[1], *(f"{text}:1" for text in around[0]), "$B:1", *(f"{text}:1" for text in around[1])],
+            pair=[
+                *around[0],
+                "$A",
+                *around[1],
+                *(f"{text}:1" for text in around[0]),
+                "$B:1",
+                *(f"{text}:1" for text in around[1]),
+            ],
             special_tokens=[(text, vocabulary.ids[text]) for text in dict.fromkeys([*around[0], *around[1]])],
         )
     config: dict[str, Any] = {
@@ -130,7 +148,9 @@ def _byte_level(vocabulary: GgufVocabulary) -> tuple[Tokenizer, bool]:
     rule = PRE_TOKENIZERS[name]
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary.ids, merges=vocabulary.merges(), ignore_merges=rule.whole_words))
     splits: Sequence[Any] = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in rule.patterns]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer, rule.begins
 
