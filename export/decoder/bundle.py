@@ -75,7 +75,7 @@ def export_bundle(
     checkpoint, bundle = Path(checkpoint), Path(bundle)
     check_format(weights)
     check_precision(precision, weights)
-    _check_target(bundle, force)
+    check_target(bundle, force)
     if prefill_chunk < 1:
         raise ExportError(f"prefill_chunk={prefill_chunk} must be at least 1")
     config = load_config(checkpoint)
@@ -125,7 +125,8 @@ def _with_small_cache(twin: Path, config: ModelConfig) -> onnx.ModelProto:
     return save_int8_cache(twin, twin, cache_ranges(twin, tokens))
 
 
-def _check_target(bundle: Path, force: bool) -> None:
+def check_target(bundle: Path, force: bool) -> None:
+    """Refuse a folder that would be lost. Raises ExportError."""
     if not bundle.exists():
         return
     if not force:
