@@ -31,6 +31,8 @@ _EXTRAS = {
     "safetensors": "export",
     "polygraphy": "export",
     "jinja2": "export",
+    "gguf": "gguf",
+    "huggingface_hub": "hub",
     "prometheus_client": "serve",
     "pydantic": "serve",
     "starlette": "serve",

@@ -48,6 +48,8 @@ LAW: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     "bilevel.plugins.tensorrt.fields": ((*LEAVES, "bilevel.plugins.launch", "bilevel.plugins.tensorrt"), ()),
     "bilevel.plugins.tensorrt.headers": ((), ()),
     "bilevel.export": (("bilevel", "bilevel.plugins", "bilevel.export"), None),
+    # Needs no PyTorch: a checkpoint is made on any machine.
+    "bilevel.export.gguf": ((*LEAVES, "bilevel.export.gguf"), ("numpy", "gguf", "tokenizers")),
     "bilevel.runtime": (
         (*LEAVES, *LIBRARIES, "bilevel.bundle", "bilevel.runtime"),
         ("numpy", "onnxruntime", "tokenizers", "rich", "matplotlib", "tensorrt", "cuda"),
@@ -59,7 +61,7 @@ LAW: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
 # Rooms on one floor or further down: who stands earlier never imports from who stands later.
 FLOORS = {
     "bilevel.plugins": ("launch", "kernels", "tensorrt", "library"),
-    "bilevel.export": ("graph", "decoder", "engine", "report", "check", "cli"),
+    "bilevel.export": ("graph", "gguf", "decoder", "engine", "report", "check", "cli"),
     "bilevel.runtime": ("backend", "generate", "schedule", "serve", "bench", "cli"),
 }
 HEAVY = ("torch", "triton", "tensorrt", "onnx", "onnxruntime", "onnxscript", "safetensors", "tokenizers", "rich", "cuda")

@@ -7,13 +7,16 @@ import json
 import time
 from pathlib import Path
 
-from bilevel.errors import ExportError, require
+from bilevel.errors import require
+from bilevel.export.cli.source import checkpoint_folder
 from bilevel.export.graph.precision import PRECISIONS, check_precision
 
 EPILOG = """\
 CHECKPOINT is a Hugging Face folder (config.json, weights, tokenizer.json) of a family in bilevel/families (Llama, Qwen, Mistral,
-SmolLM, Granite, MiniCPM, Phi-3, OLMoE, GLM-4.5, Ling, ...) as it is, or with a "routing" section in its config.json. BUNDLE is the
-folder to write. A key of config.json that is not known is refused, since it may change the result; --ignore-key passes over it.
+SmolLM, Granite, MiniCPM, Phi-3, OLMoE, GLM-4.5, Ling, ...) as it is, or with a "routing" section in its config.json. It may also be
+a GGUF file of llama.cpp (see bilevel import), or a model's name on the Hugging Face Hub (organisation/name), which is taken from the
+local cache or downloaded. BUNDLE is the folder to write. A key of config.json that is not known is refused, since it may change the
+result; --ignore-key passes over it.
 
   bilevel export my-model my-bundle
   bilevel check my-bundle --against my-model
@@ -36,7 +39,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = "Export a PyTorch checkpoint to a bundle: one ONNX file that runs with or without TensorRT plugins."
     parser.epilog = EPILOG
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder of the trained model")
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="folder of the trained model, .gguf file, or name on the Hub"
+    )
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder to write")
     parser.add_argument("--force", action="store_true", help="replace BUNDLE if it exists")
     parser.add_argument(
@@ -73,25 +78,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     check_precision(args.precision, args.weights)
-    if not args.checkpoint.is_dir():
-        raise ExportError(f"{args.checkpoint} is no folder; give the folder that holds config.json and model.safetensors")
     for name in ("torch", "onnx", "onnxscript", "safetensors"):
         require(name)
-    from bilevel.export.decoder.bundle import export_bundle
+    from bilevel.export.decoder.bundle import check_target, export_bundle
     from bilevel.export.graph.quantise import describe
 
     console = require("rich.console").Console(stderr=True)
     started = time.perf_counter()
-    with console.status("starting") as status:
+    check_target(args.bundle, args.force)  # before a model is imported or downloaded
+    with console.status("starting") as status, checkpoint_folder(args.checkpoint, args.bundle, status.update) as checkpoint:
         report = export_bundle(
-            args.checkpoint,
+            checkpoint,
             args.bundle,
             force=args.force,
             prefill_chunk=args.prefill_chunk,
             weights=args.weights,
             precision=args.precision,
             ignore_keys=args.ignore_key,
-            on_stage=lambda stage: status.update(stage),
+            on_stage=status.update,
         )
         repository = None
         if args.triton_repository is not None:
@@ -115,5 +119,8 @@ def main(args: argparse.Namespace) -> int:
         print(f"weights: {describe(report.weights)}")
     if repository is not None:
         print(f"Triton Inference Server's model: {repository}")
-    print(f"next: bilevel check {report.path} --against {args.checkpoint}")
+    if args.checkpoint.is_file():
+        print(f"next: bilevel import {args.checkpoint} my-checkpoint, and bilevel check {report.path} --against my-checkpoint")
+    else:
+        print(f"next: bilevel check {report.path} --against {checkpoint}")
     return 0

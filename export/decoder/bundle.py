@@ -77,7 +77,7 @@ def export_bundle(
     checkpoint, bundle = Path(checkpoint), Path(bundle)
     check_format(weights)
     check_precision(precision, weights)
-    _check_target(bundle, force)
+    check_target(bundle, force)
     if prefill_chunk < 1:
         raise ExportError(f"prefill_chunk={prefill_chunk} must be at least 1")
     config = _load_config(checkpoint, ignore_keys)
@@ -139,7 +139,8 @@ def _load_config(checkpoint: Path, ignore_keys: Collection[str]) -> ModelConfig:
     return source.config
 
 
-def _check_target(bundle: Path, force: bool) -> None:
+def check_target(bundle: Path, force: bool) -> None:
+    """Refuse a folder that would be lost. Raises ExportError."""
     if not bundle.exists():
         return
     if not force:

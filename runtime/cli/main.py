@@ -17,6 +17,7 @@ import bilevel
 from bilevel.errors import BilevelError, MissingDependency, require
 
 COMMANDS = {
+    "import": ("bilevel.export.cli.import_gguf", "GGUF file to checkpoint: weights, tokenizer, chat template"),
     "export": ("bilevel.export.cli.export", "PyTorch checkpoint to ONNX bundle"),
     "check": ("bilevel.export.cli.check", "prove that a bundle computes what its checkpoint computes, routes included"),
     "kernels": ("bilevel.export.cli.kernels", "the library of GPU kernels for a bundle, for boards and GPUs; needs none"),
