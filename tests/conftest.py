@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.support.summary import fault_rates, skip_reasons
+
 # Tests are tiny: threads only cost start-up time, and pytest-xdist brings its own parallelism.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -50,19 +52,14 @@ def copied(exported: Callable[..., tuple[Path, Path]], tmp_path: Path) -> Callab
     return copy
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Engines of whole models first: the longest tests, behind which no process shall wait at the end."""
+    items.sort(key=lambda item: "tests/export/engine/" not in item.nodeid)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The two rates of the planted-fault suite, where it ran (``tests/export/check/test_faults.py``)."""
-    rates = []
-    for test, sentence in (
-        ("test_fault_", "faults: {} of {} found at the right place"),
-        ("test_harmless_", "harmless: {} of {} pass"),
-    ):
-        ran = {
-            outcome: {r.nodeid for r in terminalreporter.getreports(outcome) if f"test_faults.py::{test}" in r.nodeid}
-            for outcome in ("passed", "failed", "error")
-        }
-        wrong = ran["failed"] | ran["error"]
-        if ran["passed"] or wrong:
-            rates.append(sentence.format(len(ran["passed"] - wrong), len(ran["passed"] | wrong)))
-    if rates:
-        terminalreporter.write_line("; ".join(rates))
+    """How many tests were skipped for which reason, a line each, and the rates of the planted-fault suite."""
+    for reason, count in skip_reasons(terminalreporter.getreports("skipped")).most_common():
+        terminalreporter.write_line(f"skipped: {count} {'test' if count == 1 else 'tests'}: {reason}")
+    if rates := fault_rates(terminalreporter):
+        terminalreporter.write_line(rates)

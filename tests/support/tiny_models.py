@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import onnx
 import torch
 
 from bilevel.checkpoint import save_model
@@ -69,9 +73,26 @@ def edit_config(checkpoint: Path, **changes: Any) -> None:
     path.write_text(json.dumps(config), encoding="utf-8")
 
 
+def _traced_once(save: Callable[..., onnx.ModelProto], folder: Path) -> Callable[..., onnx.ModelProto]:
+    """``save(model, path)`` that runs once for each name of a file; later calls are given copies from ``folder``."""
+
+    def copy(model: CausalLM, path: Path) -> onnx.ModelProto:
+        data = f"{path.stem}.data"
+        if not (folder / data).exists():
+            save(model, folder / path.name)
+        for name in (path.name, data):
+            shutil.copy(folder / name, path.with_name(name))
+        return onnx.load(path, load_external_data=False)
+
+    return copy
+
+
 def export_once(folder: Path, preset: str, weights: str = "fp32", precision: str = "fp32") -> tuple[Path, Path]:
-    """(checkpoint, bundle) below ``folder``, which test processes share; the first one that asks makes them."""
-    from bilevel.export.decoder.bundle import export_bundle
+    """(checkpoint, bundle) below ``folder``, which test processes share; the first one that asks makes them.
+
+    Bundles that differ in the format of their weights only are traced once: that format comes after the trace.
+    """
+    from bilevel.export.decoder import bundle as exporter
 
     name = "bundle" if weights == precision == "fp32" else weights if precision == "fp32" else precision
     checkpoint, bundle = folder / preset / "checkpoint", folder / preset / name
@@ -81,5 +102,9 @@ def export_once(folder: Path, preset: str, weights: str = "fp32", precision: str
         if not bundle.exists():
             if not checkpoint.exists():
                 save_checkpoint(checkpoint, preset)
-            export_bundle(checkpoint, bundle, prefill_chunk=PREFILL_CHUNK, weights=weights, precision=precision)
+            traces = folder / preset / f"traces-{precision}"
+            traces.mkdir(exist_ok=True)
+            saves = {name: _traced_once(getattr(exporter, name), traces) for name in ("save_decoder", "save_dense_twin")}
+            with patch.multiple(exporter, **saves):
+                exporter.export_bundle(checkpoint, bundle, prefill_chunk=PREFILL_CHUNK, weights=weights, precision=precision)
     return checkpoint, bundle

@@ -87,7 +87,10 @@ def test_export_bundle_is_what_the_runtime_reads(exported: Exported, preset: str
     assert bundle.checks == ()
 
 
-def test_export_bundle_end_tokens_of_the_generation_config(checkpoint: Path, tmp_path: Path) -> None:
+def test_export_bundle_end_tokens_of_the_generation_config(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundle_module, "TWIN_PRECISIONS", ())  # the twin has no part in it, and takes as long as the rest
     (checkpoint / "generation_config.json").write_text('{"eos_token_id": [1, 7]}', encoding="utf-8")
     report = export_bundle(checkpoint, tmp_path / "new" / "bundle")
     assert load_bundle(report.path).eos == (1, 7) and report.operators == {"CoarseRoute": 2, "RoutedAttention": 2}
@@ -132,7 +135,7 @@ def test_export_bundle_refuses_prefill_chunk(checkpoint: Path, tmp_path: Path, c
 def test_export_bundle_refuses_generation_config(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
-    monkeypatch.setattr(bundle_module, "save_decoder", lambda model, path: path.touch())
+    monkeypatch.setattr(bundle_module, "load_model", None)  # before the model is loaded
     (checkpoint / "generation_config.json").write_text(text, encoding="utf-8")
     refuse(checkpoint, tmp_path / "new", "generation_config.json is not valid JSON; write it anew or delete it")
 
@@ -266,7 +269,10 @@ def test_export_command_existing_bundle(checkpoint: Path, bundle: Path, capsys: 
     fail(["export", str(checkpoint), str(bundle)], capsys, "exists; choose another folder or replace it with --force")
 
 
-def test_export_command_prints_what_it_did(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_command_prints_what_it_did(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bundle_module, "TWIN_PRECISIONS", ())
     assert main(["export", str(checkpoint), str(tmp_path / "new"), "--json", "--prefill-chunk", "8"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["bundle"] == str(tmp_path / "new") and report["operators"] == {"CoarseRoute": 2, "RoutedAttention": 2}

@@ -44,16 +44,8 @@ def build(parsed: Network, limits: Limits, archs: Sequence[int]) -> bytes:
 def in_process(graph: Path, nodes: int, plugins: str, limits: Limits, archs: Sequence[int]) -> dict[str, Any]:
     """Build in a new process; what it printed."""
     sizes = f"{limits.batch},{limits.capacity},{limits.chunk},{limits.block_size}"
-    command = [
-        sys.executable,
-        "-m",
-        "tests.export.engine.rtx_engines",
-        str(graph),
-        str(nodes),
-        plugins,
-        sizes,
-        ",".join(map(str, archs)),
-    ]
+    arguments = [str(graph), str(nodes), plugins, sizes, ",".join(map(str, archs))]
+    command = [sys.executable, "-m", "tests.export.engine.rtx_engines", *arguments]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     return dict(json.loads(run.stdout))

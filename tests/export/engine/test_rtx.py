@@ -11,8 +11,6 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from tests import ROOT
-
 if importlib.util.find_spec("tensorrt_rtx") is None:
     pytest.skip("there is no TensorRT-RTX for this machine", allow_module_level=True)
 
@@ -28,8 +26,6 @@ from tests.export.engine.rtx_engines import in_process, layer_kinds
 from tests.plugins.tensorrt.plugin_library import build_plugins
 from tests.support.tiny_models import BLOCK_SIZE, PREFILL_CHUNK
 
-EXAMPLE = ROOT / "examples" / "model"
-ARCHS = (80, 86, 89, 120)
 TINY = Limits(batch=2, capacity=48, chunk=PREFILL_CHUNK, block_size=BLOCK_SIZE)
 Exported = Callable[..., tuple[Path, Path]]
 
@@ -46,15 +42,15 @@ def rtx() -> Flavour:
 @pytest.fixture
 def created(monkeypatch: pytest.MonkeyPatch) -> list[PluginNode]:
     """What create_plugin made of the fields that the parser gave, call by call."""
-    made: list[PluginNode] = []
+    nodes: list[PluginNode] = []
     read = tensorrt_python.read_fields
 
     def recorded(*args: Any, **options: Any) -> PluginNode:
-        made.append(read(*args, **options))
-        return made[-1]
+        nodes.append(read(*args, **options))
+        return nodes[-1]
 
     monkeypatch.setattr(tensorrt_python, "read_fields", recorded)
-    return made
+    return nodes
 
 
 def parse(rtx: Flavour, graph: Path) -> Network:
@@ -95,8 +91,8 @@ def test_logits_are_ranked_where_the_vocabulary_is_large(rtx: Flavour, exported:
     assert not add_best_logits(parsed) and parsed.network.num_outputs == before
     assert add_best_logits(parsed, least=100)
     added = [parsed.network.get_output(index) for index in range(before, parsed.network.num_outputs)]
-    found = [(tensor.name, tuple(tensor.shape), tensor.dtype.name) for tensor in added]
-    assert found == [("top_logits", (-1, 64), "FLOAT"), ("top_ids", (-1, 64), "INT32"), ("log_sum", (-1,), "FLOAT")]
+    ranked = [(tensor.name, tuple(tensor.shape), tensor.dtype.name) for tensor in added]
+    assert ranked == [("top_logits", (-1, 64), "FLOAT"), ("top_ids", (-1, 64), "INT32"), ("log_sum", (-1,), "FLOAT")]
 
 
 def test_the_same_file_builds_and_runs_without_plugins(exported: Exported) -> None:
