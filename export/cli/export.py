@@ -37,7 +37,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = "Export a PyTorch checkpoint to a bundle: one ONNX file that runs with or without TensorRT plugins."
     parser.epilog = EPILOG
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder of the trained model, .gguf file, or name on the Hub")
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="folder of the trained model, .gguf file, or name on the Hub"
+    )
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder to write")
     parser.add_argument("--force", action="store_true", help="replace BUNDLE if it exists")
     parser.add_argument(
