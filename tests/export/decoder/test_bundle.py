@@ -234,7 +234,11 @@ def fail(arguments: list[str], capsys: pytest.CaptureFixture[str], *parts: str) 
 
 
 def test_export_command_missing_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fail(["export", str(tmp_path / "none"), str(tmp_path / "b")], capsys, "none is no folder; give the folder that holds")
+    fail(
+        ["export", str(tmp_path / "none"), str(tmp_path / "b")],
+        capsys,
+        "none is no folder and no file; give a checkpoint folder",
+    )
     (tmp_path / "empty").mkdir()
     fail(["export", str(tmp_path / "empty"), str(tmp_path / "b")], capsys, "config.json does not exist")
 
