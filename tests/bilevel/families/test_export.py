@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from bilevel.checkpoint import load_model
 from bilevel.export.check.parity import check_bundle
 from bilevel.export.decoder.bundle import export_bundle
 from bilevel.export.decoder.dense_twin import dense_twin
+from bilevel.model import CausalLM
 from bilevel.runtime.backend.onnx import OnnxSession
+from bilevel.runtime.cli.main import main
 from tests.bilevel.families.definitions import save_bailing
 from tests.bilevel.families.released import change_config, make
 from tests.doubles.bundle import EOS, make_tokenizer
@@ -53,14 +56,14 @@ def release(folder: Path, name: str, routing: str, **changes: Any) -> Path:
                 "original_max_position_embeddings": 32,
             },
         ),
-        # q and k normalised over all heads, softmax gate that is not renormalised; small weights.
-        ("olmoe", "moba_gqa", {"weights": "int4"}, {}),
-        # A dense layer before an expert layer, groups, bias of the choice, shared experts, partial rotary; 16 bits.
-        ("glm4_moe", "two_level", {"precision": "fp16"}, {}),
+        # q and k normalised over all heads, softmax gate that is not renormalised; 16 bits.
+        ("olmoe", "moba_gqa", {"precision": "fp16"}, {}),
+        # A dense layer before an expert layer, groups, bias of the choice, shared experts, partial rotary, biases; small weights.
+        ("glm4_moe", "two_level", {"weights": "int4"}, {}),
         # Routed in both levels as released: q, k and v stored in one tensor, experts one by one, MoBA over key/value heads.
         ("bailing_moe", "moba_gqa", {}, {}),
     ],
-    ids=["biases-nope-yarn", "whole-norm-int4", "shared-groups-partial-fp16", "ring"],
+    ids=["biases-nope-yarn", "whole-norm-fp16", "shared-groups-partial-int4", "ring"],
 )
 def test_family_exports(name: str, routing: str, options: dict[str, Any], changes: dict[str, Any], tmp_path: Path) -> None:
     checkpoint = release(tmp_path / "released", name, routing, **changes)
@@ -69,12 +72,12 @@ def test_family_exports(name: str, routing: str, options: dict[str, Any], change
     assert report["passed"], report
     assert list(load_bundle(tmp_path / "bundle").ignored_keys) == options.get("ignore_keys", [])
     if not options.keys() & {"weights", "precision"}:
-        twin_equals_pytorch(checkpoint, tmp_path / "bundle")
+        twin = dense_twin(load_model(checkpoint, ignore=options.get("ignore_keys", ())))
+        twin_equals_pytorch(twin, tmp_path / "bundle")
 
 
-def twin_equals_pytorch(checkpoint: Path, folder: Path) -> None:
+def twin_equals_pytorch(twin: CausalLM, folder: Path) -> None:
     """A chunk, one behind cached tokens, one that is padded, single tokens."""
-    twin = dense_twin(load_model(checkpoint))
     bundle = load_bundle(folder).dense_twin()
     caches = OnnxSession(bundle).allocate(1, 64)
     ids = torch.randint(0, bundle.vocab_size, (1, 30))
@@ -87,3 +90,20 @@ def twin_equals_pytorch(checkpoint: Path, folder: Path) -> None:
         logits = caches.run(call, np.array([past], np.int32), np.array([valid], np.int32))
         past += valid
         np.testing.assert_allclose(logits[0], expected[past - 1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ([], "unknown key 'flavour' .5., which may change the result; if it does not, export with --ignore-key flavour"),
+        (["--ignore-key", "flavour", "--ignore-key", "taste"], "--ignore-key taste: .*config.json has no such key"),
+        (["--ignore-key", "flavour", "--ignore-key", "_note"], "--ignore-key _note: .* needs none to be ignored"),
+        (["--ignore-key", "vocab_size"], "--ignore-key vocab_size: the result depends on this key"),
+    ],
+    ids=["refused", "absent", "inert", "read"],
+)
+def test_ignore_key(options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = release(tmp_path / "released", "qwen2", "moba_gqa", flavour=5, _note=3)
+    assert main(["export", str(checkpoint), str(tmp_path / "bundle"), *options]) == 2
+    assert re.search(message, " ".join(capsys.readouterr().err.split()))
+    assert not (tmp_path / "bundle").exists()
