@@ -17,8 +17,8 @@ from torch import Tensor
 
 from bilevel.config_json import config_to_dict, load_source
 from bilevel.errors import CheckpointError
-from bilevel.families.family import EMBEDDING, HEAD
-from bilevel.families.pieces import plan, tied_names
+from bilevel.families.shared.family import EMBEDDING, HEAD
+from bilevel.families.shared.pieces import plan, tied_names
 from bilevel.folders import replacing
 from bilevel.model import CausalLM
 from bilevel.weight_files import CONFIG, INDEX, WEIGHTS, opened, read_headers
@@ -149,8 +149,8 @@ def _check_finite(name: str, path: Path, tensor: Tensor, filled: Tensor) -> None
 def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, ignore: Collection[str] = ()) -> CausalLM:
     """The model in a checkpoint folder, in eval mode, its parameters in ``dtype`` (buffers keep the model's own dtype).
 
-    Reads ``model.safetensors`` or ``pytorch_model.bin``, or the shards that an index names, one tensor at a time. Experts may be
-    stored stacked (``mlp.experts.gate_up_proj`` [E, 2f, d]) or one by one (``mlp.experts.{e}.gate_proj.weight`` [f, d]).
+    Reads ``model.safetensors`` or ``pytorch_model.bin``, or the shards that an index names, one tensor at a time. Experts may
+    be stored stacked (``mlp.experts.gate_up_proj`` [E, 2f, d]) or one by one (``mlp.experts.{e}.gate_proj.weight`` [f, d]).
     ignore: unknown keys of ``config.json`` to pass over.
     Raises ConfigError for a config that cannot be honoured, CheckpointError for weights that do not match it.
     """

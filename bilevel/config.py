@@ -167,8 +167,9 @@ class ModelConfig:
 
     model_type: what ``config.json`` is written as; ``bilevel/families`` says which types are read, and as what.
     attention_bias: of q, k, v and, unless attention_output_bias says otherwise, of the output projection.
-    qk_norm: none, head (each head's q and k are normalised) or projection (all heads' together); None: head for qwen3, else none.
-    rotary_dim: channels of a head that positions turn, from the first one; None: all. nope_layers: layers without positions.
+    qk_norm: none, head (each head's q and k are normalised) or projection (all heads' together); None: head for qwen3, else
+    none. rotary_dim: channels of a head that positions turn, from the first one; None: all. nope_layers: layers without
+    positions.
     """
 
     vocab_size: int
@@ -243,8 +244,8 @@ class ModelConfig:
             factors = getattr(scaling, name)
             if scaling.rope_type == "longrope" and len(factors) != self.rotated_channels // 2:
                 raise ConfigError(
-                    f"rope_scaling.{name} holds {len(factors)} factors, but the {self.rotated_channels} rotary channels of a head "
-                    f"need {self.rotated_channels // 2}"
+                    f"rope_scaling.{name} holds {len(factors)} factors, but the {self.rotated_channels} rotary channels of a "
+                    f"head need {self.rotated_channels // 2}"
                 )
 
     @property

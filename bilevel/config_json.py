@@ -1,7 +1,8 @@
 """Hugging Face's ``config.json`` in and out.
 
-A ``config.json`` of any family in ``bilevel/families`` loads as it is. Routing is described by one extra section, ``"routing"``, and
-expert layers by another, ``"experts"``. ``bilevel/families/keys.py`` says which keys matter: one that is unknown may change the result.
+A ``config.json`` of any family in ``bilevel/families`` loads as it is. Routing is described by one extra section,
+``"routing"``, and expert layers by another, ``"experts"``. ``bilevel/families/shared/keys.py`` says which keys matter: one
+that is unknown may change the result.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from typing import Any
 
 from bilevel.config import Experts, ModelConfig, Routing
 from bilevel.errors import ConfigError
-from bilevel.families import family_of, rope, windows
-from bilevel.families.family import Layout
-from bilevel.families.keys import check_ignored, judge
+from bilevel.families import family_of
+from bilevel.families.shared import rope, windows
+from bilevel.families.shared.family import Layout
+from bilevel.families.shared.keys import check_ignored, judge
 
 _COMMON = frozenset({spec.name for spec in dataclasses.fields(ModelConfig)} - {"eos_token_ids"})
 _TOKENS = ("bos_token_id", "eos_token_id", "eos_token_ids")
@@ -33,7 +35,7 @@ _ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class Source:
-    """What a ``config.json`` says: the model, how its weights are stored, and the unknown keys that were passed over by request."""
+    """What a ``config.json`` says: the model, how its weights are stored, and the unknown keys passed over by request."""
 
     config: ModelConfig
     layout: Layout
@@ -179,7 +181,7 @@ def load_config(folder: Path, ignore: Collection[str] = ()) -> ModelConfig:
 
 
 def load_source(folder: Path, ignore: Collection[str] = ()) -> Source:
-    """Read ``config.json`` in a checkpoint or bundle folder, with the layout of the weights. ignore: unknown keys to pass over."""
+    """Read ``config.json`` in a checkpoint or bundle folder, with the weights' layout. ignore: unknown keys to pass over."""
     path = Path(folder) / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))

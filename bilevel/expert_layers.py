@@ -83,7 +83,7 @@ class SwiGLU(nn.Module):
 
 
 class ExpertMLP(nn.Module):
-    """A mixture of experts routed in two levels: groups by the word, experts by the context; beside it a shared expert, or none."""
+    """Experts routed in two levels, groups by the word and experts by the context; beside them a shared expert, or none."""
 
     def __init__(self, config: ModelConfig, experts: Experts) -> None:
         super().__init__()

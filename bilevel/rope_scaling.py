@@ -21,8 +21,8 @@ class RopeScaling:
 
     linear: every frequency divided by factor. llama3: Llama 3.1's blend between low_freq_factor and high_freq_factor.
     yarn (arXiv 2309.00071): a ramp between the channels that turn beta_fast and beta_slow times in
-    original_max_position_embeddings, its ends whole channels with truncate; cos and sin times attention_factor, which follows from
-    factor, or from mscale and mscale_all_dim, where it is not given.
+    original_max_position_embeddings, its ends whole channels with truncate; cos and sin times attention_factor, which follows
+    from factor, or from mscale and mscale_all_dim, where it is not given.
     longrope (arXiv 2402.13753): every frequency divided by its own factor, those of long_factor where the declared capacity
     (max_position_embeddings) exceeds original_max_position_embeddings, else those of short_factor.
     """

@@ -1,4 +1,5 @@
-"""Rotary position embedding (RoFormer, arXiv 2104.09864), with Hugging Face's layout: channel i turns with i + r/2 of the r rotary channels (all D, or the first ones).
+"""Rotary position embedding (RoFormer, arXiv 2104.09864), with Hugging Face's layout: channel i turns with i + r/2
+of the r rotary channels (all D, or the first ones).
 
 The tables of cos and sin are fp32 by definition, in a model of every precision, fp64 included: they are constants of the model,
 so that models of two precisions differ by the rounding of their sums and not by the angles they turn by.
@@ -40,7 +41,7 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
 
 
 def _yarn(frequency: Tensor, scaling: RopeScaling, config: ModelConfig) -> Tensor:
-    """Channels that turn often in the trained length keep their frequency, those that hardly turn are stretched by the factor."""
+    """Channels that turn often in the trained length keep their frequency, those that hardly turn have it over the factor."""
     width = config.rotated_channels
 
     def channel(turns: float) -> float:

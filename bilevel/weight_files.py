@@ -1,6 +1,7 @@
 """The files that a checkpoint's weights lie in: safetensors or ``pytorch_model.bin``, one file or shards with an index.
 
-Names, dtypes and shapes are read without the weights. A pickle is read by PyTorch's weights-only loader, which runs no foreign code.
+Names, dtypes and shapes are read without the weights. A pickle is read by PyTorch's weights-only loader, which runs no foreign
+code.
 """
 
 from __future__ import annotations
@@ -162,7 +163,7 @@ def weights_entry(folder: Path) -> Path:
 
 
 def _weight_files(folder: Path) -> tuple[list[Path], Path | None]:
-    """The files of a checkpoint's weights and, where they are shards, their index; or CheckpointError with what is there instead."""
+    """The files of the weights and, where they are shards, their index; or CheckpointError with what is there instead."""
     for single, index in ((WEIGHTS, INDEX), (PICKLE, PICKLE_INDEX)):
         if (folder / single).is_file():
             return [folder / single], None

@@ -1,10 +1,8 @@
 """Families of released models, one small declarative file each: ``config.json`` in, ``ModelConfig`` and a weight layout out.
 
-    family.py            what a family declares, and checked access to a file's values
-    keys.py              which keys matter, which do not, which are refused
-    rope.py windows.py gates.py   positions, sliding windows and expert gates, which families share
-    own.py               this package's own model_type
-    (the rest)           one released family each
+    shared/   what a family declares, and what families have in common
+    own.py    this package's own model_type
+    (the rest)   one released family each
 
 A new family is a file with a ``FAMILY`` and a line below. Its test compares a tiny random model with transformers' own class
 (``tests/bilevel/families``), or with the definition in slow loops where transformers has none.
@@ -33,11 +31,11 @@ from bilevel.families import (
     qwen3_moe,
     smollm3,
 )
-from bilevel.families.family import Family
+from bilevel.families.shared.family import Family
 
 _MODULES: tuple[ModuleType, ...] = (
-    llama, qwen2, qwen3, mistral, smollm3, granite, minicpm, phi3, ernie4_5, qwen3_moe, granitemoe, olmoe, glm4_moe, dots1, bailing_moe,
-    own,
+    llama, qwen2, qwen3, mistral, smollm3, granite, minicpm, phi3, ernie4_5, qwen3_moe, granitemoe, olmoe, glm4_moe, dots1,
+    bailing_moe, own,
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {name: module.FAMILY for module in _MODULES for name in module.FAMILY.model_types}
 

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from bilevel.families.family import Family, Raw, whole
-from bilevel.families.gates import grouped_gate
+from bilevel.families.shared.family import Family, Raw, whole
+from bilevel.families.shared.gates import grouped_gate
 
 
 def _values(raw: Raw) -> dict[str, Any]:

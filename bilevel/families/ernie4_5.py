@@ -3,7 +3,7 @@
 from typing import Any
 
 from bilevel.config import ModelConfig
-from bilevel.families.family import Family, Layout, Raw, flag
+from bilevel.families.shared.family import Family, Layout, Raw, flag
 
 
 def _values(raw: Raw) -> dict[str, Any]:

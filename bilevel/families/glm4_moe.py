@@ -3,8 +3,8 @@
 from typing import Any
 
 from bilevel.config import ModelConfig
-from bilevel.families.family import Family, Layout, Raw, flag, whole
-from bilevel.families.gates import grouped_gate
+from bilevel.families.shared.family import Family, Layout, Raw, flag, whole
+from bilevel.families.shared.gates import grouped_gate
 
 _FURTHER = ("num_nextn_predict_layers", "num_mtp_layers")
 
@@ -32,5 +32,6 @@ FAMILY = Family(
     values=_values,
     layout=_layout,
     partial_rotary=True,
-    defaults={"partial_rotary_factor": 0.5, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "first_k_dense_replace": 1},
+    defaults={"partial_rotary_factor": 0.5, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "first_k_dense_replace":
+    1},
 )  # fmt: skip

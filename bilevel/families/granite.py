@@ -3,7 +3,7 @@
 from typing import Any
 
 from bilevel.config import ModelConfig
-from bilevel.families.family import EMBEDDING, HEAD, Family, Layout, O, Q, Raw, flag, positive_number, scaled
+from bilevel.families.shared.family import EMBEDDING, HEAD, Family, Layout, O, Q, Raw, flag, positive_number, scaled
 
 MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 

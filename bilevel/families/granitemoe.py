@@ -1,12 +1,12 @@
-"""Granite 3 1B-A400M and 3B-A800M: experts in every layer, by softmax over the chosen ones' logits; multipliers as in Granite."""
+"""Granite 3 1B-A400M and 3B-A800M: experts in every layer, by softmax over the chosen logits; multipliers as in Granite."""
 
 import dataclasses
 from typing import Any
 
 from bilevel.config import ModelConfig
-from bilevel.families.family import Family, Layout, Raw, whole
-from bilevel.families.gates import softmax_gate
 from bilevel.families.granite import MULTIPLIERS, folded_layout, folded_values
+from bilevel.families.shared.family import Family, Layout, Raw, whole
+from bilevel.families.shared.gates import softmax_gate
 
 _NAMES = {
     "mlp.gate": "block_sparse_moe.router.layer",

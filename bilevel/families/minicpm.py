@@ -1,7 +1,8 @@
 """MiniCPM 1 to 4, the dense part: three scalars on Llama's shape, folded into the weights.
 
-scale_emb multiplies the embeddings, scale_depth / sqrt(layers) what a layer adds to the stream, and the head reads the stream divided
-by hidden_size / dim_model_base. MiniCPM 4's sparse attention (InfLLM-V2) begins behind dense_len tokens; up to there it is dense.
+scale_emb multiplies the embeddings, scale_depth / sqrt(layers) what a layer adds to the stream, and the head reads the stream
+divided by hidden_size / dim_model_base. MiniCPM 4's sparse attention (InfLLM-V2) begins behind dense_len tokens; up to there
+it is dense.
 """
 
 import math
@@ -10,7 +11,7 @@ from typing import Any
 
 from bilevel.config import ModelConfig
 from bilevel.errors import ConfigError
-from bilevel.families.family import EMBEDDING, HEAD, Family, Layout, O, Raw, flag, positive_number, scaled, whole
+from bilevel.families.shared.family import EMBEDDING, HEAD, Family, Layout, O, Raw, flag, positive_number, scaled, whole
 
 
 def _values(raw: Raw) -> dict[str, Any]:
@@ -30,8 +31,9 @@ def _check_sparse(raw: Raw) -> None:
     length = whole(raw, "max_position_embeddings", 32768)
     if dense < length:
         raise ConfigError(
-            f"config.json sets sparse_config with dense_len={dense} below max_position_embeddings={length}; its attention behind "
-            "dense_len is not implemented: set max_position_embeddings to dense_len, or remove sparse_config to attend to every token"
+            f"config.json sets sparse_config with dense_len={dense} below max_position_embeddings={length}; its attention "
+            "behind dense_len is not implemented: set max_position_embeddings to dense_len, or remove sparse_config to attend "
+            "to every token"
         )
 
 

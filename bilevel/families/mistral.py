@@ -1,8 +1,8 @@
-"""Mistral and Mistral Nemo: Llama's shape, with head_dim apart from hidden_size / heads. Windows are refused unless they have no effect."""
+"""Mistral and Mistral Nemo: Llama's shape, head_dim apart from hidden_size / heads; a window is refused unless without effect."""
 
 from typing import Any
 
-from bilevel.families.family import Family, Raw
+from bilevel.families.shared.family import Family, Raw
 
 
 def _values(raw: Raw) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from bilevel.families.family import Family, Raw, flag, whole
-from bilevel.families.gates import softmax_gate
+from bilevel.families.shared.family import Family, Raw, flag, whole
+from bilevel.families.shared.gates import softmax_gate
 
 
 def _values(raw: Raw) -> dict[str, Any]:

@@ -3,6 +3,6 @@
 Every field of ``ModelConfig`` stands under its own name, and no factor is left to fold.
 """
 
-from bilevel.families.family import Family
+from bilevel.families.shared.family import Family
 
 FAMILY = Family(model_types=("bilevel",))

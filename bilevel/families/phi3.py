@@ -1,9 +1,9 @@
-"""Phi-3 and Phi-4-mini: Llama's shape with q, k, v in one projection and gate, up in another, part of a head turned, longrope."""
+"""Phi-3 and Phi-4-mini: Llama's shape with q, k, v in one tensor and gate, up in another, part of a head turned, longrope."""
 
 from typing import Any
 
 from bilevel.config import ModelConfig
-from bilevel.families.family import QKV, Family, Layout, Raw
+from bilevel.families.shared.family import QKV, Family, Layout, Raw
 
 
 def _values(raw: Raw) -> dict[str, Any]:

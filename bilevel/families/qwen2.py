@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from bilevel.families.family import Family, Raw
+from bilevel.families.shared.family import Family, Raw
 
 
 def _values(raw: Raw) -> dict[str, Any]:

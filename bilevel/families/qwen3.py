@@ -1,5 +1,5 @@
 """Qwen3: every head's queries and keys are normalised."""
 
-from bilevel.families.family import Family
+from bilevel.families.shared.family import Family
 
 FAMILY = Family(model_types=("qwen3",), windows="switch")

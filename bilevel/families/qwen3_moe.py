@@ -3,8 +3,8 @@
 from typing import Any
 
 from bilevel.errors import ConfigError
-from bilevel.families.family import Family, Raw, flag, whole, whole_list
-from bilevel.families.gates import softmax_gate
+from bilevel.families.shared.family import Family, Raw, flag, whole, whole_list
+from bilevel.families.shared.gates import softmax_gate
 
 
 def _values(raw: Raw) -> dict[str, Any]:
@@ -25,8 +25,8 @@ def _values(raw: Raw) -> dict[str, Any]:
 FAMILY = Family(
     model_types=("qwen3_moe",),
     reads=frozenset({
-        "num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step",
-        "mlp_only_layers",
+        "num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
+        "decoder_sparse_step", "mlp_only_layers",
     }),
     values=_values,
     windows="switch",

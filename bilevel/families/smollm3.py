@@ -1,9 +1,9 @@
-"""SmolLM3: Llama without positions in some layers, every fourth one unless no_rope_layers (1: positions, 0: none) says which."""
+"""SmolLM3: Llama without positions in every fourth layer, or in those that no_rope_layers gives a 0."""
 
 from typing import Any
 
 from bilevel.errors import ConfigError
-from bilevel.families.family import Family, Raw, whole, whole_list
+from bilevel.families.shared.family import Family, Raw, whole, whole_list
 
 
 def _values(raw: Raw) -> dict[str, Any]:

@@ -134,7 +134,8 @@ def _load_config(checkpoint: Path, ignore_keys: Collection[str]) -> ModelConfig:
     source = load_source(checkpoint, ignore_keys)
     if idle := sorted(set(ignore_keys) - set(source.ignored)):
         raise ExportError(
-            f"--ignore-key {idle[0]}: {checkpoint / 'config.json'} has no such key, or needs none to be ignored; leave the option out"
+            f"--ignore-key {idle[0]}: {checkpoint / 'config.json'} has no such key, or needs none to be ignored; "
+            "leave the option out"
         )
     return source.config
 

@@ -1,7 +1,7 @@
 """Families that transformers has no class for: their definition in slow loops over single tokens, on the tensors as stored.
 
-MiniCPM: arXiv 2404.06395, section 4 and the released modelling code's scalars. Ling and Ring 2.0: arXiv 2510.22115; their gate is
-DeepSeek-V3's (arXiv 2412.19437, section 2.1.2), their attention grouped-query with a norm of every head.
+MiniCPM: arXiv 2404.06395 and the released code's scalars. Ling and Ring 2.0, by the released code: DeepSeek-V3's gate (arXiv
+2412.19437, section 2.1.2) and grouped-query attention with a norm of every head.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ def bailing_logits(
 
 
 def moba_tokens(token: int, queries: list[Tensor], keys: list[Tensor], block_size: int = 4, topk: int = 3) -> list[int]:
-    """MoBA shared by a group: the own block, and the complete earlier blocks whose mean key scores best over the group's queries."""
+    """MoBA shared by a group: the own block, and the earlier blocks whose mean key scores best over the group's queries."""
     own = token // block_size
     means = [torch.stack(keys[b * block_size : (b + 1) * block_size]).mean(0) for b in range(own)]
     scores = [sum(float(query @ mean) for query in queries) for mean in means]

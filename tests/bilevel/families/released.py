@@ -46,7 +46,7 @@ GROUPED = {
 
 @dataclass(frozen=True)
 class Released:
-    """A class of transformers by its prefix, and how its config differs from ``SIZES``. length: of the text that is compared."""
+    """A class of transformers by its prefix, and how its config differs from ``SIZES``. length: of the compared text."""
 
     name: str
     changes: dict[str, Any] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What is new in the families' models, through the exporter: both CPU executions, parity part by part, the dense twin, int4 and fp16."""
+"""What is new in the families' models, exported: both CPU executions, parity part by part, the dense twin, int4, fp16."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def release(folder: Path, name: str, routing: str, **changes: Any) -> Path:
         ),
         # q and k normalised over all heads, softmax gate that is not renormalised; 16 bits.
         ("olmoe", "moba_gqa", {"precision": "fp16"}, {}),
-        # A dense layer before an expert layer, groups, bias of the choice, shared experts, partial rotary, biases; small weights.
+        # A dense layer before an expert layer, groups, bias of the choice, shared experts, partial rotary, biases; small
+        # weights.
         ("glm4_moe", "two_level", {"weights": "int4"}, {}),
         # Routed in both levels as released: q, k and v stored in one tensor, experts one by one, MoBA over key/value heads.
         ("bailing_moe", "moba_gqa", {}, {}),
@@ -69,7 +70,7 @@ def test_family_exports(name: str, routing: str, options: dict[str, Any], change
     checkpoint = release(tmp_path / "released", name, routing, **changes)
     export_bundle(checkpoint, tmp_path / "bundle", prefill_chunk=16, **options)
     report = check_bundle(tmp_path / "bundle", checkpoint, tokens=TOKENS)
-    assert report["passed"], report
+    assert report.passed, report
     assert list(load_bundle(tmp_path / "bundle").ignored_keys) == options.get("ignore_keys", [])
     if not options.keys() & {"weights", "precision"}:
         twin = dense_twin(load_model(checkpoint, ignore=options.get("ignore_keys", ())))

@@ -14,7 +14,7 @@ from bilevel.config import ModelConfig
 from bilevel.config_json import config_from_dict, load_source
 from bilevel.errors import ConfigError
 from bilevel.families import FAMILIES
-from bilevel.families.keys import INERT, UNIMPLEMENTED
+from bilevel.families.shared.keys import INERT, UNIMPLEMENTED
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",

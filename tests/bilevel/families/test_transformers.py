@@ -1,4 +1,4 @@
-"""Every family against transformers' own class: equal logits, equal greedy tokens, and a checkpoint that comes back the same."""
+"""Every family against transformers' own class: equal logits, equal greedy tokens, a checkpoint that comes back the same."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_family_routed_over_all_blocks_equals_transformers(name: str, preset: st
 
 @torch.no_grad()
 def test_longrope_takes_the_factors_of_the_declared_capacity(tmp_path: Path) -> None:
-    """A text within the trained length is what transformers computes only where no longer one is declared: the factors are one set."""
+    """One set of factors: within the trained length transformers agrees only where no longer text is declared."""
     theirs = make("phi3-longrope-long")
     theirs.save_pretrained(tmp_path)
     ids = random_ids(1, 20)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel.config import ModelConfig
-from bilevel.families.family import EMBEDDING, HEAD, K, Layout, Q
+from bilevel.families.shared.family import EMBEDDING, HEAD, K, Layout, Q
 
 _IN_LAYER = re.compile(r"^model\.layers\.\d+\.")
 
@@ -23,7 +23,8 @@ def _itself(tensor: Tensor) -> Tensor:
 class Piece:
     """A stored tensor, times ``factor``, fills ``view`` of the model's tensor ``target``.
 
-    shape: of the whole stored tensor. rows: the (first, end) that belong there, None: all. order: of the rows of one head, None where they keep theirs.
+    shape: of the whole stored tensor. rows: the (first, end) that belong there, None: all. order: of the rows of one head,
+    None where they keep theirs.
     """
 
     target: str
@@ -63,7 +64,7 @@ def _stored_name(name: str, layout: Layout) -> str:
 
 
 def _rotary_order(rest: str, config: ModelConfig, layout: Layout) -> tuple[int, ...] | None:
-    """New order of a head's rows where positions turn neighbours: first channels of the pairs, second ones, what is not turned."""
+    """Order of a head's rows where positions turn neighbours: the pairs' first channels, their second ones, the unturned."""
     modules = (Q, K, "self_attn.q_norm", "self_attn.k_norm")
     if not layout.interleaved or _under(rest, modules) is None:
         return None

@@ -1,8 +1,8 @@
 """Every key of a ``config.json`` that somebody writes, and why it matters or does not.
 
-Three kinds: *read* (``bilevel.config_json``'s own, and a family's ``reads``), *inert* (the result does not depend on it) and *not
-implemented* (it changes the result; only a neutral value loads). A key of no kind is refused unless its value is null, false or
-empty, because it may belong to any of them.
+Three kinds: *read* (``bilevel.config_json``'s own, and a family's ``reads``), *inert* (the result does not depend on it) and
+*not implemented* (it changes the result; only a neutral value loads). A key of no kind is refused unless its value is null,
+false or empty, because it may belong to any of them.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _INERT_GROUPS = {
         tags language base_model fused_norm fuse_cross_entropy
     """,
     "belongs to training": """
-        attention_dropout attn_dropout hidden_dropout hidden_dropout_prob embd_pdrop resid_pdrop embedding_dropout output_dropout
-        dropout residual_dropout classifier_dropout initializer_range initializer_cutoff_factor init_std pretraining_tp
-        router_aux_loss_coef aux_loss_alpha seq_aux router_jitter_noise router_z_loss_coef mtp_loss_scaling_factor z_loss_coef
-        gradient_checkpointing use_gradient_checkpointing ep_size expert_parallel mup_denominator rescale_prenorm_residual
-        train_max_length loss_type max_grad_norm
+        attention_dropout attn_dropout hidden_dropout hidden_dropout_prob embd_pdrop resid_pdrop embedding_dropout
+        output_dropout dropout residual_dropout classifier_dropout initializer_range initializer_cutoff_factor init_std
+        pretraining_tp router_aux_loss_coef aux_loss_alpha seq_aux router_jitter_noise router_z_loss_coef
+        mtp_loss_scaling_factor z_loss_coef gradient_checkpointing use_gradient_checkpointing ep_size expert_parallel
+        mup_denominator rescale_prenorm_residual train_max_length loss_type max_grad_norm
     """,
     "belongs to the tokenizer or to the text's special tokens": """
         pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id decoder_start_token_id tokenizer_class tokenizer_path

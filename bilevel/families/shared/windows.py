@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bilevel.errors import ConfigError
-from bilevel.families.family import flag, whole
+from bilevel.families.shared.family import flag, whole
 
 KEYS = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 _KINDS = ("full_attention", "sliding_attention")

@@ -6,7 +6,7 @@ from typing import Any
 
 from bilevel.config import Experts
 from bilevel.errors import ConfigError
-from bilevel.families.family import Raw, flag, number, whole
+from bilevel.families.shared.family import Raw, flag, number, whole
 
 
 def softmax_gate(raw: Raw, layers: tuple[int, ...], *, num_experts: int, width: int, normalize: bool) -> Experts | None:

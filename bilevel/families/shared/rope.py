@@ -1,4 +1,4 @@
-"""Positions as a ``config.json`` describes them: the older ``rope_theta`` + ``rope_scaling`` and the newer ``rope_parameters``."""
+"""Positions as ``config.json`` has them: the older ``rope_theta`` and ``rope_scaling``, and the newer ``rope_parameters``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bilevel.errors import ConfigError
-from bilevel.families.family import number, positive_number, whole
+from bilevel.families.shared.family import number, positive_number, whole
 from bilevel.rope_scaling import RopeScaling
 
 KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings")
@@ -41,8 +41,8 @@ def read_rope(raw: dict[str, Any], partial_rotary: bool) -> tuple[dict[str, Any]
             raise ConfigError(f"rope_scaling.{key} is not supported for rope_type {kind}; remove it if it does not matter")
     if kind not in ("default", "dynamic"):
         values["rope_scaling"] = RopeScaling(rope_type=kind, **section)
-    # Dynamic NTK: plain frequencies up to max_position_embeddings, the length that it was trained for, which is the capacity here.
-    # Behind it the frequencies change with the length of the text, and cached keys with them.
+    # Dynamic NTK: plain frequencies up to max_position_embeddings, the length that it was trained for, which is the capacity
+    # here. Behind it the frequencies change with the length of the text, and cached keys with them.
     return values, share
 
 

@@ -1,7 +1,7 @@
 """What a family of released models is, for the loader: how its ``config.json`` and its tensors' names become this package's.
 
-A family adds no code to the model. It maps names, folds constant factors into weights and sets the fields of ``ModelConfig``; what
-cannot be said that way is refused by name.
+A family adds no code to the model. It maps names, folds constant factors into weights and sets the fields of ``ModelConfig``;
+what cannot be said that way is refused by name.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ QKV, EMBEDDING, HEAD = (Q, K, V), "model.embed_tokens", "lm_head"
 class Layout:
     """How a checkpoint stores the model's tensors. Names of what is in a layer go without their ``model.layers.{i}.``.
 
-    names: this package's module (or tensor) -> the stored one, where they differ. fused: stored module -> the modules whose rows it
-    holds one after another. factors: module -> what its weight and bias are multiplied with. interleaved: positions turn the
-    channels (2i, 2i+1) instead of (i, i + r/2), so the rows of q and k are reordered. tied: the output head is the stored
-    embedding, where the model has two tensors because their factors differ. unused: prefixes of full names whose tensors belong
-    to parts that no token of the text passes through.
+    names: this package's module (or tensor) -> the stored one, where they differ. fused: stored module -> the modules whose
+    rows it holds one after another. factors: module -> what its weight and bias are multiplied with. interleaved: positions
+    turn the channels (2i, 2i+1) instead of (i, i + r/2), so the rows of q and k are reordered. tied: the output head is the
+    stored embedding, where the model has two tensors because their factors differ. unused: prefixes of full names whose
+    tensors belong to parts that no token of the text passes through.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
@@ -52,10 +52,11 @@ def _plain_layout(raw: Raw, config: ModelConfig) -> Layout:
 class Family:
     """One file of ``bilevel/families``.
 
-    model_types: of the ``config.json`` that it reads. reads: keys that it takes beside the common ones. defaults: what transformers
-    takes a missing key for, where that is not what ``ModelConfig`` says (a null stays null). values: fields of ModelConfig that follow from ``reads``.
-    layout: how the weights are stored. windows: what makes a sliding window count: "switch" (only with use_sliding_window: true)
-    or "always" (wherever sliding_window is a number). partial_rotary: whether partial_rotary_factor is part of the family.
+    model_types: of the ``config.json`` that it reads. reads: keys that it takes beside the common ones.
+    defaults: what transformers takes a missing key for, where that is not what ``ModelConfig`` says (a null stays null).
+    values: fields of ModelConfig that follow from ``reads``. layout: how the weights are stored.
+    windows: what makes a sliding window count: "switch" (only with use_sliding_window: true) or "always" (wherever
+    sliding_window is a number). partial_rotary: whether partial_rotary_factor is part of the family.
     """
 
     model_types: tuple[str, ...]
