@@ -8,7 +8,6 @@ that is unknown may change the result.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from bilevel.families import family_of
 from bilevel.families.shared import rope, windows
 from bilevel.families.shared.family import Layout
 from bilevel.families.shared.keys import check_ignored, judge
+from bilevel.sections import Section
 
 _COMMON = frozenset({spec.name for spec in dataclasses.fields(ModelConfig)} - {"eos_token_ids"})
 _TOKENS = ("bos_token_id", "eos_token_id", "eos_token_ids")
@@ -93,16 +93,13 @@ def _merge(values: dict[str, Any], own: Mapping[str, Any]) -> None:
 
 def _section(kind: type, name: str, raw: Any) -> Any:
     """Build a nested dataclass from its JSON object; unknown and missing keys are named."""
-    if not isinstance(raw, Mapping):
-        raise ConfigError(f'config.json\'s "{name}" must be an object, not {type(raw).__name__}')
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    for key in raw:
-        if key not in fields:
-            raise ConfigError(f"{name}.{key} is unknown; the keys are {', '.join(fields)}")
+    section = Section(raw, "config.json", ConfigError, f"{name}.")
+    fields = {spec.name: spec for spec in dataclasses.fields(kind)}
+    section.refuse_unknown(fields)
     for key, spec in fields.items():
-        if key not in raw and spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"{name}.{key} is missing")
-    return kind(**raw)
+        if key not in section and spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"config.json does not give {name}.{key}")
+    return kind(**section.values)
 
 
 def _read_tokens(raw: dict[str, Any], values: dict[str, Any]) -> None:
@@ -184,11 +181,7 @@ def load_source(folder: Path, ignore: Collection[str] = ()) -> Source:
     """Read ``config.json`` in a checkpoint or bundle folder, with the weights' layout. ignore: unknown keys to pass over."""
     path = Path(folder) / "config.json"
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        section = Section.read(path, lambda problem: ConfigError(f"{path.parent}: {problem}; write it anew"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; a checkpoint folder holds config.json and model.safetensors") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}); write it anew") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold a JSON object")
-    return source_from_dict(raw, ignore)
+    return source_from_dict(section.values, ignore)

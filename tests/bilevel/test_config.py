@@ -158,7 +158,7 @@ def test_load_config(tmp_path: Path) -> None:
         (None, r"config\.json does not exist; a checkpoint folder holds"),
         (b"{", r"config\.json is not valid JSON"),
         (b"\xff\xfe{}", r"config\.json is not valid JSON"),
-        (b"[1]", r"config\.json must hold a JSON object"),
+        (b"[1]", r"config\.json holds \[1\], which must be an object"),
     ],
     ids=["missing", "cut-off", "not-utf8", "list"],
 )
@@ -171,10 +171,13 @@ def test_load_config_damaged(contents: bytes | None, message: str, tmp_path: Pat
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown-key": ({"attention_sinks": 4}, "unknown key 'attention_sinks'"),
-    "unknown-routing-key": ({"routing": {"blocksize": 4}}, "routing.blocksize is unknown; the keys are preset, block_size"),
-    "unknown-experts-key": ({"experts": {**EXPERTS, "capacity": 2}}, "experts.capacity is unknown"),
-    "missing-experts-key": ({"experts": {"num_experts": 8}}, "experts.top_k is missing"),
-    "routing-not-object": ({"routing": [1]}, 'config.json\'s "routing" must be an object, not list'),
+    "unknown-routing-key": ({"routing": {"blocksize": 4}}, r"the unknown key routing\.blocksize \(did you mean block_size\?\)"),
+    "unknown-experts-key": (
+        {"experts": {**EXPERTS, "capacity": 2}},
+        r"the unknown key experts\.capacity \(the keys are num_experts, top_k",
+    ),
+    "missing-experts-key": ({"experts": {"num_experts": 8}}, "config.json does not give experts.top_k"),
+    "routing-not-object": ({"routing": [1]}, r"config\.json holds routing=\[1\], which must be an object"),
     "model-type": ({"model_type": "gpt2"}, "model_type='gpt2' is not supported; bilevel reads bailing_moe, .*llama, .*qwen3"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act .* must be 'silu'"),
     "sliding-window": ({"use_sliding_window": True}, "use_sliding_window"),
