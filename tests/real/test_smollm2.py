@@ -53,7 +53,7 @@ def test_ids_of_ten_thousand_strings() -> None:
     backend = AutoTokenizer.from_pretrained(GGUF.parent, gguf_file=GGUF.name).backend_tokenizer
     texts = [*random_texts(10_000), PROMPT]
     plain = [text for text in texts if own.encode(text).ids != backend.encode(text).ids]
-    assert all(any(letter.isnumeric() for letter in text) for text in plain) and len(plain) < 0.05 * len(texts)
+    assert all(any(letter.isnumeric() for letter in text) for text in plain)
     backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer])
     assert [text for text in texts if own.encode(text).ids != backend.encode(text).ids] == []
     print(f"{len(plain)} of {len(texts)} strings differ from transformers' conversion as it is")
