@@ -10,15 +10,16 @@ from pathlib import Path
 from bilevel.errors import CheckpointError, require
 
 EPILOG = """\
-MODEL.gguf is a file of llama.cpp (one file; parts are joined with llama-gguf-split --merge). CHECKPOINT is the folder to write, in
-Hugging Face's format: config.json, model.safetensors, tokenizer.json, tokenizer_config.json with the chat template, and
-generation_config.json. The weights are those that llama.cpp computes with: dequantised, not rounded again.
+MODEL.gguf is a file of llama.cpp (one file; parts are joined with llama-gguf-split --merge). CHECKPOINT is the folder to
+write, in Hugging Face's format: config.json, model.safetensors, tokenizer.json, tokenizer_config.json with the chat template,
+and generation_config.json. The weights are those that llama.cpp computes with: dequantised, not rounded again.
 
   bilevel import model.gguf my-checkpoint
   bilevel export my-checkpoint my-bundle
   bilevel check my-bundle --against my-checkpoint
 
-bilevel export model.gguf my-bundle does the first two in one go. An import that is interrupted leaves an existing folder as it was.
+bilevel export model.gguf my-bundle does the first two in one go. An import that is interrupted leaves an existing folder as
+it was.
 """
 
 
@@ -61,8 +62,7 @@ def main(args: argparse.Namespace) -> int:
     config = report.config
     stored = ", ".join(f"{count} {kind}" for kind, count in report.kinds.items())
     print(f"wrote {report.path} ({report.size_bytes / 1e6:.1f} MB) in {seconds:.1f} s")
-    print(
-        f"{config['model_type']}: {config['num_hidden_layers']} layers, {report.num_weights / 1e6:.1f} million weights, from tensors in {stored}"
-    )
+    size = f"{config['num_hidden_layers']} layers, {report.num_weights / 1e6:.1f} million weights"
+    print(f"{config['model_type']}: {size}, from tensors in {stored}")
     print(f"next: bilevel export {report.path} my-bundle")
     return 0

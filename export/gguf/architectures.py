@@ -1,4 +1,5 @@
-"""What each architecture of llama.cpp is in Hugging Face's terms: configuration keys, tensor names and shapes, declared in tables.
+"""What each architecture of llama.cpp is in Hugging Face's terms: configuration keys, tensor names and shapes, declared in
+tables.
 
 Sources: llama.cpp's ``convert_hf_to_gguf.py`` (what it writes for a model) and its ``src/models`` (what it computes from that).
 """
@@ -12,7 +13,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Stored:
-    """The tensor's name in the checkpoint and its shape in the letters of :func:`sizes`; permuted: see ``Architecture.permuted``."""
+    """The tensor's name in the checkpoint and its shape in the letters of :func:`sizes`; permuted: see
+    ``Architecture.permuted``."""
 
     name: str
     shape: str
@@ -23,10 +25,11 @@ class Stored:
 class Architecture:
     """One value of ``general.architecture``.
 
-    permuted: llama.cpp turns neighbouring channels of a head together, Hugging Face channels half a head apart; where this is true the
-    file's rows of q and k are interleaved accordingly, and are put back.
+    permuted: llama.cpp turns neighbouring channels of a head together, Hugging Face channels half a head apart; where this is
+    true the file's rows of q and k are interleaved accordingly, and are put back.
     keys: further metadata (without the architecture's name before it) -> keys of config.json, all required.
-    layer: further tensors of every layer. biases: projections that have a bias in every layer, "" where a file may have none or all four.
+    layer: further tensors of every layer. biases: projections that have a bias in every layer, "" where a file may have none
+    or all four.
     constant: what the architecture fixes and no metadata says, given the number of layers.
     """
 
@@ -57,8 +60,8 @@ OPTIONAL: dict[str, tuple[str, float | str]] = {
 HANDLED = ("vocab_size", "rope.dimension_count", "attention.key_length", "attention.value_length", "rope.scaling.finetuned")
 ROPE_SCALING = ("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scale_linear")
 
-# Tensors outside the layers, in the order of a checkpoint; letters: V vocabulary, d hidden size, f MLP size, q and k the widths of
-# all query and of all key/value heads, h a head's.
+# Tensors outside the layers, in the order of a checkpoint; letters: V vocabulary, d hidden size, f MLP size, q and k the
+# widths of all query and of all key/value heads, h a head's.
 EMBEDDING, HEAD, ROPE_FACTORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
 OUTER = {
     EMBEDDING: Stored("model.embed_tokens.weight", "Vd"),

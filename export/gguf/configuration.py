@@ -1,4 +1,5 @@
-"""GGUF metadata -> ``config.json``, and every stored tensor -> its place in the checkpoint. All is settled before a weight is read."""
+"""GGUF metadata -> ``config.json``, and every stored tensor -> its place in the checkpoint. All is settled before a weight is
+read."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ class Placed:
 
 
 def make_config(file: GgufFile) -> tuple[dict[str, Any], list[Placed]]:
-    """The checkpoint's ``config.json`` (without ``dtype``) and its tensors. Raises CheckpointError naming what cannot be honoured."""
+    """The checkpoint's ``config.json`` (without ``dtype``) and its tensors. Raises CheckpointError naming what cannot be
+    honoured."""
     name = file.value("general.architecture", str)
     if name not in ARCHITECTURES:
         raise CheckpointError(

@@ -40,7 +40,8 @@ def import_gguf(
 ) -> ImportReport:
     """Write the model in the GGUF file ``path`` as a checkpoint ``folder``. Raises CheckpointError; nothing is then written.
 
-    dtype: fp32 holds the dequantised weights exactly; fp16 and bf16 round them. An existing checkpoint is replaced only with force.
+    dtype: fp32 holds the dequantised weights exactly; fp16 and bf16 round them. An existing checkpoint is replaced only with
+    force.
     """
     path, folder = Path(path), Path(folder)
     if dtype not in DTYPES:
@@ -89,7 +90,8 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 def _write_weights(file: GgufFile, placed: list[Placed], output: BinaryIO, dtype: str, on_stage: Callable[[str], None]) -> None:
-    """A safetensors file in the order of ``placed``: the length of its head, the head (names, types, shapes, places), the weights.
+    """A safetensors file in the order of ``placed``: the length of its head, the head (names, types, shapes, places), the
+    weights.
 
     The safetensors package writes a file only from tensors that are in memory all at once.
     """

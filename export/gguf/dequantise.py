@@ -1,4 +1,5 @@
-"""Weights of a GGUF file as fp32, a few rows at a time; the dequantisation itself is the ``gguf`` package's, which is llama.cpp's."""
+"""Weights of a GGUF file as fp32, a few rows at a time; the dequantisation itself is the ``gguf`` package's, which is
+llama.cpp's."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ _CHUNK = 1 << 21  # weights at a time: 8 MB in fp32, a few times that in between
 
 
 def read_rows(file: GgufFile, tensor: GgufTensor, start: int, stop: int, heads: int = 0) -> np.ndarray:
-    """Rows ``start`` to ``stop`` as fp32 [rows, last axis]; ``heads``: put rows back that are interleaved by that many heads."""
+    """Rows ``start`` to ``stop`` as fp32 [rows, last axis]; ``heads``: put rows back that are interleaved by that many
+    heads."""
     with file.path.open("rb") as handle:
         handle.seek(tensor.offset + start * tensor.row_bytes)
         stored = np.fromfile(handle, np.uint8, (stop - start) * tensor.row_bytes).reshape(stop - start, tensor.row_bytes)

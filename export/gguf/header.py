@@ -1,8 +1,8 @@
 """The head of a GGUF file: its metadata, and where each tensor lies. Little-endian files of versions 2 and 3.
 
-The layout is that of ggml's ``docs/gguf.md``. The names, block sizes and dequantisation of tensor types are the ``gguf`` package's;
-its own reader is not used here, because it makes one array per string (nine seconds for a vocabulary of 49,152 tokens) and takes the
-bytes behind a truncated file for what the file lacks.
+The layout is that of ggml's ``docs/gguf.md``. The names, block sizes and dequantisation of tensor types are the ``gguf``
+package's; its own reader is not used here, because it makes one array per string (nine seconds for a vocabulary of 49,152
+tokens) and takes the bytes behind a truncated file for what the file lacks.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ READABLE = (
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One stored tensor. shape: as PyTorch orders axes (ggml's reversed). offset: of its first byte in the file; row_bytes: of a row."""
+    """One stored tensor. shape: as PyTorch orders axes (ggml's reversed). offset: of its first byte in the file; row_bytes:
+    of a row."""
 
     name: str
     kind: str
@@ -192,7 +193,8 @@ class _Reader:
         end = offset + tensor.num_rows * tensor.row_bytes
         if end > len(self.contents):
             raise CheckpointError(
-                f"{self.path} is truncated: the tensor {name} ends at byte {end}, the file at {len(self.contents)}; download it again"
+                f"{self.path} is truncated: the tensor {name} ends at byte {end}, the file at {len(self.contents)}; "
+                "download it again"
             )
         return tensor
 

@@ -1,7 +1,8 @@
-"""How the byte-level vocabularies of GGUF files cut text before their merges apply: llama.cpp's ``tokenizer.ggml.pre``, by name.
+"""How the byte-level vocabularies of GGUF files cut text before their merges apply: llama.cpp's ``tokenizer.ggml.pre``, by
+name.
 
-The patterns are those of the models' own ``tokenizer.json`` (llama.cpp's are the same, written without ``(?i:``). Several patterns
-apply one after the other, each to the pieces of the one before.
+The patterns are those of the models' own ``tokenizer.json`` (llama.cpp's are the same, written without ``(?i:``). Several
+patterns apply one after the other, each to the pieces of the one before.
 """
 
 from __future__ import annotations

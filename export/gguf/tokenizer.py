@@ -1,6 +1,7 @@
 """The tokenizer in a GGUF file's metadata -> ``tokenizer.json`` and ``tokenizer_config.json``.
 
-Ids are those of llama.cpp. Where it and the models' own files differ (Qwen's normalise to NFC, llama.cpp does not), llama.cpp is followed.
+Ids are those of llama.cpp. Where it and the models' own files differ (Qwen's normalise to NFC, llama.cpp does not), llama.cpp
+is followed.
 """
 
 from __future__ import annotations
@@ -24,20 +25,22 @@ _ROLES = {
     "pad_token": "padding_token_id",
 }
 _ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
-# Texts that end an answer wherever they are a control token of the vocabulary: llama.cpp stops at them whatever the metadata say.
+# Texts that end an answer wherever they are a control token of the vocabulary: llama.cpp stops at them whatever the metadata
+# say.
 _END_TEXTS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>")
 
 
 class GgufVocabulary:
-    """What a file says of its tokenizer. tokens, types: by id. Raises CheckpointError for what is missing or contradicts itself."""
+    """What a file says of its tokenizer. tokens, types: by id. Raises CheckpointError for what is missing or contradicts
+    itself."""
 
     def __init__(self, file: GgufFile) -> None:
         self.file = file
         self.kind: str = file.value("tokenizer.ggml.model", str)
         if self.kind not in _BUILDERS:
             raise CheckpointError(
-                f"{file.path} holds a tokenizer of the kind {self.kind!r} (tokenizer.ggml.model), and {', '.join(_BUILDERS)} are "
-                "imported; give the model's own folder in Hugging Face's format"
+                f"{file.path} holds a tokenizer of the kind {self.kind!r} (tokenizer.ggml.model), and "
+                f"{', '.join(_BUILDERS)} are imported; give the model's own folder in Hugging Face's format"
             )
         self.tokens: list[str] = file.value("tokenizer.ggml.tokens", list)
         self.types: list[int] = file.value("tokenizer.ggml.token_type", list, [1] * len(self.tokens))
@@ -80,8 +83,8 @@ class GgufVocabulary:
             left, _, right = merge.partition(" ")
             if not {left, right, left + right} <= self.ids.keys():
                 raise CheckpointError(
-                    f"{self.file.path} lists in tokenizer.ggml.merges {merge!r} (number {number}), which does not join two tokens to "
-                    f"a third; {CONVERT}"
+                    f"{self.file.path} lists in tokenizer.ggml.merges {merge!r} (number {number}), which does not "
+                    f"join two tokens to a third; {CONVERT}"
                 )
             pairs.append((left, right))
         return pairs
@@ -180,7 +183,8 @@ def _sentencepiece(vocabulary: GgufVocabulary) -> tuple[Tokenizer, bool]:
 
 
 def _merges_by_score(ids: dict[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """Every way to put a token together from two, the highest-scored token first (of one token, the shorter first part first)."""
+    """Every way to put a token together from two, the highest-scored token first (of one token, the shorter first part
+    first)."""
     merges = [
         (-score, cut, len(token) - cut, token)
         for (token, score) in zip(ids, scores, strict=True)

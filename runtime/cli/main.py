@@ -17,8 +17,8 @@ import bilevel
 from bilevel.errors import BilevelError, MissingDependency, require
 
 COMMANDS = {
-    "import": ("bilevel.export.cli.import_gguf", "GGUF file to checkpoint: weights, tokenizer, chat template"),
     "export": ("bilevel.export.cli.export", "PyTorch checkpoint to ONNX bundle"),
+    "import": ("bilevel.export.cli.import_gguf", "GGUF file to checkpoint: weights, tokenizer, chat template"),
     "check": ("bilevel.export.cli.check", "prove that a bundle computes what its checkpoint computes, routes included"),
     "kernels": ("bilevel.export.cli.kernels", "the library of GPU kernels for a bundle, for boards and GPUs; needs none"),
     "build": ("bilevel.export.cli.build", "an engine of TensorRT or TensorRT-RTX from a bundle"),

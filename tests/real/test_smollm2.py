@@ -1,4 +1,5 @@
-"""SmolLM2-135M-Instruct from its GGUF file (Q4_1), against transformers and against its bundle; ``make real`` brings the files."""
+"""SmolLM2-135M-Instruct from its GGUF file (Q4_1), against transformers and against its bundle; ``make real`` brings the
+files."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ def prompt_ids() -> list[int]:
 
 
 def test_ids_of_ten_thousand_strings() -> None:
-    """transformers leaves out that this vocabulary's digits are cut apart: its conversion with that put right gives every id."""
+    """transformers leaves out that this vocabulary's digits are cut apart: its conversion with that put right gives every
+    id."""
     own = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
     backend = AutoTokenizer.from_pretrained(GGUF.parent, gguf_file=GGUF.name).backend_tokenizer
     texts = [*random_texts(10_000), PROMPT]

@@ -1,4 +1,5 @@
-"""GGUF files made in tests: tiny models of transformers as llama.cpp's converter would write them, with tokenizers trained here."""
+"""GGUF files made in tests: tiny models of transformers as llama.cpp's converter would write them, with tokenizers trained
+here."""
 
 from __future__ import annotations
 
@@ -26,13 +27,17 @@ from transformers import (
 )
 
 TEXT = """
-The quick brown fox jumps over the lazy dog. Don't they've we'll I'm he'd it's DON'T; 12 345 6789 0.5 1,000,000 (a+b)*c == d != e;
+The quick brown fox jumps over the lazy dog. Don't they've we'll I'm he'd it's DON'T; 12 345 6789 0.5 1,000,000
+(a+b)*c == d != e;
 for i in range(10):\n    print(f"{i}: {values[i]!r}")\n\n\tif x <= y:\r\n        return None  # done
 Le cœur déçu mais l'âme plutôt naïve, Noël où es-tu. Größe, Straße, Füße. El niño y la niña, ¿qué tal? Zażółć gęślą jaźń.
-Съешь же ещё этих мягких французских булок. Ξεσκεπάζω την ψυχοφθόρα βδελυγμία. نص حكيم له سر قاطع وذو شأن عظيم. दिन रात हिन्दी में लिखते रहो।
-いろはにほへと ちりぬるを カタカナ 漢字仮名交じり文。 天地玄黃 宇宙洪荒。 다람쥐 헌 쳇바퀴에 타고파. เป็นมนุษย์สุดประเสริฐ 😀👍🏽👩‍👩‍👧‍👦🇩🇪 ① ½ ² ٣ ७ Ⅷ
+Съешь же ещё этих мягких французских булок. Ξεσκεπάζω την ψυχοφθόρα βδελυγμία.
+نص حكيم له سر قاطع وذو شأن عظيم. दिन रात हिन्दी में लिखते रहो।
+いろはにほへと ちりぬるを カタカナ 漢字仮名交じり文。 天地玄黃 宇宙洪荒。
+다람쥐 헌 쳇바퀴에 타고파. เป็นมนุษย์สุดประเสริฐ 😀👍🏽👩‍👩‍👧‍👦🇩🇪 ① ½ ² ٣ ७ Ⅷ
 """
-# What strings are drawn from: ASCII, spaces and line ends, letters of many scripts, digits of many scripts, signs, combining marks.
+# What strings are drawn from: ASCII, spaces and line ends, letters of many scripts, digits of many scripts, signs, combining
+# marks.
 _ALPHABETS = (
     "abcdefghijklmnopqrstuvwxyz",
     "ABCDEFGHIJKLMNOPQRSTUVWXYZ",
@@ -76,7 +81,8 @@ Metadata = dict[str, Any]
 
 
 def byte_level_vocabulary(pre: str, size: int = 400) -> Metadata:
-    """Metadata of a byte-level BPE trained on TEXT without any cutting but at spaces, so that merges reach as far as they can."""
+    """Metadata of a byte-level BPE trained on TEXT without any cutting but at spaces, so that merges reach as far as they
+    can."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     trainer = trainers.BpeTrainer(
@@ -106,7 +112,8 @@ def byte_level_vocabulary(pre: str, size: int = 400) -> Metadata:
 
 
 def sentencepiece_vocabulary(size: int = 500) -> Metadata:
-    """Metadata of a SentencePiece BPE with byte fallback: a token's score is minus the place of its merge, as in SentencePiece."""
+    """Metadata of a SentencePiece BPE with byte fallback: a token's score is minus the place of its merge, as in
+    SentencePiece."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
@@ -227,7 +234,8 @@ def model_metadata(name: str, model: PreTrainedModel) -> Metadata:
 
 
 def model_tensors(name: str, model: PreTrainedModel) -> dict[str, np.ndarray]:
-    """The model's parameters under llama.cpp's names (the gguf package's table), q and k permuted where llama.cpp turns neighbours."""
+    """The model's parameters under llama.cpp's names (the gguf package's table), q and k permuted where llama.cpp turns
+    neighbours."""
     arch, config = MODELS[name][0], model.config
     table = gguf.get_tensor_name_map({v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[arch], config.num_hidden_layers)
     tensors = {}
@@ -277,7 +285,8 @@ def write_gguf(path: Path, metadata: Metadata, tensors: dict[str, np.ndarray], k
 
 
 def write_model(path: Path, name: str, vocabulary: Metadata, kind: str = "F32") -> PreTrainedModel:
-    """Write the tiny model ``name`` with a tokenizer; returns the model as it was before its weights were rounded to ``kind``."""
+    """Write the tiny model ``name`` with a tokenizer; returns the model as it was before its weights were rounded to
+    ``kind``."""
     model = make_model(name, len(vocabulary["tokenizer.ggml.tokens"]))
     write_gguf(path, {**model_metadata(name, model), **vocabulary}, model_tensors(name, model), kind)
     return model

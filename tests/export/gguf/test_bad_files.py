@@ -1,4 +1,5 @@
-"""What cannot be imported is refused in one sentence with the file, the key or tensor, the value and the remedy; nothing is left behind."""
+"""What cannot be imported is refused in one sentence with the file, the key or tensor, the value and the remedy; nothing is
+left behind."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def refusal(path: Path, **options: Any) -> str:
 
 
 def written(folder: Path, changes: Metadata, vocabulary: Metadata = VOCABULARY, **tensors: np.ndarray | None) -> Path:
-    """A good file with other metadata (None: without the key) and other tensors (None: without the tensor; ``__`` for a dot)."""
+    """A good file with other metadata (None: without the key) and other tensors (None: without the tensor; ``__`` for a
+    dot)."""
     metadata = {**model_metadata("llama", MODEL), **vocabulary, **changes}
     stored = {**model_tensors("llama", MODEL), **{name.replace("__", "."): array for name, array in tensors.items()}}
     return write_gguf(
@@ -62,19 +64,34 @@ def written(folder: Path, changes: Metadata, vocabulary: Metadata = VOCABULARY, 
         ({"llama.rope.dimension_count": 8}, rf"llama\.rope\.dimension_count=8 for heads of 16 channels.*{FOLDER}"),
         ({"llama.attention.sliding_window": 64}, rf"llama\.attention\.sliding_window=64, which is not imported.*{FOLDER}"),
         ({"llama.expert_count": 8}, r"llama\.expert_count=8, which is not imported and may change the result"),
-        ({"llama.rope.scaling.type": "yarn"}, rf"llama\.rope\.scaling\.type='yarn', and none and linear are imported; .*{FOLDER}"),
+        (
+            {"llama.rope.scaling.type": "yarn"},
+            rf"llama\.rope\.scaling\.type='yarn', and none and linear are imported; .*{FOLDER}",
+        ),
         ({"llama.block_count": 6}, r"lacks the tensor blk\.5\.attn_norm\.weight, which its metadata calls for; convert"),
-        ({"llama.block_count": 4}, r"stores blk\.4\.attn_k\.weight \(9 such tensors\), for which the architecture has no place"),
-        ({"llama.feed_forward_length": 128}, r"stores blk\.0\.ffn_gate\.weight as \[96, 64\], and its metadata call for \[128, 64\]"),
+        (
+            {"llama.block_count": 4},
+            r"stores blk\.4\.attn_k\.weight \(9 such tensors\), for which the architecture has no place",
+        ),
+        (
+            {"llama.feed_forward_length": 128},
+            r"stores blk\.0\.ffn_gate\.weight as \[96, 64\], and its metadata call for \[128, 64\]",
+        ),
         ({"split.count": 3}, r"is one of 3 parts; join them first with llama\.cpp's: llama-gguf-split --merge"),
         ({"general.alignment": "x"}, r"general\.alignment='x', which is no positive integer"),
-        ({"tokenizer.ggml.model": "bert"}, rf"a tokenizer of the kind 'bert' \(tokenizer\.ggml\.model\), and gpt2, llama .*{FOLDER}"),
+        (
+            {"tokenizer.ggml.model": "bert"},
+            rf"a tokenizer of the kind 'bert' \(tokenizer\.ggml\.model\), and gpt2, llama .*{FOLDER}",
+        ),
         ({"tokenizer.ggml.model": None}, r"lacks the metadata tokenizer\.ggml\.model"),
         ({"tokenizer.ggml.pre": "poro-chat"}, rf"by the rule 'poro-chat' \(tokenizer\.ggml\.pre\), and gpt-2, .*{FOLDER}"),
         ({"tokenizer.ggml.pre": None}, r"lacks the metadata tokenizer\.ggml\.pre"),
         ({"tokenizer.ggml.tokens": None}, r"lacks the metadata tokenizer\.ggml\.tokens"),
         ({"tokenizer.ggml.merges": None}, r"lacks the metadata tokenizer\.ggml\.merges"),
-        ({"tokenizer.ggml.merges": ["o n", "x yz"]}, r"tokenizer\.ggml\.merges 'x yz' \(number 1\), which does not join two tokens"),
+        (
+            {"tokenizer.ggml.merges": ["o n", "x yz"]},
+            r"tokenizer\.ggml\.merges 'x yz' \(number 1\), which does not join two tokens",
+        ),
         ({"tokenizer.ggml.token_type": [1, 1]}, r"gives \d+ tokens and 2 token types"),
         ({"tokenizer.ggml.eos_token_id": 9999}, r"gives tokenizer\.ggml\.eos_token_id=9999, and has \d+ tokens"),
         (
@@ -82,7 +99,7 @@ def written(folder: Path, changes: Metadata, vocabulary: Metadata = VOCABULARY, 
             r"adds a bos_token to every text, but lacks tokenizer\.ggml\.bos_token_id",
         ),
     ],
-)  # fmt: skip
+)
 def test_metadata(changes: Metadata, expected: str, tmp_path: Path) -> None:
     path = written(tmp_path, changes)
     assert_sentence(refusal(path), path, expected)
@@ -169,7 +186,8 @@ def test_truncated_anywhere(tmp_path: Path) -> None:
 
 
 def test_damaged_heads(tmp_path: Path) -> None:
-    """Any byte of the head overwritten: it is read, or refused in one sentence, and never takes memory for what is not there."""
+    """Any byte of the head overwritten: it is read, or refused in one sentence, and never takes memory for what is not
+    there."""
     path = written(tmp_path, {})
     whole = bytearray(path.read_bytes())
     draw = np.random.default_rng(0)

@@ -27,9 +27,12 @@ from tests.support.gguf_files import MODELS, byte_level_vocabulary, make_model, 
 VOCABULARY = byte_level_vocabulary("qwen2")
 # What config.json says of a model, in the words that transformers knows it by.
 COMPARED = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "attention_bias", "mlp_bias", "hidden_act",
-    "bos_token_id", "eos_token_id", "pad_token_id", "model_type", "no_rope_layers", "attention_multiplier", "embedding_multiplier",
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "attention_bias", "mlp_bias",
+    "hidden_act",
+    "bos_token_id", "eos_token_id", "pad_token_id", "model_type", "no_rope_layers",
+    "attention_multiplier", "embedding_multiplier",
     "residual_multiplier", "logits_scaling",
 )  # fmt: skip
 
@@ -54,7 +57,7 @@ def test_weights_and_configuration_come_back(name: str, tmp_path: Path) -> None:
     assert config.architectures == [type(model).__name__]
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if MODELS[name][0] in ("llama", "qwen3")])
+@pytest.mark.parametrize("name", MODELS)
 def test_an_imported_model_computes_what_the_original_computes(name: str, tmp_path: Path) -> None:
     original = write_model(tmp_path / "m.gguf", name, VOCABULARY)
     import_gguf(tmp_path / "m.gguf", tmp_path / "checkpoint")
@@ -69,7 +72,8 @@ def test_an_imported_model_computes_what_the_original_computes(name: str, tmp_pa
     [("llama-tied-biases", "Q4_1"), ("qwen3", "Q8_0"), *(("qwen2", kind) for kind in ("F16", "BF16", "Q4_0", "Q5_0", "Q5_1"))],
 )
 def test_transformers_reads_the_same(name: str, kind: str, tmp_path: Path) -> None:
-    """transformers' own loader of GGUF files, where it knows the architecture: the same weights, bit by bit, and the same configuration."""
+    """transformers' own loader of GGUF files, where it knows the architecture: the same weights, bit by bit, and the same
+    configuration."""
     write_model(tmp_path / "m.gguf", name, VOCABULARY, kind)
     import_gguf(tmp_path / "m.gguf", tmp_path / "checkpoint")
     theirs = load_gguf_checkpoint(str(tmp_path / "m.gguf"))["config"]
@@ -172,7 +176,8 @@ def wide_model(path: Path, hidden: int) -> Path:
 
 
 def test_memory_stays_near_the_largest_tensor(tmp_path: Path) -> None:
-    """An import of 159 MB of weights, of which the largest tensor has 32 MB, takes less than twice that more than one of next to nothing."""
+    """An import of 159 MB of weights, of which the largest tensor has 32 MB, takes less than twice that more than one of next
+    to nothing."""
     program = (
         "import sys; from pathlib import Path; from bilevel.export.gguf.convert import import_gguf\n"
         "import_gguf(Path(sys.argv[1]), Path(sys.argv[2]))\n"

@@ -1,4 +1,5 @@
-"""Every tensor type that is read, against a loop over one block written from ggml's definition of it (``ggml-common.h``, ``ggml-quants.c``)."""
+"""Every tensor type that is read, against a loop over one block written from ggml's definition of it (``ggml-common.h``,
+``ggml-quants.c``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Tokenizers from GGUF: the ids of transformers' own conversion, and of a slow reading of llama.cpp's definition where that differs."""
+"""Tokenizers from GGUF: the ids of transformers' own conversion, and of a slow reading of llama.cpp's definition where that
+differs."""
 
 from __future__ import annotations
 
@@ -104,7 +105,8 @@ def slow_encode(metadata: Metadata) -> Encode:
 
 
 def slow_sentencepiece(metadata: Metadata) -> Encode:
-    """llama.cpp's definition of a SentencePiece vocabulary: the neighbours whose union scores best are joined, the left ones first."""
+    """llama.cpp's definition of a SentencePiece vocabulary: the neighbours whose union scores best are joined, the left ones
+    first."""
     tokens, scores = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"]
     ids = {token: index for index, token in enumerate(tokens)}
     begin = metadata["tokenizer.ggml.bos_token_id"]
@@ -155,7 +157,8 @@ def test_byte_level_ids_equal_the_definition(pre: str, count: int) -> None:
 
 @pytest.mark.parametrize("count", COUNTS)
 def test_transformers_does_not_cut_digits_apart_for_smollm(count: int, tmp_path: Path) -> None:
-    """Its conversion takes GPT-2's rule for every rule that it does not list: it differs from the definition, at digits and nowhere else."""
+    """Its conversion takes GPT-2's rule for every rule that it does not list: it differs from the definition, at digits and
+    nowhere else."""
     metadata = byte_level_vocabulary("smollm")
     texts = random_texts(count, seed=2)
     other = differing(own_encode(metadata), their_encode(metadata, "llama", tmp_path), texts)
@@ -165,8 +168,8 @@ def test_transformers_does_not_cut_digits_apart_for_smollm(count: int, tmp_path:
 
 @pytest.mark.parametrize("count", COUNTS)
 def test_sentencepiece_ids_equal_those_of_transformers(count: int, tmp_path: Path) -> None:
-    """Its conversion for Llama leaves out the space before a text that begins with one, which SentencePiece and llama.cpp add; its
-    conversion for Phi-3, of the same vocabulary, adds it."""
+    """Its conversion for Llama leaves out the space before a text that begins with one, which SentencePiece and llama.cpp
+    add; its conversion for Phi-3, of the same vocabulary, adds it."""
     metadata = sentencepiece_vocabulary()
     own, llama = own_encode(metadata), their_encode(metadata, "llama", tmp_path)
     phi3 = their_encode(metadata, "phi3", tmp_path)
