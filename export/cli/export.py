@@ -12,11 +12,11 @@ from bilevel.export.cli.source import checkpoint_folder
 from bilevel.export.graph.precision import PRECISIONS, check_precision
 
 EPILOG = """\
-CHECKPOINT is a Hugging Face folder (config.json, weights, tokenizer.json) of a family in bilevel/families (Llama, Qwen, Mistral,
-SmolLM, Granite, MiniCPM, Phi-3, OLMoE, GLM-4.5, Ling, ...) as it is, or with a "routing" section in its config.json. It may also be
-a GGUF file of llama.cpp (see bilevel import), or a model's name on the Hugging Face Hub (organisation/name), which is taken from the
-local cache or downloaded. BUNDLE is the folder to write. A key of config.json that is not known is refused, since it may change the
-result; --ignore-key passes over it.
+CHECKPOINT is a Hugging Face folder (config.json, weights, tokenizer.json) of a family in bilevel/families (Llama, Qwen,
+Mistral, SmolLM, Granite, MiniCPM, Phi-3, OLMoE, GLM-4.5, Ling, ...) as it is, or with a "routing" section in its config.json.
+It may also be a GGUF file of llama.cpp (see bilevel import), or a model's name on the Hugging Face Hub (organisation/name),
+which is taken from the local cache or downloaded. BUNDLE is the folder to write. A key of config.json that is not known is
+refused, since it may change the result; --ignore-key passes over it.
 
   bilevel export my-model my-bundle
   bilevel check my-bundle --against my-model

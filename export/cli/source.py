@@ -19,8 +19,8 @@ _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "heldout.txt")
 def checkpoint_folder(source: Path, beside: Path, on_stage: Callable[[str], None]) -> Iterator[Path]:
     """The checkpoint folder that ``source`` stands for. Raises BilevelError where it stands for none.
 
-    A GGUF file is imported into a folder next to ``beside``, which is removed afterwards; a name on the Hub is looked up in the local
-    cache and downloaded into it.
+    A GGUF file is imported into a folder next to ``beside``, which is removed afterwards; a name on the Hub is looked up in
+    the local cache and downloaded into it.
     """
     if source.is_dir():
         yield source
@@ -56,7 +56,7 @@ def _downloaded(name: str, on_stage: Callable[[str], None]) -> Path:
     except errors.RepositoryNotFoundError:
         reason = "is not on the Hugging Face Hub, or is private; check the name, or log in with: hf auth login"
     except errors.LocalEntryNotFoundError:
-        reason = "is not in the local cache and the Hugging Face Hub cannot be reached; connect to it, or give a folder or a .gguf file"
+        reason = "is not in the local cache and the Hugging Face Hub cannot be reached; connect, or give a folder or .gguf file"
     except (errors.HfHubHTTPError, OSError) as error:
         reason = f"could not be downloaded ({str(error).splitlines()[0][:200]}); try again, or give a folder or a .gguf file"
     raise CheckpointError(f"{name} is no local folder and {reason}") from None
