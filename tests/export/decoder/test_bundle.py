@@ -258,7 +258,7 @@ def test_export_command_damaged_weights(checkpoint: Path, capsys: pytest.Capture
         ({"routing": {"topk": 3841}}, "exceeds 3840, the most that TensorRT's TopK can keep; use larger blocks or keep fewer"),
         ({"num_attention_heads": 3}, "num_attention_heads=3 is not divisible by num_key_value_heads=2"),
         ({"routing": {"block_sise": 4}}, "the unknown key routing.block_sise (did you mean block_size?)"),
-        ({"rotary_dim": 4}, "unknown key 'rotary_dim'"),
+        ({"head_mixing": 4}, "unknown key 'head_mixing'"),
     ],
     ids=["K2 over K1", "K over 3840", "heads not divisible", "unknown routing key", "unknown key"],
 )

@@ -251,7 +251,7 @@ def test_runtime_reads_bundles_without_and_refuses_unknown_formats(tmp_path: Pat
     folder = write_bundle(tmp_path)
     assert load_bundle(folder).weights == {"format": "fp32"}
     changes: list[tuple[Any, str]] = [
-        ({"format": "int3"}, "format int3, this bilevel reads fp32, int8, int4"),
+        ({"format": "int3"}, "weights.format='int3', which must be one of fp32, int8, int4"),
         ({}, "weights.format"),
     ]
     for entry, message in changes:
