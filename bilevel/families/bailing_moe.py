@@ -1,7 +1,7 @@
 """Ling and Ring 2.0 (mini, flash), and Ring-mini-sparse: DeepSeek-V3's gate, a shared expert, half of every head turned.
 
 Ring-mini-sparse reads 8 blocks of 1,024 tokens, chosen once for all query heads of a key/value head. As released its file says
-so in keys of its own; here it is a section, {"preset": "moba_gqa", "block_size": 1024, "topk": 8, "init_blocks": 0} as "routing".
+so in keys of its own; here it is a section: "routing": {"preset": "moba_gqa", "block_size": 1024, "topk": 8, "init_blocks": 0}.
 """
 
 from typing import Any
@@ -51,9 +51,9 @@ FAMILY = Family(
     model_types=("bailing_moe", "bailing_moe_v2"),
     reads=frozenset({
         "num_experts", "num_shared_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group",
-        "moe_shared_expert_intermediate_size", "norm_topk_prob", "routed_scaling_factor", "first_k_dense_replace", "use_qk_norm",
-        "use_bias", "use_qkv_bias", "moe_router_enable_expert_bias", "num_nextn_predict_layers", "use_rmsnorm", "router_dtype",
-        *_GATE,
+        "moe_shared_expert_intermediate_size", "norm_topk_prob", "routed_scaling_factor", "first_k_dense_replace",
+        "moe_router_enable_expert_bias", "num_nextn_predict_layers", "use_qk_norm", "use_bias", "use_qkv_bias", "use_rmsnorm",
+        "router_dtype", *_GATE,
     }),
     values=_values,
     layout=_layout,

@@ -1,4 +1,4 @@
-"""Mistral and Mistral Nemo: Llama's shape, head_dim apart from hidden_size / heads; a window is refused unless without effect."""
+"""Mistral, Nemo: Llama's shape, head_dim apart from hidden_size / heads; a window is refused unless it has no effect."""
 
 from typing import Any
 

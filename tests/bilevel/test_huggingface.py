@@ -11,8 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from bilevel.checkpoint import load_model, save_model
-from bilevel.model import CausalLM
-from bilevel.state import DecoderState
+from tests.support.decoding import greedy, random_ids
 
 TINY: dict[str, Any] = {
     "vocab_size": 101,
@@ -61,26 +60,6 @@ def make_huggingface(name: str) -> PreTrainedModel:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
     return model
-
-
-def random_ids(batch: int, length: int) -> torch.Tensor:
-    return torch.randint(TINY["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(length))
-
-
-def greedy(model: CausalLM, prompt: torch.Tensor, count: int) -> list[list[int]]:
-    """``count`` tokens per row, one call for the prompt and one for each further token."""
-    block_size = model.config.routing.block_size
-    capacity = -(-(prompt.shape[1] + count) // block_size) * block_size
-    state = DecoderState.empty(model.config, prompt.shape[0], capacity)
-    past_len = torch.zeros(prompt.shape[0], dtype=torch.int32)
-    tokens, new = [], prompt
-    for _ in range(count):
-        new_len = torch.full_like(past_len, new.shape[1])
-        logits, state = model.step(new, past_len, new_len, state)
-        past_len = past_len + new_len
-        new = logits.argmax(-1, keepdim=True)
-        tokens.append(new)
-    return torch.cat(tokens, dim=1).tolist()
 
 
 @pytest.mark.parametrize("name", MODELS)

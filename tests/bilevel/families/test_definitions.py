@@ -18,7 +18,7 @@ from tests.bilevel.families.definitions import (
     save_minicpm,
 )
 from tests.bilevel.families.released import change_config
-from tests.bilevel.test_huggingface import random_ids
+from tests.support.decoding import random_ids
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -10,7 +10,7 @@ import transformers
 
 from bilevel.checkpoint import load_model, save_model
 from tests.bilevel.families.released import MODELS, change_config, make
-from tests.bilevel.test_huggingface import greedy, random_ids
+from tests.support.decoding import greedy, random_ids
 
 
 @pytest.mark.parametrize("name", MODELS)
