@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bilevel import ops
 from bilevel.config import ModelConfig
 from bilevel.expert_layers import ExpertMLP, SwiGLU
-from bilevel.operators.attention import dense_attention
+from bilevel.operators.attention import masked_attention
 from bilevel.rotary import apply_rotary, rotary_angles
 from bilevel.state import DecoderState, LayerState, Step, Trace
 from bilevel.word_router import WordRouter, unit
@@ -89,7 +89,7 @@ class Attention(nn.Module):
         scale = config.attention_scale
         block_key = None
         if config.routing.is_dense:
-            out = dense_attention(q, key, value, step.past_len, step.new_len, scale=scale)
+            out = masked_attention(q, key, value, step.causal_mask(key.shape[2], length), scale)
         else:
             block_key = _pool_into(state.block_key if state else None, key, step.past_len, length, size)
             routes = self.route(q, block_key, step)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bilevel.config import ModelConfig
 from bilevel.errors import ContractError
+from bilevel.operators.attention import AttentionMask, causal_mask
 
 
 @dataclass
@@ -97,3 +98,10 @@ class Step:
     candidates: Tensor | None
     words: Tensor | None
     trace: Trace | None
+    _mask: AttentionMask | None = None
+
+    def causal_mask(self, capacity: int, length: int) -> AttentionMask:
+        """Of dense layers, which all have the same: made by the first of them, and traced once."""
+        if self._mask is None:
+            self._mask = causal_mask(capacity, length, self.past_len, self.new_len)
+        return self._mask

@@ -148,7 +148,8 @@ class Routed:
         index = tokens.clamp(min=0)[..., None].expand(-1, -1, self.case.width)
         k, v = (x[b].gather(1, index).double() for x in (t.k, t.v))
         q = t.q[b, :, i].double().unflatten(0, (self.case.heads[1], -1))
-        return attention.masked_attention(q[None], k[None], v[None], seen[None, :, None], self.scale)[0].flatten(0, 1)
+        mask = attention.AttentionMask.of(seen[None, :, None])
+        return attention.masked_attention(q[None], k[None], v[None], mask, self.scale)[0].flatten(0, 1)
 
 
 def dense_sides(case: Case, t: Tensors, compiled: bool) -> Iterator[tuple[str, Work]]:

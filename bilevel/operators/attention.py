@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,15 +20,27 @@ def visible_tokens(capacity: int, length: int, past_len: Tensor, new_len: Tensor
     return (token < end[..., None]) & (offset < new_len[:, None])[..., None]
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Softmax attention in fp32 (fp64 for fp64 operands); a row whose mask is empty gives 0 (and no NaN gradient).
+class AttentionMask(NamedTuple):
+    """allowed: bool [B, 1 or Hq, L, M], what a position reads; all True where it reads nothing, as empty [..., L, 1] says."""
 
-    q: [B, Hq, L, D]. k, v: [B, Hkv, M, D]. mask: bool [B, 1 or Hq, L, M]. Returns [B, Hq, L, D] in q's dtype.
+    allowed: Tensor
+    empty: Tensor
+
+    @classmethod
+    def of(cls, mask: Tensor) -> AttentionMask:
+        """From bool [B, 1 or Hq, L, M], True where a token is read."""
+        empty = ~mask.any(-1, keepdim=True)
+        return cls(mask | empty, empty)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> Tensor:
+    """Softmax attention in fp32 (fp64 for fp64 operands); a row that reads nothing gives 0 (and no NaN gradient).
+
+    q: [B, Hq, L, D]. k, v: [B, Hkv, M, D]. Returns [B, Hq, L, D] in q's dtype.
     """
     heads = head_map(q.shape[1], k.shape[1], q.device)
-    empty = ~mask.any(-1, keepdim=True)
-    out = F.scaled_dot_product_attention(wide(q), wide(k)[:, heads], wide(v)[:, heads], attn_mask=mask | empty, scale=scale)
-    return torch.where(empty, 0.0, out).to(q.dtype)
+    out = F.scaled_dot_product_attention(wide(q), wide(k)[:, heads], wide(v)[:, heads], attn_mask=mask.allowed, scale=scale)
+    return torch.where(mask.empty, 0.0, out).to(q.dtype)
 
 
 def routed_attention(
@@ -49,10 +63,9 @@ def routed_attention(
     # A garbage token that nobody may see must not poison the sum: 0 * NaN is NaN.
     reach = torch.arange(capacity, device=k.device) < (past_len + new_len)[:, None]
     k, v = (torch.where(reach[:, None, :, None], x, 0) for x in (k, v))
-    return masked_attention(q, k, v, kept & visible[:, None], scale)
+    return masked_attention(q, k, v, AttentionMask.of(kept & visible[:, None]), scale)
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, past_len: Tensor, new_len: Tensor, *, scale: float) -> Tensor:
+def causal_mask(capacity: int, length: int, past_len: Tensor, new_len: Tensor) -> AttentionMask:
     """Ordinary causal attention over the cache: what ``routed_attention`` equals when every block is kept."""
-    mask = visible_tokens(k.shape[2], q.shape[2], past_len, new_len, True)
-    return masked_attention(q, k, v, mask[:, None], scale)
+    return AttentionMask.of(visible_tokens(capacity, length, past_len, new_len, True)[:, None])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bilevel import ops
 from bilevel.operators import reference
-from bilevel.operators.attention import dense_attention
+from bilevel.operators.attention import causal_mask, masked_attention
 
 # (Hq, Hkv, Hs), among them groups that do not nest: Hq=12, Hkv=4, Hs=6.
 HEADS = [(1, 1, 1), (2, 1, 1), (2, 1, 2), (2, 2, 1), (4, 2, 4), (4, 4, 2), (6, 2, 3), (6, 3, 2), (12, 4, 6)]
@@ -126,7 +126,8 @@ def test_routed_attention_over_all_blocks_equals_dense(case: Case) -> None:
     num_blocks = case.k.shape[2] // case.block_size
     every = torch.arange(num_blocks, dtype=torch.int32).expand(*case.routes.shape[:3], -1)
     q, k, v = case.q, case.k.nan_to_num(), case.v.nan_to_num()
-    dense = dense_attention(q, k, v, case.past_len, case.new_len, scale=case.scale)
+    mask = causal_mask(k.shape[2], q.shape[2], case.past_len, case.new_len)
+    dense = masked_attention(q, k, v, mask, case.scale)
     torch.testing.assert_close(case.attend(routes=every, causal=1), dense, atol=1e-6, rtol=1e-6)
 
 
