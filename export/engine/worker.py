@@ -3,7 +3,7 @@
 It writes the plan to the job's ``out`` and events to standard output, one JSON object a line: {"phase", "step", "steps"} while
 it builds, {"error"} for a failure that has a sentence, {"version"} when it has built.
 
-A process of its own: a build that is interrupted, runs out of memory or crashes takes nobody along.
+A process of its own: a build that is interrupted, runs out of memory or crashes ends alone.
 
 ``reproducible``: the same bytes every time, for a bundle in one place. TensorRT orders parts of a plan by addresses. For these
 to be the same, memory lies where it lay the last time (no address space randomisation), little is imported here besides
