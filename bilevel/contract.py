@@ -7,7 +7,8 @@ attribute values are allowed.
 Letters: B batch rows, L tokens of this call, Hq query heads, Hkv key/value heads, Hr/Hk route query/key heads, Hs selection
 heads, Hc candidate heads, D head dim, Dr route dim, U pooled key units (one per block, at least ceil(valid tokens / block_size)
 of them), M cache capacity in tokens (or units), H heads of a cache, W its width, K blocks kept, T flattened tokens, E experts,
-Gp expert groups, d model width, f expert width. "T" as a dtype is the model's float type.
+Gp expert groups, d model width, f expert width, R rows of a packed gate_up (2f), Pd and Pf bytes of a packed row along d and f, Sd
+and Sf its blocks that share a scale. "T" as a dtype is the model's float type.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ INT32_MAX = 2**31 - 1
 
 
 # Bytes of an element type. The names are those of torch and NumPy; "T" is one of FLOAT_TYPES.
-DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "int32": 4, "int64": 8}
+DTYPE_BYTES = {"uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "int32": 4, "int64": 8}
 FLOAT_TYPES = ("float16", "bfloat16", "float32")
 DTYPE_CODES = {"float16": 1, "bfloat16": 2, "float32": 3, "int32": 4}  # bilevel_dtype of bilevel_kernels.h
 
@@ -52,7 +53,7 @@ class Dim:
 
 @dataclass(frozen=True)
 class Port:
-    """One tensor of an operator: its name, dtype ("T", "int32", "float32") and symbolic shape."""
+    """One tensor of an operator: its name, dtype ("T", "int32", "float32", "uint8") and symbolic shape."""
 
     name: str
     dtype: str
@@ -75,7 +76,7 @@ class Attribute:
     meaning: str
     minimum: int | None = None
     maximum: int | None = None
-    choices: tuple[str, ...] = ()
+    choices: tuple[str | int, ...] = ()
 
     def check(self, value: object) -> None:
         """Raise ContractError when ``value`` has the wrong type or lies outside what is allowed."""
@@ -83,7 +84,7 @@ class Attribute:
         if isinstance(value, bool) or not isinstance(value, expected):  # type: ignore[arg-type]
             raise ContractError(f"attribute {self.name}={value!r} must be of type {self.kind}")
         if self.choices and value not in self.choices:
-            raise ContractError(f"attribute {self.name}={value!r} must be one of {', '.join(self.choices)}")
+            raise ContractError(f"attribute {self.name}={value!r} must be one of {', '.join(map(str, self.choices))}")
         if isinstance(value, int) and self.kind == "int":
             low = -INT32_MAX if self.minimum is None else self.minimum
             high = INT32_MAX if self.maximum is None else self.maximum
@@ -259,6 +260,28 @@ ROUTED_EXPERTS = Op(
     (_port("out", "T", "T", "d"),),
 )
 
+ROUTED_EXPERTS_QUANTIZED = Op(
+    "RoutedExpertsQuantized",
+    "RoutedExperts over weights in 4 or 8 bits, in blocks along the contraction.",
+    (
+        *ROUTED_EXPERTS.inputs[:3],
+        *(
+            _port(f"{name}_{part}", dtype, "E", rows, width)
+            for name, rows, letter in (("gate_up", "R", "d"), ("down", "d", "f"))
+            for part, dtype, width in (
+                ("codes", "uint8", f"P{letter}"),
+                ("scales", "float32", f"S{letter}"),
+                ("zeros", "uint8", f"S{letter}"),
+            )
+        ),
+    ),
+    ROUTED_EXPERTS.outputs,
+    (
+        Attribute("bits", "int", "bits of a weight", choices=(4, 8)),
+        Attribute("block_size", "int", "weights that share a scale and a zero point", choices=(32, 64, 128)),
+    ),
+)
+
 # Of engines only: a bundle's graph says the same by ScatterND (``export/engine/cache_writes.py``).
 WRITE_CACHE = Op(
     "WriteCache",
@@ -268,6 +291,7 @@ WRITE_CACHE = Op(
     in_place=True,
 )
 
-OPS: tuple[Op, ...] = (COARSE_ROUTE, FINE_ROUTE, ROUTED_ATTENTION, EXPERT_ROUTE, ROUTED_EXPERTS)
-GPU_OPS: tuple[Op, ...] = (*OPS, WRITE_CACHE)  # what a kernel library and its TensorRT plugins hold
-BY_NAME: dict[str, Op] = {op.name: op for op in GPU_OPS}
+_FLOAT_OPS = (COARSE_ROUTE, FINE_ROUTE, ROUTED_ATTENTION, EXPERT_ROUTE, ROUTED_EXPERTS)
+OPS: tuple[Op, ...] = (*_FLOAT_OPS, ROUTED_EXPERTS_QUANTIZED)  # what a bundle's graph may hold
+GPU_OPS: tuple[Op, ...] = (*_FLOAT_OPS, WRITE_CACHE)  # what a kernel library and its TensorRT plugins hold
+BY_NAME: dict[str, Op] = {op.name: op for op in (*OPS, WRITE_CACHE)}

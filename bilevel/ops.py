@@ -1,5 +1,5 @@
 """The operators as a module calls them: ``coarse_route``, ``fine_route``, ``routed_attention``, ``expert_route``,
-``routed_experts`` and ``write_cache``.
+``routed_experts``, ``routed_experts_quantized`` and ``write_cache``.
 
 Called eagerly they run the vectorised PyTorch forms (trainable). While ``torch.export`` traces, each becomes one node
 ``torch.ops.bilevel.<name>``, which ``bilevel.export`` turns into one ONNX node of the contract. Any ``nn.Module`` that calls
@@ -72,6 +72,8 @@ def _check_divisible(op: contract.Op, sizes: dict[str, int], attributes: dict[st
             f"{op.name}: k and v hold {capacity} tokens, not a multiple of block_size={attributes['block_size']}; "
             "pad them with bilevel.ops.pad_to_blocks"
         )
+    if "R" in sizes:
+        experts.check_packed_shapes(sizes, attributes["bits"], attributes["block_size"])
     if "Gp" in sizes:
         experts.check_expert_shapes(sizes["E"], sizes["Gp"], attributes["top_k"], attributes["topk_group"])
 
@@ -137,6 +139,7 @@ fine_route = _define(contract.FINE_ROUTE, routing.fine_route)
 routed_attention = _define(contract.ROUTED_ATTENTION, attention.routed_attention)
 expert_route = _define(contract.EXPERT_ROUTE, experts.expert_route)
 routed_experts = _define(contract.ROUTED_EXPERTS, experts.routed_experts)
+routed_experts_quantized = _define(contract.ROUTED_EXPERTS_QUANTIZED, experts.routed_experts_quantized)
 
 
 def _write(cache: Tensor, update: Tensor, start: Tensor, length: int) -> Tensor:

@@ -28,6 +28,7 @@ DTYPES = {
     "float32": ElementType(np.dtype(np.float32), "tensor(float)", 1),
     "float16": ElementType(np.dtype(np.float16), "tensor(float16)", 10),
     "bfloat16": ElementType(np.dtype(np.uint16), "tensor(bfloat16)", 16),
+    "uint8": ElementType(np.dtype(np.uint8), "tensor(uint8)", 2),
     "int8": ElementType(np.dtype(np.int8), "tensor(int8)", 3),
     "int32": ElementType(np.dtype(np.int32), "tensor(int32)", 6),
     "int64": ElementType(np.dtype(np.int64), "tensor(int64)", 7),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from bilevel import contract
 from bilevel.errors import ContractError
 from bilevel.operators.precision import wide
+from bilevel.operators.reference import dequantise
 
 _FLOAT_MAX = torch.finfo(torch.float32).max
 
@@ -91,12 +94,64 @@ def routed_experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, dow
     Work grows with the chosen (token, expert) pairs: each expert runs once over the tokens that chose it.
     """
     contract.ROUTED_EXPERTS.bind_shapes([x.shape, ids.shape, weights.shape, gate_up.shape, down.shape])
+    return _summed(x, ids, weights, down.shape[0], lambda expert: (gate_up[expert], down[expert]))
+
+
+def _summed(
+    x: Tensor, ids: Tensor, weights: Tensor, num_experts: int, matrices: Callable[[int], tuple[Tensor, Tensor]]
+) -> Tensor:
+    """The weighted sum, [T, d]. matrices: expert -> its gate_up [2f, d] and down [d, f], asked for those that some token chose."""
     out = wide(torch.zeros_like(x))
-    for expert in range(down.shape[0]):
+    for expert in range(num_experts):
         token, slot = torch.nonzero(ids == expert, as_tuple=True)
         if not len(token):
             continue
-        gate, up = F.linear(x[token], gate_up[expert]).chunk(2, dim=-1)
-        y = wide(F.linear(F.silu(gate) * up, down[expert])) * weights[token, slot, None]
+        gate_up, down = matrices(expert)
+        gate, up = F.linear(x[token], gate_up).chunk(2, dim=-1)
+        y = wide(F.linear(F.silu(gate) * up, down)) * weights[token, slot, None]
         out = out.index_add(0, token, y)
     return out.to(x.dtype)
+
+
+def check_packed_shapes(sizes: Mapping[str, int], bits: int, block_size: int) -> None:
+    """Raise ContractError unless the packed rows are as long as the widths d and f = R/2 ask for. sizes: by the contract's symbols."""
+    name = contract.ROUTED_EXPERTS_QUANTIZED.name
+    if sizes["R"] % 2:
+        raise ContractError(
+            f"{name}: gate_up_codes has R={sizes['R']} rows, but gate and up have as many each; give an even number"
+        )
+    for letter, width in (("d", sizes["d"]), ("f", sizes["R"] // 2)):
+        blocks = -(-width // block_size)
+        expected = {f"S{letter}": blocks, f"P{letter}": blocks * block_size * bits // 8}
+        for symbol, size in expected.items():
+            if sizes[symbol] != size:
+                raise ContractError(
+                    f"{name}: {symbol}={sizes[symbol]}, but {letter}={width} in {bits} bits and blocks of {block_size} takes {size}; "
+                    "pad every row to whole blocks"
+                )
+
+
+def routed_experts_quantized(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up_codes: Tensor,
+    gate_up_scales: Tensor,
+    gate_up_zeros: Tensor,
+    down_codes: Tensor,
+    down_scales: Tensor,
+    down_zeros: Tensor,
+    *,
+    bits: int,
+    block_size: int,
+) -> Tensor:
+    """The same over packed weights (see ``bilevel.operators.reference.routed_experts_quantized``), unpacked expert by expert."""
+    width = gate_up_codes.shape[1] // 2
+
+    def matrices(expert: int) -> tuple[Tensor, Tensor]:
+        gate_up = gate_up_codes[expert], gate_up_scales[expert], gate_up_zeros[expert]
+        down = down_codes[expert], down_scales[expert], down_zeros[expert]
+        pairs = (dequantise(*gate_up, x.shape[1], bits, block_size), dequantise(*down, width, bits, block_size))
+        return pairs[0].to(x.dtype), pairs[1].to(x.dtype)
+
+    return _summed(x, ids, weights, down_codes.shape[0], matrices)

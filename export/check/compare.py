@@ -159,7 +159,7 @@ class Comparison:
             self.computed("attention", where, node.op_type, name, *arrays)
         elif node.op_type == "ExpertRoute" and one.expert_ids:
             self._experts(node, where, got, one, two)
-        elif node.op_type == "RoutedExperts" and one.expert_out:
+        elif node.op_type in ("RoutedExperts", "RoutedExpertsQuantized") and one.expert_out:
             name, flat = node.outputs[0], valid.reshape(-1)
             self.computed(
                 "expert output", where, node.op_type, name, got[name][flat], two.expert_out[0][flat], one.expert_out[0][flat]

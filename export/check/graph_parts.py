@@ -28,7 +28,8 @@ from bilevel.export.graph.sessions import Arrays, open_session
 from bilevel.model import hidden_name
 
 SELECTIONS = ("CoarseRoute", "FineRoute", "ExpertRoute")
-_INT32, _FLOAT = ir.TensorType(ir.DataType.INT32), ir.TensorType(ir.DataType.FLOAT)
+_FLOAT = ir.TensorType(ir.DataType.FLOAT)
+_TYPES = {"int32": ir.TensorType(ir.DataType.INT32), "uint8": ir.TensorType(ir.DataType.UINT8)}
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,9 @@ class GraphParts:
         selected: tuple[str, ...] = ()
         for port, value in zip(op.inputs, node.inputs, strict=True):
             if value is not None and value.type is None:
-                value.type = _INT32 if port.dtype == "int32" else _FLOAT
+                value.type = _TYPES.get(port.dtype, _FLOAT)
         for port, value in zip(op.outputs, node.outputs, strict=True):
-            value.type = _INT32 if port.dtype == "int32" else _FLOAT
+            value.type = _TYPES.get(port.dtype, _FLOAT)
             value.shape = None
         if node.op_type in SELECTIONS:
             for value, name in zip(node.outputs, outputs, strict=True):

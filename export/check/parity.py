@@ -142,7 +142,7 @@ class _Check:
         results = [entry.result() for entry in comparison.entries]
         selection = tuple(result for result in results if isinstance(result, RouterResult))
         computation = tuple(result for result in results if isinstance(result, TensorResult))
-        structure = structure_differences(self.config, self.parts.nodes)
+        structure = structure_differences(self.config, self.parts.nodes, self.weights)
         try:
             ends, invariants = self._alone(passages, any(router.excused for router in selection))
         except BundleError as error:

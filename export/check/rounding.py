@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bilevel.export.graph.quantise import BITS, BLOCK, quantise_matrix
+from bilevel.expert_layers import ExpertWeights
+from bilevel.export.graph.blocks import BITS, BLOCK, quantise_matrix
 from bilevel.word_router import WordRouter
 
 
@@ -23,9 +24,19 @@ def round_weights(model: nn.Module, weights: str) -> None:
     """Replace the weights of ``model`` by what the format ``weights`` keeps of them; a tied embedding table stays as it is."""
     if weights == "fp32":
         return
+    bits = BITS[weights]
     for layer in _rounded_layers(model):
-        rounded = quantise_matrix(layer.weight.detach().numpy().T, BITS[weights]).dequantise()
-        layer.weight = nn.Parameter(torch.from_numpy(np.ascontiguousarray(rounded.T)), requires_grad=False)
+        layer.weight = nn.Parameter(_rounded(layer.weight, bits), requires_grad=False)
+    for experts in (module for module in model.modules() if isinstance(module, ExpertWeights)):
+        for stacked in (experts.gate_up_proj, experts.down_proj):
+            for weight in stacked.data:
+                weight.copy_(_rounded(weight, bits))
+
+
+def _rounded(weight: Tensor, bits: int) -> Tensor:
+    """What is left of fp32 [N, K]."""
+    rounded = quantise_matrix(weight.detach().numpy().T, bits).dequantise()
+    return torch.from_numpy(np.ascontiguousarray(rounded.T))
 
 
 def _round_input(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:

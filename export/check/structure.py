@@ -12,18 +12,21 @@ from typing import Any
 import numpy as np
 
 from bilevel.config import ModelConfig
+from bilevel.contract import ROUTED_EXPERTS as EXPERTS
+from bilevel.contract import ROUTED_EXPERTS_QUANTIZED as PACKED_EXPERTS
 from bilevel.export.check.graph_parts import RoutedNode
+from bilevel.export.graph.blocks import BITS, BLOCK
 from bilevel.export.report.judgements import StructureDifference
 
 
-def expected_nodes(config: ModelConfig) -> list[tuple[str, str, int | None]]:
-    """(name in a report, operator, layer) of every routed node that the model has."""
+def expected_nodes(config: ModelConfig, weights: str = "fp32") -> list[tuple[str, str, int | None]]:
+    """(name in a report, operator, layer) of every routed node that the model has, its weights in the format ``weights``."""
     if config.routing.is_dense:
         attention = []
     else:
         router = "FineRoute" if config.routing.is_two_level else "CoarseRoute"
         attention = [("level 2", router), ("attention", "RoutedAttention")]
-    expert = [("experts", "ExpertRoute"), ("expert output", "RoutedExperts")]
+    expert = [("experts", "ExpertRoute"), ("expert output", EXPERTS.name if weights == "fp32" else PACKED_EXPERTS.name)]
     nodes: list[tuple[str, str, int | None]] = [("level 1", "CoarseRoute", None)] if config.routing.is_two_level else []
     for layer in range(config.num_hidden_layers):
         has_experts = config.experts is not None and layer in config.experts.layers
@@ -31,7 +34,7 @@ def expected_nodes(config: ModelConfig) -> list[tuple[str, str, int | None]]:
     return nodes
 
 
-def expected_attributes(config: ModelConfig, op_type: str, level: int) -> dict[str, Any]:
+def expected_attributes(config: ModelConfig, op_type: str, level: int, weights: str = "fp32") -> dict[str, Any]:
     """What a node of this operator must say; level: 1 or 2, for the block routers."""
     if op_type in ("CoarseRoute", "FineRoute"):
         return dict(config.route_attributes(level))
@@ -39,18 +42,20 @@ def expected_attributes(config: ModelConfig, op_type: str, level: int) -> dict[s
         return {"block_size": config.routing.block_size, "causal": 1, "scale": config.attention_scale}
     if op_type == "ExpertRoute" and config.experts is not None:
         return dict(config.experts.route_attributes())
+    if op_type == PACKED_EXPERTS.name and weights in BITS:
+        return {"bits": BITS[weights], "block_size": BLOCK}
     return {}
 
 
-def structure_differences(config: ModelConfig, nodes: Sequence[RoutedNode]) -> list[StructureDifference]:
+def structure_differences(config: ModelConfig, nodes: Sequence[RoutedNode], weights: str = "fp32") -> list[StructureDifference]:
     """One for every node too few or too many and every differing attribute. Floats are compared in fp32, as stored."""
-    expected = expected_nodes(config)
+    expected = expected_nodes(config, weights)
     differences: list[StructureDifference] = []
     for name, op_type, layer in expected:
         here = [node for node in nodes if (node.op_type, node.layer) == (op_type, layer)]
         if len(here) != 1:
             differences.append(StructureDifference(name, op_type, None, len(here), 1))
-        meant = expected_attributes(config, op_type, 1 if layer is None else 2)
+        meant = expected_attributes(config, op_type, 1 if layer is None else 2, weights)
         differences += [
             StructureDifference(name, op_type, key, node.attributes.get(key), meant.get(key))
             for node in here

@@ -31,6 +31,7 @@ from bilevel.export.graph.nodes import routed_nodes
 from bilevel.export.graph.precision import PRECISIONS, TWIN_PRECISIONS, check_precision
 from bilevel.export.graph.quantise import check_format, quantise_graph
 from bilevel.export.graph.schemas import ONNX_OPSET
+from bilevel.export.graph.sessions import load_graph
 from bilevel.export.graph.shared_weights import share_weights
 from bilevel.folders import replacing, write_json
 from bilevel.model import CausalLM
@@ -117,6 +118,8 @@ def _save_graphs(
     on_stage("storing the weights")
     stored = {name: quantise_graph(folder / name, weights) for name in graphs}[GRAPH_FILE]
     share_weights(folder, list(graphs))
+    if weights != "fp32":
+        graphs = {name: load_graph(folder / name) for name in graphs}
     if TWIN_FILE in graphs and weights != "fp32":
         graphs[TWIN_FILE] = _with_small_cache(folder / TWIN_FILE, model.config)
     return graphs, stored

@@ -24,6 +24,7 @@ import onnx
 import bilevel
 from bilevel.bundle.engines import FOLDER, Engine
 from bilevel.bundle.format import Bundle
+from bilevel.contract import GPU_OPS
 from bilevel.errors import EngineError
 from bilevel.export.engine.cache_writes import write_in_place
 from bilevel.export.engine.memory import Estimate
@@ -41,6 +42,7 @@ from bilevel.export.engine.worker import NO_PLUGINS, Job
 from bilevel.export.graph.nodes import routed_nodes
 from bilevel.folders import file_sha256
 
+_PLUGIN_OPS = frozenset(op.name for op in GPU_OPS)
 _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH")  # what a reproducible build keeps
 Progress = Callable[[str, int, int], None]
 
@@ -154,10 +156,12 @@ def _prepare_model(plan: Plan, scratch: Path) -> tuple[Path, int]:
     )
     lower_operators(model, plan.flavour)
     if plan.plugins.source != NO_PLUGINS and must_strip_functions(plan.flavour):
+        kept = [function for function in model.functions if function.name not in _PLUGIN_OPS]
         del model.functions[:]
+        model.functions.extend(kept)
     path = scratch / "model.onnx"
     path.write_bytes(model.SerializeToString())
-    return path, len(routed_nodes(model.graph))
+    return path, sum(node.op_type in _PLUGIN_OPS for node in routed_nodes(model.graph))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from bilevel.contract import BY_NAME, DOMAIN, VERSION
 from bilevel.errors import ExportError
 from bilevel.export.graph.bodies.attention import RoutedAttention
 from bilevel.export.graph.bodies.experts import RoutedExperts, expert_route_body
+from bilevel.export.graph.bodies.experts_quantized import routed_experts_quantized_body
 from bilevel.export.graph.bodies.routes import CoarseRoute, FineRoute
 from bilevel.export.graph.nodes import routed_nodes
 from bilevel.export.graph.schemas import ONNX_OPSET
@@ -23,7 +24,14 @@ _BODIES: dict[str, OnnxFunction[..., Any]] = {
 
 
 def _body(name: str, nodes: list[onnx.NodeProto]) -> OnnxFunction[..., Any]:
-    """The body that serves all nodes of one operator; numbers are read from each node, strings are fixed per model."""
+    """The body that serves all nodes of one operator; numbers are read from each node, what a body cannot read is fixed per model."""
+    if name == "RoutedExpertsQuantized":
+        widths = {next(attribute.i for attribute in node.attribute if attribute.name == "bits") for node in nodes}
+        if len(widths) > 1:
+            raise ExportError(
+                f"the model's experts are stored in {sorted(widths)} bits, but one ONNX function serves all of them; use one width"
+            )
+        return routed_experts_quantized_body(widths.pop())
     if name != "ExpertRoute":
         return _BODIES[name]
     ways = {(_string(node, "score_func"), _string(node, "group_score")) for node in nodes}
@@ -64,11 +72,12 @@ def _all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterable[onnx.NodeProto]:
 def _helper_protos() -> list[onnx.FunctionProto]:
     from bilevel.export.graph.bodies import attention as bodies_attention
     from bilevel.export.graph.bodies import experts as bodies_experts
+    from bilevel.export.graph.bodies import experts_quantized as bodies_quantized
     from bilevel.export.graph.bodies import routes as bodies_routes
 
     return [
         value.to_function_proto()
-        for module in (bodies_routes, bodies_attention, bodies_experts)
+        for module in (bodies_routes, bodies_attention, bodies_experts, bodies_quantized)
         for value in vars(module).values()
         if isinstance(value, OnnxFunction) and value.opset.domain != DOMAIN
     ]

@@ -19,11 +19,16 @@ from bilevel.errors import ExportError
 from bilevel.export.graph.nodes import routed_nodes
 
 # For each operator that obeys a selection: which input carries it, and who may have made it.
-_SELECTION_INPUT = {"RoutedAttention": ("routes", 3), "FineRoute": ("candidates", 2), "RoutedExperts": ("ids", 1)}
+_SELECTION_INPUT = {
+    "RoutedAttention": ("routes", 3),
+    "FineRoute": ("candidates", 2),
+    "RoutedExperts": ("ids", 1),
+    "RoutedExpertsQuantized": ("ids", 1),
+}
 _CONSUMERS = {
     "CoarseRoute": ("RoutedAttention", "FineRoute"),
     "FineRoute": ("RoutedAttention", "FineRoute"),
-    "ExpertRoute": ("RoutedExperts",),
+    "ExpertRoute": ("RoutedExperts", "RoutedExpertsQuantized"),
 }
 
 

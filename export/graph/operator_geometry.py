@@ -8,7 +8,7 @@ import onnx
 from onnx import helper
 
 from bilevel.bundle.tensors import ONNX_DTYPES, PRECISIONS
-from bilevel.contract import BY_NAME, WRITE_CACHE, Op
+from bilevel.contract import BY_NAME, GPU_OPS, WRITE_CACHE, Op
 from bilevel.errors import ExportError
 from bilevel.export.graph.nodes import routed_nodes
 from bilevel.plugins.launch.plans import RUNTIME_SIZES
@@ -64,7 +64,7 @@ def _as_write(node: onnx.NodeProto) -> onnx.NodeProto:
 
 
 def read_requests(graph_file: Path) -> list[KernelRequest]:
-    """(operator, geometry, data type) of every routed node and of every cache of an ONNX file, equal ones once, in their order.
+    """(operator, geometry, data type) of every routed node that GPU kernels are for and of every cache of an ONNX file, equal ones once, in their order.
 
     A cache of floats is written by ScatterND, by a plugin in an engine (``export/engine/cache_writes.py``).
 
@@ -77,7 +77,7 @@ def read_requests(graph_file: Path) -> list[KernelRequest]:
     writes = [
         node for node in graph.node if node.op_type == "ScatterND" and node.input[0] in inputs and node.output[0] in outputs
     ]
-    pairs = [(BY_NAME[node.op_type], node) for node in routed_nodes(graph)]
+    pairs = [(op, node) for node in routed_nodes(graph) if (op := BY_NAME[node.op_type]) in GPU_OPS]
     pairs += [(WRITE_CACHE, _as_write(node)) for node in writes if ONNX_DTYPES.get(known[node.input[0]][0]) in PRECISIONS]
     for op, node in pairs:
         request = _request(op, node, known)

@@ -31,6 +31,8 @@ def plans(op: contract.Op, geometry: Geometry, dtype: str, arch: int) -> tuple[L
     Raises ContractError for what the kernels do not cover.
     """
     shared_limit(arch)
+    if op.name not in _MAKERS:
+        raise ContractError(f"{op.name} has no GPU kernels; on a GPU its PyTorch form or its portable body runs")
     if dtype not in contract.FLOAT_TYPES:
         raise ContractError(f"{op.name}: the kernels know no {dtype}; give {', '.join(contract.FLOAT_TYPES)}")
     for name, most in LIMITS.items():

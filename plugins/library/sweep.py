@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bilevel.plugins.library.sweep", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", default=",".join(f"sm_{arch}" for arch in ARCHITECTURES))
     parser.add_argument("--dtype", default=",".join(contract.FLOAT_TYPES))
-    parser.add_argument("--op", default=",".join(contract.BY_NAME))
+    parser.add_argument("--op", default=",".join(op.name for op in contract.GPU_OPS))
     parser.add_argument("--verbose", action="store_true", help="a line for every kernel")
     options = parser.parse_args(arguments)
     over = count = 0

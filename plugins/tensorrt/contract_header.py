@@ -87,7 +87,7 @@ def _attribute(attribute: contract.Attribute) -> str:
     if attribute.kind == "int":
         low = -contract.INT32_MAX if attribute.minimum is None else attribute.minimum
         high = contract.INT32_MAX if attribute.maximum is None else attribute.maximum
-    choices = ", ".join(map(_text, attribute.choices))
+    choices = ", ".join(_text(str(choice)) for choice in attribute.choices)
     return f"{{{_text(attribute.name)}, AttributeKind::{_KINDS[attribute.kind]}, {low}, {high}, {{{choices}}}}}"
 
 

@@ -30,6 +30,7 @@ _OPERATORS = {
     "GroupQueryAttention": "attention",
     "ExpertRoute": "experts",
     "RoutedExperts": "experts",
+    "RoutedExpertsQuantized": "experts",
 }
 _MATMULS = ("MatMul", "FusedMatMul", "Gemm", "FusedGemm", "MatMulNBits")
 _POOLING = ("GatherND", "ReduceMean")

@@ -18,8 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 FLOAT_BYTES = 4
-# Bytes of one quantised weight in a matrix product; 32 of them share a float scale and a zero point of their own width.
+# Bytes of one quantised weight; 32 of them share a float scale and a zero point, in a matrix product of their own width, in an
+# expert of a byte.
 QUANTISED_BYTES = {"int8": 1 + 5 / 32, "int4": 0.5 + 4.5 / 32}
+EXPERT_BYTES = {"int8": 1 + 5 / 32, "int4": 0.5 + 5 / 32}
 
 
 # What is read again and again may lie in a cache, so the rate belongs to an amount: caches of servers hold small models whole.
@@ -101,6 +103,7 @@ class Geometry:
     ) -> None:
         self.config, self.twin_cache_bytes, self.float_bytes = config, twin_cache_bytes, float_bytes
         self.matrix_bytes = QUANTISED_BYTES.get(weights, float(float_bytes))
+        self.expert_bytes = EXPERT_BYTES.get(weights, float(float_bytes))
         self.routing: Mapping[str, Any] = config.get("routing") or {"preset": "dense"}
         self.layers = int(config["num_hidden_layers"])
         self.query_heads, self.heads = int(config["num_attention_heads"]), int(config["num_key_value_heads"])
@@ -115,23 +118,30 @@ class Geometry:
         experts = config.get("experts") or {"layers": []}
         with_experts = len(experts["layers"])
         total = self.layers * attention + (self.layers - with_experts) * mlp + hidden * int(config["vocab_size"])
-        return total + self.num_expert_weights
+        return total + self.num_expert_weights + self.num_gate_weights
 
     @property
     def num_expert_weights(self) -> int:
-        """Those of the chosen experts and of their gates, which stay floats in every format."""
-        experts, hidden = self.config.get("experts"), int(self.config["hidden_size"])
+        """Those of the chosen experts."""
+        experts = self.config.get("experts") or {"layers": [], "intermediate_size": 0, "top_k": 0}
+        chosen = 3 * experts["intermediate_size"] * experts["top_k"]
+        return len(experts["layers"]) * int(self.config["hidden_size"]) * chosen
+
+    @property
+    def num_gate_weights(self) -> int:
+        """Those of the experts' gates, which stay floats in every format."""
+        experts = self.config.get("experts")
         if not experts:
             return 0
         groups = experts["n_group"] if experts["group_score"] == "external" else 0
-        chosen = 3 * experts["intermediate_size"] * experts["top_k"]
-        return len(experts["layers"]) * hidden * (chosen + experts["num_experts"] + groups)
+        return len(experts["layers"]) * int(self.config["hidden_size"]) * (experts["num_experts"] + groups)
 
     @property
     def weight_bytes(self) -> float:
         """Bytes of the weights that one token is multiplied with, as they are stored."""
-        floats = self.num_expert_weights
-        return (self.num_weights - floats) * self.matrix_bytes + floats * self.float_bytes
+        experts, floats = self.num_expert_weights, self.num_gate_weights
+        matrices = self.num_weights - experts - floats
+        return matrices * self.matrix_bytes + experts * self.expert_bytes + floats * self.float_bytes
 
     def _cache_bytes(self, is_twin: bool) -> int:
         """Bytes of one number in a side's caches."""

@@ -16,7 +16,7 @@ from tests.support.operator_calls import Attributes, Inputs, make_call
 from tests.support.tiny_models import make_model
 from tests.support.triton_calls import triton_launch
 
-NAMES = [op.name for op in contract.OPS]
+NAMES = [op.name for op in contract.OPS if op in contract.GPU_OPS]
 
 
 @pytest.fixture
@@ -83,6 +83,11 @@ def test_what_kernels_do_not_cover_pytorch_runs(used: list[str]) -> None:
     assert not triton_launch.covers(
         contract.ROUTED_ATTENTION, [*list(inputs.values())[:-1], inputs["new_len"].to("meta")], attributes
     )
+
+
+def test_an_operator_without_kernels_runs_in_pytorch(used: list[str]) -> None:
+    inputs, attributes = make_call("RoutedExpertsQuantized", 2)
+    assert call("RoutedExpertsQuantized", inputs, attributes).shape == (2, 40) and used == []
 
 
 def test_tensors_that_are_not_contiguous(used: list[str]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bilevel import contract, ops
 from bilevel.errors import ContractError
+from tests.support.operator_calls import PACKED, packed
 
 ROUTE: dict[str, Any] = {
     "block_size": 3,
@@ -52,6 +53,7 @@ def make_call(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ),
         "ExpertRoute": (scores, EXPERT),
         "RoutedExperts": ({"x": torch.randn(7, 6), **chosen, **experts}, {}),
+        "RoutedExpertsQuantized": ({"x": torch.randn(7, 40), **chosen, **packed(8, 40, 5)}, PACKED),
     }[name]
 
 
@@ -178,6 +180,26 @@ BAD_INPUTS: dict[str, tuple[str, Change, str]] = {
         lambda i: i.update(weights=torch.randn(7, 2)),
         "weights has k=2, but an earlier input has k=3",
     ),
+    "odd-rows": (
+        "RoutedExpertsQuantized",
+        lambda i: i.update({key: x[:, :9] for key, x in i.items() if key.startswith("gate_up")}),
+        "gate_up_codes has R=9 rows, but gate and up have as many each; give an even number",
+    ),
+    "packed-row": (
+        "RoutedExpertsQuantized",
+        lambda i: i.update(gate_up_codes=i["gate_up_codes"][..., :20]),
+        "Pd=20, but d=40 in 4 bits and blocks of 32 takes 32; pad every row to whole blocks",
+    ),
+    "packed-blocks": (
+        "RoutedExpertsQuantized",
+        lambda i: i.update(down_scales=torch.randn(8, 40, 2)),
+        "down_zeros has Sf=1, but an earlier input has Sf=2",
+    ),
+    "codes-of-floats": (
+        "RoutedExpertsQuantized",
+        lambda i: i.update(down_codes=i["down_codes"].float()),
+        "down_codes must be uint8, got float32",
+    ),
     "missing-input": ("RoutedExperts", lambda i: i.pop("down"), "RoutedExperts takes 5 inputs, got 4"),
 }
 BAD_ATTRIBUTES: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -196,6 +218,9 @@ BAD_ATTRIBUTES: dict[str, tuple[str, dict[str, Any], str]] = {
     "score-func": ("ExpertRoute", {"score_func": "relu"}, "score_func='relu' must be one of sigmoid, softmax"),
     "group-score": ("ExpertRoute", {"group_score": 1}, "group_score=1 must be of type string"),
     "top-k": ("ExpertRoute", {"top_k": 5}, "top_k=5 exceeds the 4 experts that 2 groups hold"),
+    "three-bits": ("RoutedExpertsQuantized", {"bits": 3}, "bits=3 must be one of 4, 8"),
+    "packed-in-eight": ("RoutedExpertsQuantized", {"bits": 8}, "Pd=32, but d=40 in 8 bits and blocks of 32 takes 64"),
+    "small-blocks": ("RoutedExpertsQuantized", {"block_size": 16}, "block_size=16 must be one of 32, 64, 128"),
     "topk-group": ("ExpertRoute", {"topk_group": 5}, "topk_group=5 exceeds the 4 groups there are"),
 }
 

@@ -24,7 +24,7 @@ from bilevel.operators import reference
 
 Inputs = dict[str, Tensor]
 Attributes = dict[str, Any]
-KINDS = {"int32": TensorProto.INT32, "float32": TensorProto.FLOAT, "T": TensorProto.FLOAT}
+KINDS = {"uint8": TensorProto.UINT8, "int32": TensorProto.INT32, "float32": TensorProto.FLOAT, "T": TensorProto.FLOAT}
 # (Hr or Hq, Hk or Hkv, Hs), among them head groups that do not nest.
 HEADS = [(1, 1, 1), (2, 1, 1), (4, 2, 2), (4, 4, 2), (4, 2, 4), (6, 3, 2), (6, 2, 3), (12, 4, 6), (12, 6, 4)]
 ROUTE: Attributes = {
@@ -35,6 +35,7 @@ ROUTE: Attributes = {
     "local_blocks": 1,
     "causal": 1,
 }
+PACKED: Attributes = {"bits": 4, "block_size": 32}
 EXPERT: Attributes = {
     "top_k": 2,
     "topk_group": 2,
@@ -109,6 +110,18 @@ def whole(*shape: int, generator: torch.Generator | None = None) -> Tensor:
     return torch.randint(-2, 3, shape, generator=generator).float()
 
 
+def packed(experts: int, width: int, hidden: int, bits: int = 4, generator: torch.Generator | None = None) -> Inputs:
+    """Random packed weights in blocks of 32; what pads a row is random too."""
+    inputs: Inputs = {}
+    for name, rows, depth in (("gate_up", 2 * hidden, width), ("down", width, hidden)):
+        blocks = -(-depth // 32)
+        draw = {"generator": generator}
+        inputs[f"{name}_codes"] = torch.randint(0, 256, (experts, rows, blocks * 4 * bits), dtype=torch.uint8, **draw)
+        inputs[f"{name}_scales"] = torch.randn(experts, rows, blocks, **draw) / 2**bits
+        inputs[f"{name}_zeros"] = torch.randint(0, 2**bits, (experts, rows, blocks), dtype=torch.uint8, **draw)
+    return inputs
+
+
 def make_call(name: str, tokens: int = 6) -> tuple[Inputs, Attributes]:
     """Valid inputs of one operator: B2, R4, N5, two rows of different lengths; ``tokens`` is L or T."""
     lengths = {"past_len": int32(20 - tokens, 3), "new_len": int32(tokens, tokens // 2)}
@@ -126,6 +139,7 @@ def make_call(name: str, tokens: int = 6) -> tuple[Inputs, Attributes]:
             {"x": torch.randn(tokens, 6), **chosen, "gate_up": torch.randn(8, 10, 6), "down": torch.randn(8, 6, 5)},
             {},
         ),
+        "RoutedExpertsQuantized": ({"x": torch.randn(tokens, 40), **chosen, **packed(8, 40, 5)}, PACKED),
         # One row's update reaches over the cache's end.
         "WriteCache": ({"cache": torch.randn(2, 3, 20, 5), "update": torch.randn(2, 3, tokens, 5), "start": int32(4, 17)}, {}),
     }
@@ -242,3 +256,18 @@ def experts_calls(draw: st.DrawFn) -> tuple[Inputs, Attributes]:
         "down": torch.randn(experts, width, 3, generator=generator),
     }
     return inputs, {}
+
+
+@st.composite
+def packed_calls(draw: st.DrawFn, bits: int) -> tuple[Inputs, Attributes]:
+    """The same over packed weights: rows of less than a block, of whole blocks and of more."""
+    (inputs, _), width, hidden = (
+        draw(experts_calls()),
+        draw(st.sampled_from([1, 20, 32, 70])),
+        draw(st.sampled_from([1, 5, 64])),
+    )
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    tokens, experts = len(inputs["x"]), len(inputs["down"])
+    chosen = {name: inputs[name] for name in ("ids", "weights")}
+    x = torch.randn(tokens, width, generator=generator)
+    return {"x": x, **chosen, **packed(experts, width, hidden, bits, generator)}, {"bits": bits, "block_size": 32}

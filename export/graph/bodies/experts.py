@@ -96,23 +96,36 @@ def swiglu(x, gate_up, down):
 
 
 @script(_private, default_opset=op)
-def experts_gathered(x, expert, used, weights, gate_up, down):
-    """One expert gathered per (token, slot): for a few tokens. expert int64, used bool, weights [T, k] -> fp32 [T, d]."""
-    flat = op.Reshape(expert, [-1])
+def gathered_rows(x, expert):
+    """For a few tokens: the token of every (token, slot) pair, [T * k, 1, d]. expert: int64 [T, k]."""
     shape = op.Concat(op.Shape(expert), op.Shape(x, start=1, end=2), axis=0)
-    rows = op.Reshape(op.Expand(op.Unsqueeze(x, [1]), shape), op.Concat([-1, 1], op.Shape(x, start=1, end=2), axis=0))
-    out = op.Cast(swiglu(rows, op.Gather(gate_up, flat, axis=0), op.Gather(down, flat, axis=0)), to=FLOAT)
-    weight = op.Where(used, weights, op.Constant(value_float=0.0))
-    return op.ReduceSum(op.Reshape(out, shape) * op.Unsqueeze(weight, [2]), [1], keepdims=0)
+    return op.Reshape(op.Expand(op.Unsqueeze(x, [1]), shape), op.Concat([-1, 1], op.Shape(x, start=1, end=2), axis=0))
 
 
 @script(_private, default_opset=op)
-def experts_dispatched(x, expert, used, weights, gate_up, down):
-    """Tokens sorted by expert and padded to tiles, one batched product for all tiles (as in RoutedAttention's body)."""
+def gathered_sum(out, x, used, weights):
+    """fp32 [T, d]: the pairs' results [T * k, 1, d], weighted. used: bool [T, k]."""
+    shape = op.Concat(op.Shape(used), op.Shape(x, start=1, end=2), axis=0)
+    weight = op.Where(used, weights, op.Constant(value_float=0.0))
+    return op.ReduceSum(op.Reshape(op.Cast(out, to=FLOAT), shape) * op.Unsqueeze(weight, [2]), [1], keepdims=0)
+
+
+@script(_private, default_opset=op)
+def experts_gathered(x, expert, used, weights, gate_up, down):
+    """One expert gathered per (token, slot): for a few tokens. expert int64, used bool, weights [T, k] -> fp32 [T, d]."""
+    flat = op.Reshape(expert, [-1])
+    out = swiglu(gathered_rows(x, expert), op.Gather(gate_up, flat, axis=0), op.Gather(down, flat, axis=0))
+    return gathered_sum(out, x, used, weights)
+
+
+@script(_private, default_opset=op)
+def tiles_of(x, expert, used, num_experts):
+    """Tokens sorted by expert and padded to tiles (as in RoutedAttention's body): rows [tiles, 32, d], the expert of every tile
+    and the slot of every (token, slot) pair, [T * k]; the slot behind the last one where a pair has no expert.
+    """
     tile = op.Constant(value_ints=[32])
     tokens = op.Shape(x, start=0, end=1)
     num_kept = op.Shape(expert, start=1, end=2)
-    num_experts = op.Shape(down, start=0, end=1)
     num_pairs = tokens * num_kept
     num_tiles = op.Div(num_pairs + (tile - 1), tile) + op.Min(num_experts, num_pairs)
     num_slots = num_tiles * tile
@@ -128,13 +141,25 @@ def experts_dispatched(x, expert, used, weights, gate_up, down):
     tile_expert = op.ScatterElements(empty, op.Div(slot, tile), op.Reshape(expert, [-1]), axis=0)
     tile_expert = op.Slice(tile_expert, [0], [-1], [0])
     shape = op.Concat(num_tiles, tile, op.Shape(x, start=1, end=2), axis=0)
-    rows = op.Reshape(op.Gather(x, slot_token, axis=0), shape)
-    out = op.Cast(swiglu(rows, op.Gather(gate_up, tile_expert, axis=0), op.Gather(down, tile_expert, axis=0)), to=FLOAT)
-    flat_out = op.Reshape(out, op.Concat(num_slots, op.Shape(x, start=1, end=2), axis=0))
-    per_pair = op.Concat(tokens, num_kept, op.Shape(x, start=1, end=2), axis=0)
+    return op.Reshape(op.Gather(x, slot_token, axis=0), shape), tile_expert, slot
+
+
+@script(_private, default_opset=op)
+def dispatched_sum(out, slot, x, used, weights):
+    """fp32 [T, d]: the tiles' results [tiles, 32, d], weighted."""
+    flat_out = op.Reshape(op.Cast(out, to=FLOAT), op.Concat([-1], op.Shape(x, start=1, end=2), axis=0))
+    per_pair = op.Concat(op.Shape(used), op.Shape(x, start=1, end=2), axis=0)
     pair_out = op.Reshape(op.Gather(op.Pad(flat_out, [0, 0, 1, 0]), slot, axis=0), per_pair)
     weight = op.Where(used, weights, op.Constant(value_float=0.0))
     return op.ReduceSum(pair_out * op.Unsqueeze(weight, [2]), [1], keepdims=0)
+
+
+@script(_private, default_opset=op)
+def experts_dispatched(x, expert, used, weights, gate_up, down):
+    """One batched product for all tiles."""
+    rows, tile_expert, slot = tiles_of(x, expert, used, op.Shape(down, start=0, end=1))
+    out = swiglu(rows, op.Gather(gate_up, tile_expert, axis=0), op.Gather(down, tile_expert, axis=0))
+    return dispatched_sum(out, slot, x, used, weights)
 
 
 @script(_bilevel, default_opset=op)

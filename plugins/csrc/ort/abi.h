@@ -56,7 +56,7 @@ struct ApiBase {
 };
 
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
-enum ElementType : int { kFloat = 1, kInt32 = 6 };
+enum ElementType : int { kFloat = 1, kUInt8 = 2, kInt32 = 6 };
 enum Characteristic : int { kRequired = 0 };
 enum MemoryType : int { kDefaultMemory = 0 };
 

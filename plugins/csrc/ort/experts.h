@@ -76,27 +76,27 @@ struct ExpertTile {
   int64_t expert, first, rows;  // pairs [first, first + rows) of the sorted list
 };
 
-// out [count, kTileRows] = weights [count, width] times x [width, kTileRows], of which `rows` columns are used.
-static void times_tile(const float* weights, int64_t count, int64_t width, const float* x, int64_t rows, float* out) {
+// out [count, kTileRows] = rows [first, first + count) of `matrix` times x [width, kTileRows], of which `used` columns are used.
+template <typename Matrix>
+static void times_tile(const Matrix& matrix, int64_t first, int64_t count, const float* x, int64_t used, float* out) {
   constexpr int64_t kFew = 2;  // that few columns are cheaper as dot products
-  if (rows > kFew) {
+  thread_local std::vector<float> buffer;
+  const int64_t width = matrix.width;
+  if (used > kFew) {
+    buffer.resize(kKeys * width + kSlack);
     int64_t n = 0;
-    for (; n + kKeys <= count; n += kKeys) score_keys<kKeys>(x, weights + n * width, width, out + n * kTileRows);
-    for (; n < count; ++n) score_keys<1>(x, weights + n * width, width, out + n * kTileRows);
+    for (; n + kKeys <= count; n += kKeys)
+      score_keys<kKeys>(x, matrix.floats(first + n, kKeys, buffer.data()), width, out + n * kTileRows);
+    for (; n < count; ++n) score_keys<1>(x, matrix.floats(first + n, 1, buffer.data()), width, out + n * kTileRows);
     return;
   }
-  thread_local std::vector<float> column;
-  column.resize(width);
-  for (int64_t r = 0; r < rows; ++r) {
+  buffer.resize(matrix.padded() + count);
+  float *column = buffer.data(), *result = column + matrix.padded();
+  std::fill(column + width, result, 0.0f);
+  for (int64_t r = 0; r < used; ++r) {
     for (int64_t d = 0; d < width; ++d) column[d] = x[d * kTileRows + r];
-    for (int64_t n = 0; n < count; n += kLanes) {
-      const int64_t some = std::min<int64_t>(kLanes, count - n);
-      const float* row[kLanes];
-      float result[kLanes];
-      for (int64_t m = 0; m < some; ++m) row[m] = weights + (n + m) * width;
-      dots(column.data(), row, some, width, result);
-      for (int64_t m = 0; m < some; ++m) out[(n + m) * kTileRows + r] = result[m];
-    }
+    matrix.dots(column, first, count, result);
+    for (int64_t n = 0; n < count; ++n) out[n * kTileRows + r] = result[n];
   }
 }
 
@@ -117,7 +117,8 @@ static std::vector<ExpertTile> expert_tiles(const ExpertsArguments& a, std::vect
 }
 
 // Three passes, each shared out among the threads: SwiGLU of every tile, its product with `down`, the weighted sum per token.
-static void experts(const ExpertsArguments& a, const Parallel& parallel) {
+template <typename Matrix>
+static void experts_of(const ExpertsArguments& a, const Matrix& gate_up, const Matrix& down, const Parallel& parallel) {
   constexpr int64_t kRows = 64;  // rows of a weight matrix per unit of work
   std::vector<int64_t> pairs, place(a.tokens * a.kept, -1);
   const std::vector<ExpertTile> tiles = expert_tiles(a, pairs);
@@ -135,11 +136,11 @@ static void experts(const ExpertsArguments& a, const Parallel& parallel) {
     thread_local std::vector<float> up;
     const size_t n = unit / pieces;
     const int64_t first = unit % pieces * kRows, count = std::min(kRows, a.hidden - first);
-    const float* weights = a.gate_up + (tiles[n].expert * 2 * a.hidden + first) * a.width;
+    const int64_t row = tiles[n].expert * 2 * a.hidden + first;
     float* gate = hidden.data() + (n * a.hidden + first) * kTileRows;
     up.resize(count * kTileRows);
-    times_tile(weights, count, a.width, x.data() + n * a.width * kTileRows, tiles[n].rows, gate);
-    times_tile(weights + a.hidden * a.width, count, a.width, x.data() + n * a.width * kTileRows, tiles[n].rows, up.data());
+    times_tile(gate_up, row, count, x.data() + n * a.width * kTileRows, tiles[n].rows, gate);
+    times_tile(gate_up, row + a.hidden, count, x.data() + n * a.width * kTileRows, tiles[n].rows, up.data());
     for (int64_t j = 0; j < count; ++j)
       for (int64_t r = 0; r < tiles[n].rows; ++r) {
         float& value = gate[j * kTileRows + r];
@@ -150,8 +151,8 @@ static void experts(const ExpertsArguments& a, const Parallel& parallel) {
   parallel.each(tiles.size() * parts, [&](size_t unit) {
     const size_t n = unit / parts;
     const int64_t first = unit % parts * kRows, count = std::min(kRows, a.width - first);
-    times_tile(a.down + (tiles[n].expert * a.width + first) * a.hidden, count, a.hidden, hidden.data() + n * a.hidden * kTileRows,
-               tiles[n].rows, y.data() + (n * a.width + first) * kTileRows);
+    times_tile(down, tiles[n].expert * a.width + first, count, hidden.data() + n * a.hidden * kTileRows, tiles[n].rows,
+               y.data() + (n * a.width + first) * kTileRows);
   });
   parallel.each(a.tokens, [&](size_t t) {
     float* out = a.out + t * a.width;
@@ -163,4 +164,14 @@ static void experts(const ExpertsArguments& a, const Parallel& parallel) {
       for (int64_t d = 0; d < a.width; ++d) out[d] += weight * y[from + d * kTileRows];
     }
   });
+}
+
+static void experts(const ExpertsArguments& a, const Parallel& parallel) {
+  const PackedRows &gate_up = a.packed_gate_up, &down = a.packed_down;
+  if (gate_up.bits == 4)
+    experts_of(a, Packed<4>{gate_up, a.width}, Packed<4>{down, a.hidden}, parallel);
+  else if (gate_up.bits == 8)
+    experts_of(a, Packed<8>{gate_up, a.width}, Packed<8>{down, a.hidden}, parallel);
+  else
+    experts_of(a, FloatRows{a.gate_up, a.width}, FloatRows{a.down, a.hidden}, parallel);
 }

@@ -58,13 +58,23 @@ struct ExpertRouteArguments {
   float scale;
 };
 
-// RoutedExperts.
+// Rows in 4 or 8 bits: (code - zero) * scale. 8 bits: a byte is a code. 4 bits: byte i of a block holds code i in its lower half
+// and code i + block/2 in its upper half. Rows are padded to whole blocks of 32, 64 or 128.
+struct PackedRows {
+  const uint8_t* codes;  // [E, rows, blocks * block * bits / 8]
+  const float* scales;   // [E, rows, blocks]
+  const uint8_t* zeros;  // [E, rows, blocks]
+  int64_t blocks, block, bits;
+};
+
+// RoutedExperts, and RoutedExpertsQuantized, whose weights are packed_gate_up and packed_down.
 struct ExpertsArguments {
   const float* x;        // [T, d]
   const int32_t* ids;    // [T, k]
   const float* weights;  // [T, k]
-  const float* gate_up;  // [E, 2f, d]
-  const float* down;     // [E, d, f]
+  const float* gate_up;  // [E, 2f, d] or null
+  const float* down;     // [E, d, f] or null
+  PackedRows packed_gate_up, packed_down;
   float* out;            // [T, d]
   int64_t tokens, kept, experts, width, hidden;
 };

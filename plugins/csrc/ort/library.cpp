@@ -194,18 +194,62 @@ struct Experts : Kernel {
   }
 };
 
-enum class Operator { kCoarseRoute, kFineRoute, kRoutedAttention, kExpertRoute, kRoutedExperts };
+// RoutedExpertsQuantized.
+struct PackedExperts : Kernel {
+  PackedExperts(const ort::Api& api, const ort::KernelInfo* info) : Kernel(api, info) {
+    bits = integer("bits", 4);
+    block = integer("block_size", 32);
+    require((bits == 4 || bits == 8) && (block == 32 || block == 64 || block == 128),
+            "RoutedExpertsQuantized takes bits of 4 or 8 and a block_size of 32, 64 or 128; export the model anew");
+  }
+
+  // The matrix in the inputs [first, first + 3), which must be [experts, rows, depth].
+  bilevel::PackedRows matrix(Context& context, size_t first, int64_t experts, int64_t rows, int64_t depth) const {
+    bilevel::PackedRows made{};
+    std::vector<int64_t> codes, scales, zeros;
+    made.codes = context.input<uint8_t>(first, codes);
+    made.scales = context.input<float>(first + 1, scales);
+    made.zeros = context.input<uint8_t>(first + 2, zeros);
+    made.block = block, made.bits = bits, made.blocks = (depth + block - 1) / block;
+    require(codes == std::vector<int64_t>{experts, rows, made.blocks * block * bits / 8} &&
+                scales == std::vector<int64_t>{experts, rows, made.blocks} && zeros == scales,
+            "RoutedExpertsQuantized's packed weights do not fit its x and one another; export the model anew");
+    return made;
+  }
+
+  void compute(Context& context) const override {
+    bilevel::ExpertsArguments call{};
+    std::vector<int64_t> x, ids, weights, gate_up;
+    call.x = context.input<float>(0, x);
+    call.ids = context.input<int32_t>(1, ids);
+    call.weights = context.input<float>(2, weights);
+    context.input<uint8_t>(3, gate_up);
+    require(x.size() == 2 && ids.size() == 2 && ids == weights && ids[0] == x[0] && gate_up.size() == 3 && gate_up[1] % 2 == 0,
+            "RoutedExpertsQuantized's x, ids, weights and gate_up_codes do not fit together; export the model anew");
+    call.tokens = x[0], call.width = x[1], call.kept = ids[1], call.experts = gate_up[0], call.hidden = gate_up[1] / 2;
+    call.packed_gate_up = matrix(context, 3, call.experts, gate_up[1], call.width);
+    call.packed_down = matrix(context, 6, call.experts, call.width, call.hidden);
+    call.out = context.output<float>(0, x);
+    kernels.experts(call, context.parallel());
+  }
+
+  int64_t bits, block;
+};
+
+enum class Operator { kCoarseRoute, kFineRoute, kRoutedAttention, kExpertRoute, kRoutedExperts, kRoutedExpertsQuantized };
 
 // An operator's declaration: "T" is fp32 here, 'i' int32.
 struct Op : ort::CustomOp {
   Operator which;
   const char* title;
-  const char* inputs;   // one letter per input: f or i
+  const char* inputs;   // one letter per input: f, i or u (uint8)
   const char* outputs;
 };
 
 const Op& self(const ort::CustomOp* op) { return *static_cast<const Op*>(op); }
-ort::ElementType element(char letter) { return letter == 'i' ? ort::kInt32 : ort::kFloat; }
+ort::ElementType element(char letter) {
+  return letter == 'i' ? ort::kInt32 : letter == 'u' ? ort::kUInt8 : ort::kFloat;
+}
 
 ort::Status* create(const ort::CustomOp* op, const ort::Api* api, const ort::KernelInfo* info, void** kernel) {
   try {
@@ -216,6 +260,7 @@ ort::Status* create(const ort::CustomOp* op, const ort::Api* api, const ort::Ker
       case Operator::kRoutedAttention: made = std::make_unique<Attention>(*api, info); break;
       case Operator::kExpertRoute: made = std::make_unique<ExpertRoute>(*api, info); break;
       case Operator::kRoutedExperts: made = std::make_unique<Experts>(*api, info); break;
+      case Operator::kRoutedExpertsQuantized: made = std::make_unique<PackedExperts>(*api, info); break;
     }
     *kernel = made.release();
     return nullptr;
@@ -268,6 +313,7 @@ __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::Sessi
       declare(Operator::kRoutedAttention, "RoutedAttention", "fffiii", "f"),
       declare(Operator::kExpertRoute, "ExpertRoute", "fff", "if"),
       declare(Operator::kRoutedExperts, "RoutedExperts", "fifff", "f"),
+      declare(Operator::kRoutedExpertsQuantized, "RoutedExpertsQuantized", "fifufuufu", "f"),
   };
   const ort::Api* api = base->get_api(ort::kApiVersion);
   if (!api) return nullptr;  // older than 1.17: the graph's own bodies run

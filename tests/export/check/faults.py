@@ -54,7 +54,7 @@ from tests.export.check.surgery import (
 )
 
 TOKENS = 40  # whole blocks of 4 and of 5 tokens
-LEVEL_1, EXPERT_ROUTE, EXPERTS = nth("CoarseRoute", 0), nth("ExpertRoute", 0), nth("RoutedExperts", 0)
+LEVEL_1, EXPERT_ROUTE, EXPERTS = nth("CoarseRoute", 0), nth("ExpertRoute", 0), using(nth("ExpertRoute", 0))
 LEVEL_2, ATTENTION = ([nth(name, layer) for layer in range(2)] for name in ("FineRoute", "RoutedAttention"))
 QUERY, KEY = ([nth("RotaryEmbedding", 2 * layer + n) for layer in range(2)] for n in range(2))
 GATED = using(using(nth("Sigmoid", 0)))  # silu(gate) * up of layer 0, whose MLP is dense

@@ -33,10 +33,12 @@ Edit = Callable[[onnx.ModelProto], Any]
 
 
 def change(part: str, index: int, edit: Callable[[np.ndarray], None]) -> Edit:
-    """Edit the index-th initializer whose name ends with ``part``."""
+    """Edit the index-th initializer whose name ends with ``part``, experts and the rest counted apart."""
 
     def plant(model: onnx.ModelProto) -> None:
-        tensor = [t for t in model.graph.initializer if t.name.endswith(part)][index]
+        tensor = [
+            t for t in model.graph.initializer if t.name.endswith(part) and (".experts." in t.name) == ("_proj." in part)
+        ][index]
         values = numpy_helper.to_array(tensor).copy()
         edit(values)
         tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
@@ -56,6 +58,18 @@ def next_zero(zeros: np.ndarray) -> None:
     zeros[1, 0] += 1 if zeros[1, 0] & 15 < 15 else -1
 
 
+def scale_of_every_expert(scales: np.ndarray) -> None:
+    scales[:, 1] *= 1.01
+
+
+def code_of_every_expert(codes: np.ndarray) -> None:
+    codes[:, 1, 0] ^= 1  # the lowest bit of a code
+
+
+def zero_of_every_expert(zeros: np.ndarray) -> None:
+    zeros[:, 1, 0] ^= 1
+
+
 def swap_products(model: onnx.ModelProto) -> None:
     """Two layers' products of one shape read each other's weights."""
     shapes = {t.name: tuple(t.dims) for t in model.graph.initializer}
@@ -66,6 +80,7 @@ def swap_products(model: onnx.ModelProto) -> None:
         first.input[port], second.input[port] = second.input[port], first.input[port]
 
 
+IN_INT4 = {"RoutedExperts": "RoutedExpertsQuantized"}
 # fault -> (how it is planted, whether in the weights)
 WEIGHT_FAULTS: dict[str, Edit] = {
     "a scale": change(".scales", 0, scale_by_a_hundredth),
@@ -74,6 +89,10 @@ WEIGHT_FAULTS: dict[str, Edit] = {
     "a code": change(".codes", 0, next_code),
     "a zero point": change(".zeros", 1, next_zero),
     "two layers' weights": swap_products,
+    "experts: a scale": change("gate_up_proj.int4.scales", 0, scale_of_every_expert),
+    "experts: a code": change("down_proj.int4.codes", 0, code_of_every_expert),
+    "experts: a zero point": change("gate_up_proj.int4.zeros", 0, zero_of_every_expert),
+    "experts: another width": set_attribute("RoutedExpertsQuantized", 0, "block_size", 64),
 }
 ALSO_IN_FP32 = [
     "level 1: another block size",
@@ -131,7 +150,8 @@ def test_planted_fault_in_an_int4_graph(copied: Exported, name: str) -> None:
     checkpoint, bundle = copied("two_level", "int4")
     edit_model(bundle, fault.plant)
     report = check_bundle(bundle, checkpoint, tokens=TOKENS)
-    assert not report.passed and first_failure(report) == fault.at
+    part, operator = fault.at
+    assert not report.passed and first_failure(report) == (part, IN_INT4.get(operator, operator))
 
 
 @pytest.mark.parametrize("fault", WEIGHT_FAULTS)
@@ -199,7 +219,8 @@ def test_round_weights_spares_the_router_and_the_table(exported: Exported) -> No
         round_weights(model, "int4")
         before = dict(plain.named_parameters(remove_duplicate=False))
         equal = {name for name, p in model.named_parameters(remove_duplicate=False) if torch.equal(p, before[name])}
-        rounded = {name for name in before if name.endswith("_proj.weight") and "experts" not in name} | {"lm_head.weight"}
+        rounded = {name for name in before if name.endswith(("_proj.weight", "experts.gate_up_proj", "experts.down_proj"))}
+        rounded |= {"lm_head.weight"}
         assert equal == before.keys() - rounded
 
 

@@ -21,7 +21,8 @@ from bilevel.contract import DOMAIN
 from bilevel.errors import BundleError, ExportError
 from bilevel.export.check.adapt import load_adapted
 from bilevel.export.decoder.bundle import export_bundle
-from bilevel.export.graph.quantise import BITS, BLOCK, describe, quantise_graph, quantise_matrix
+from bilevel.export.graph.blocks import BITS, BLOCK, quantise_matrix
+from bilevel.export.graph.quantise import describe, quantise_graph
 from bilevel.export.graph.schemas import register_schemas
 from bilevel.export.graph.sessions import open_session
 from bilevel.runtime.cli.main import main
@@ -70,7 +71,7 @@ def test_weight_that_is_not_finite(value: float) -> None:
 
 def test_the_quantiser_leaves_the_root_logger_alone() -> None:
     code = (
-        "import logging, numpy\nfrom bilevel.export.graph.quantise import quantise_matrix\n"
+        "import logging, numpy\nfrom bilevel.export.graph.blocks import quantise_matrix\n"
         "quantise_matrix(numpy.ones((32, 2), numpy.float32), 4)\nprint(logging.root.handlers, logging.root.level)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -219,14 +220,15 @@ def test_export_bundle_with_smaller_weights(exported: Exported, weights: str) ->
     folder = exported("two_level", weights)[1]
     bundle, plain = load_bundle(folder), load_bundle(exported("two_level")[1])
     assert bundle.weights["format"] == weights and plain.weights == {"format": "fp32"}
-    assert set(bundle.weights["kept_fp32"]) == {"expert weights", "norms and tables", "router projections", "token embedding"}
+    assert set(bundle.weights["kept_fp32"]) == {"norms and tables", "router projections", "token embedding"}
     kinds = list(op_types(folder / "model.onnx").values())
     assert kinds.count("MatMulNBits") == bundle.weights["quantised"] > 0
     # The word router's projection (used twice), an expert gate and its group centroids.
     assert kinds.count("MatMul") + kinds.count("Gemm") == 4
-    assert {"CoarseRoute", "FineRoute", "RoutedAttention", "ExpertRoute", "RoutedExperts"} <= set(kinds)
+    assert {"CoarseRoute", "FineRoute", "RoutedAttention", "ExpertRoute", "RoutedExpertsQuantized"} <= set(kinds)
+    assert "RoutedExperts" not in kinds and bundle.weights["experts"] == 1
     functions = {f.name for f in onnx.load(folder / "model.onnx", load_external_data=False).functions}
-    assert set(bundle.graph.operators) <= functions
+    assert set(bundle.graph.operators) == functions
     assert main(["run", str(folder), "hello", "--max-tokens", "3", "--temperature", "0"]) == 0
 
 
@@ -234,7 +236,7 @@ def test_inspect_shows_the_weights(exported: Exported, capsys: pytest.CaptureFix
     folder = exported("two_level", "int4")[1]
     assert main(["inspect", str(folder)]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert "format int4" in lines and "block 32" in lines and any(line.startswith("fp32: expert weights") for line in lines)
+    assert "format int4" in lines and "block 32" in lines and any(line.startswith("fp32: token embedding") for line in lines)
     assert main(["inspect", "--json", str(folder)]) == 0
     assert json.loads(capsys.readouterr().out)["weights"] == load_bundle(folder).weights
 

@@ -37,7 +37,7 @@ def test_library_declares_the_contract() -> None:
     assert [kind for kind, *_ in rows] == [name for _, name, *_ in rows]
 
     def letters(ports: tuple[contract.Port, ...]) -> str:
-        return "".join("i" if port.dtype == "int32" else "f" for port in ports)
+        return "".join({"int32": "i", "uint8": "u"}.get(port.dtype, "f") for port in ports)
 
     expected = {op.name: (letters(op.inputs), letters(op.outputs)) for op in contract.OPS}
     assert {name: (inputs, outputs) for _, name, inputs, outputs in rows} == expected
@@ -188,6 +188,12 @@ def test_kernels_refuse_wrong_lengths(name: str, lengths: Inputs, message: str) 
         ("ExpertRoute", "group_logits", 0),
         ("RoutedExperts", "ids", 1),
         ("RoutedExperts", "down", 2),
+        ("RoutedExpertsQuantized", "ids", 1),
+        ("RoutedExpertsQuantized", "gate_up_codes", 2),
+        ("RoutedExpertsQuantized", "gate_up_scales", 2),
+        ("RoutedExpertsQuantized", "gate_up_zeros", 1),
+        ("RoutedExpertsQuantized", "down_codes", 1),
+        ("RoutedExpertsQuantized", "down_zeros", 0),
     ],
 )
 def test_kernels_refuse_shapes_that_do_not_fit(name: str, port: str, axis: int) -> None:

@@ -24,6 +24,7 @@ from tests.support.operator_calls import (
     experts_calls,
     int32,
     make_call,
+    packed_calls,
     route_calls,
     run_reference,
     whole,
@@ -74,7 +75,32 @@ def test_routed_experts_kernel_equals_reference(call: tuple[Inputs, Attributes])
     check("RoutedExperts", *call)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@given(data=st.data())
+def test_packed_experts_kernel_equals_reference(data: st.DataObject, bits: int) -> None:
+    check("RoutedExpertsQuantized", *data.draw(packed_calls(bits)))
+
+
 # Larger and uglier
+
+
+@pytest.mark.parametrize("block_size", [32, 64, 128])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 17, 70])
+def test_packed_experts_kernel_in_several_units_of_work(tokens: int, bits: int, block_size: int) -> None:
+    """More rows than a unit, an expert that nobody chose, one for all tokens, ids that repeat and that are none."""
+    generator = torch.Generator().manual_seed(tokens)
+    experts, width, hidden = 5, 150, 70
+    ids = torch.randint(0, 4, (tokens, 3), generator=generator, dtype=torch.int32)
+    ids[:, 0], ids[::3, 1], ids[1::2, 2] = 3, -1, 3
+    inputs: Inputs = {"x": torch.randn(tokens, width, generator=generator), "ids": ids, "weights": torch.rand(tokens, 3)}
+    for name, rows, depth in (("gate_up", 2 * hidden, width), ("down", width, hidden)):
+        blocks = -(-depth // block_size)
+        shape = (experts, rows, blocks)
+        inputs[f"{name}_codes"] = torch.randint(0, 256, (experts, rows, blocks * block_size * bits // 8), dtype=torch.uint8)
+        inputs[f"{name}_scales"] = torch.randn(shape, generator=generator) / 2**bits / 8
+        inputs[f"{name}_zeros"] = torch.randint(0, 2**bits, shape, dtype=torch.uint8)
+    check("RoutedExpertsQuantized", inputs, {"bits": bits, "block_size": block_size})
 
 
 def lengths_of(batch: int, length: int, past: int, generator: torch.Generator) -> Inputs:
@@ -226,10 +252,10 @@ def big_calls() -> list[tuple[str, Inputs, Attributes]]:
             **lengths_of(2, length, 4 * 900 - length, generator),
         }
         calls.append(("CoarseRoute", inputs, {**ROUTE, "topk": 50}))
-    return [*calls, *((name, *make_call(name, 200)) for name in ("ExpertRoute", "RoutedExperts"))]
+    return [*calls, *((name, *make_call(name, 200)) for name in ("ExpertRoute", "RoutedExperts", "RoutedExpertsQuantized"))]
 
 
-@pytest.mark.parametrize("call", range(8))
+@pytest.mark.parametrize("call", range(9))
 def test_kernels_are_the_same_for_any_number_of_threads(call: int) -> None:
     name, inputs, attributes = big_calls()[call]
     for isa in sets_here():
@@ -237,7 +263,7 @@ def test_kernels_are_the_same_for_any_number_of_threads(call: int) -> None:
         assert all(torch.equal(one, two) for one, two in pairs), isa
 
 
-@pytest.mark.parametrize("call", range(8))
+@pytest.mark.parametrize("call", range(9))
 def test_kernels_overwrite_all_of_a_bound_output(call: int) -> None:
     """A buffer that is used again, full of NaN and -7, and calls from two threads at once."""
     name, inputs, attributes = big_calls()[call]
@@ -258,7 +284,9 @@ def test_kernels_overwrite_all_of_a_bound_output(call: int) -> None:
         assert all(pool.map(run, range(4)))
 
 
-@pytest.mark.parametrize("name", ["CoarseRoute", "FineRoute", "RoutedAttention", "ExpertRoute", "RoutedExperts"])
+@pytest.mark.parametrize(
+    "name", ["CoarseRoute", "FineRoute", "RoutedAttention", "ExpertRoute", "RoutedExperts", "RoutedExpertsQuantized"]
+)
 def test_kernels_take_empty_calls(name: str) -> None:
     """No rows, no tokens: outputs of that size and no error."""
     inputs, attributes = make_call(name)
