@@ -7,8 +7,8 @@ attribute values are allowed.
 Letters: B batch rows, L tokens of this call, Hq query heads, Hkv key/value heads, Hr/Hk route query/key heads, Hs selection
 heads, Hc candidate heads, D head dim, Dr route dim, U pooled key units (one per block, at least ceil(valid tokens / block_size)
 of them), M cache capacity in tokens (or units), H heads of a cache, W its width, K blocks kept, T flattened tokens, E experts,
-Gp expert groups, d model width, f expert width, R rows of a packed gate_up (2f), Pd and Pf bytes of a packed row along d and f, Sd
-and Sf its blocks that share a scale. "T" as a dtype is the model's float type.
+Gp expert groups, d model width, f expert width, R rows of a packed gate_up (2f), Pd and Pf bytes of a packed row along d and f,
+Sd and Sf its blocks that share a scale. "T" as a dtype is the model's float type.
 """
 
 from __future__ import annotations

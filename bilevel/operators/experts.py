@@ -100,7 +100,8 @@ def routed_experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, dow
 def _summed(
     x: Tensor, ids: Tensor, weights: Tensor, num_experts: int, matrices: Callable[[int], tuple[Tensor, Tensor]]
 ) -> Tensor:
-    """The weighted sum, [T, d]. matrices: expert -> its gate_up [2f, d] and down [d, f], asked for those that some token chose."""
+    """The weighted sum, [T, d]. matrices: expert -> its gate_up [2f, d] and down [d, f], asked for those that some token
+    chose."""
     out = wide(torch.zeros_like(x))
     for expert in range(num_experts):
         token, slot = torch.nonzero(ids == expert, as_tuple=True)
@@ -114,7 +115,8 @@ def _summed(
 
 
 def check_packed_shapes(sizes: Mapping[str, int], bits: int, block_size: int) -> None:
-    """Raise ContractError unless the packed rows are as long as the widths d and f = R/2 ask for. sizes: by the contract's symbols."""
+    """Raise ContractError unless the packed rows are as long as the widths d and f = R/2 ask for. sizes: by the contract's
+    symbols."""
     name = contract.ROUTED_EXPERTS_QUANTIZED.name
     if sizes["R"] % 2:
         raise ContractError(
@@ -126,8 +128,8 @@ def check_packed_shapes(sizes: Mapping[str, int], bits: int, block_size: int) ->
         for symbol, size in expected.items():
             if sizes[symbol] != size:
                 raise ContractError(
-                    f"{name}: {symbol}={sizes[symbol]}, but {letter}={width} in {bits} bits and blocks of {block_size} takes {size}; "
-                    "pad every row to whole blocks"
+                    f"{name}: {symbol}={sizes[symbol]}, but {letter}={width} in {bits} bits and blocks of {block_size} "
+                    f"takes {size}; pad every row to whole blocks"
                 )
 
 
@@ -145,7 +147,8 @@ def routed_experts_quantized(
     bits: int,
     block_size: int,
 ) -> Tensor:
-    """The same over packed weights (see ``bilevel.operators.reference.routed_experts_quantized``), unpacked expert by expert."""
+    """The same over packed weights (see ``bilevel.operators.reference.routed_experts_quantized``), unpacked expert by expert.
+    The same over packed weights (see ``bilevel.operators.reference.routed_experts_quantized``), unpacked expert by expert."""
     width = gate_up_codes.shape[1] // 2
 
     def matrices(expert: int) -> tuple[Tensor, Tensor]:

@@ -201,8 +201,9 @@ def routed_experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, dow
 def dequantise(codes: Tensor, scales: Tensor, zeros: Tensor, width: int, bits: int, block_size: int) -> Tensor:
     """Packed rows as numbers: (code - zero) * scale, [..., width] in the dtype of ``scales``.
 
-    codes: uint8 [..., P]. scales, zeros: [..., S], one per block of ``block_size`` along the row; what is packed behind ``width`` is
-    ignored. 8 bits: a byte is a code. 4 bits: byte i of a block holds code i in its lower half, code i + block_size/2 in its upper.
+    codes: uint8 [..., P]. scales, zeros: [..., S], one per block of ``block_size`` along the row; what is packed behind
+    ``width`` is ignored. 8 bits: a byte is a code. 4 bits: byte i of a block holds code i in its lower half, code i +
+    block_size/2 in its upper.
     """
     blocks = codes.unflatten(-1, (scales.shape[-1], block_size * bits // 8))
     if bits == 4:
@@ -226,7 +227,8 @@ def routed_experts_quantized(
 ) -> Tensor:
     """``routed_experts`` over the numbers that the packed weights stand for, in x's dtype (contract: RoutedExpertsQuantized).
 
-    gate_up_codes: uint8 [E, 2f, Pd], scales fp32 and zeros uint8 [E, 2f, Sd]. down_codes: uint8 [E, d, Pf], the others [E, d, Sf].
+    gate_up_codes: uint8 [E, 2f, Pd], scales fp32 and zeros uint8 [E, 2f, Sd]. down_codes: uint8 [E, d, Pf], the others [E, d,
+    Sf].
     """
     gate_up = dequantise(gate_up_codes, gate_up_scales, gate_up_zeros, x.shape[1], bits, block_size)
     down = dequantise(down_codes, down_scales, down_zeros, gate_up_codes.shape[1] // 2, bits, block_size)

@@ -1,4 +1,5 @@
-"""Matrices in 8 or 4 bits: every 32 weights along the contraction share a scale and a zero point, as ONNX Runtime's MatMulNBits has it."""
+"""Matrices in 8 or 4 bits: every 32 weights along the contraction share a scale and a zero point, as ONNX Runtime's
+MatMulNBits has it."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ Array = np.ndarray[Any, Any]
 class Quantised:
     """One matrix in MatMulNBits' layout: codes uint8 [N, blocks, bytes], scales fp32 [N, blocks], zeros uint8 [N, packed].
 
-    Two 4-bit codes share a byte, the first in the lower half. depth: K, the length of the contraction; the last block is padded.
+    Two 4-bit codes share a byte, the first in the lower half. depth: K, the length of the contraction; the last block is
+    padded.
     """
 
     codes: Array

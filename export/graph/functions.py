@@ -24,12 +24,14 @@ _BODIES: dict[str, OnnxFunction[..., Any]] = {
 
 
 def _body(name: str, nodes: list[onnx.NodeProto]) -> OnnxFunction[..., Any]:
-    """The body that serves all nodes of one operator; numbers are read from each node, what a body cannot read is fixed per model."""
+    """The body that serves all nodes of one operator; numbers are read from each node, what a body cannot read is fixed per
+    model."""
     if name == "RoutedExpertsQuantized":
         widths = {next(attribute.i for attribute in node.attribute if attribute.name == "bits") for node in nodes}
         if len(widths) > 1:
             raise ExportError(
-                f"the model's experts are stored in {sorted(widths)} bits, but one ONNX function serves all of them; use one width"
+                f"the model's experts are stored in {sorted(widths)} bits, but one ONNX function serves all of them; "
+                "use one width"
             )
         return routed_experts_quantized_body(widths.pop())
     if name != "ExpertRoute":

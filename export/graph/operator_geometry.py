@@ -64,7 +64,8 @@ def _as_write(node: onnx.NodeProto) -> onnx.NodeProto:
 
 
 def read_requests(graph_file: Path) -> list[KernelRequest]:
-    """(operator, geometry, data type) of every routed node that GPU kernels are for and of every cache of an ONNX file, equal ones once, in their order.
+    """(operator, geometry, data type) of every routed node that GPU kernels are for and of every cache of an ONNX file, equal
+    ones once, in their order.
 
     A cache of floats is written by ScatterND, by a plugin in an engine (``export/engine/cache_writes.py``).
 

@@ -1,5 +1,5 @@
-"""Smaller weights: the constant operands of a graph's matrix products in 8 or 4 bits, through ONNX Runtime's MatMulNBits, and its
-experts, through our own RoutedExpertsQuantized (``quantise_experts``).
+"""Smaller weights: the constant operands of a graph's matrix products in 8 or 4 bits, through ONNX Runtime's MatMulNBits, and
+its experts, through our own RoutedExpertsQuantized (``quantise_experts``).
 
 Weight-only: every 32 weights along the contraction share a scale and a zero point and lie within half a step of the original;
 activations stay fp32 in the file, and at run time ONNX Runtime rounds them to 8 bits inside the product (accuracy level 4); the

@@ -1,7 +1,7 @@
 """Smaller experts: ``RoutedExperts`` over constant weights becomes ``RoutedExpertsQuantized`` over packed ones.
 
-Rounded as the matrix products are (``quantise``): 32 weights along the contraction share a scale and a zero point. Activations are not
-rounded: what is left must be the definition over the rounded weights.
+Rounded as the matrix products are (``quantise``): 32 weights along the contraction share a scale and a zero point. Activations
+are not rounded: what is left must be the definition over the rounded weights.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _PARTS = ("codes", "scales", "zeros")
 
 
 def pack_rows(matrix: Quantised) -> tuple[Array, Array, Array]:
-    """(codes uint8 [N, P], scales fp32 [N, S], zeros uint8 [N, S]) in the contract's layout: a block's first half of codes in the lower
-    halves of its bytes, and a byte for every zero point.
+    """(codes uint8 [N, P], scales fp32 [N, S], zeros uint8 [N, S]) in the contract's layout: a block's first half of codes in
+    the lower halves of its bytes, and a byte for every zero point.
     """
     count, blocks = matrix.scales.shape
     zeros = np.ascontiguousarray(unpack(matrix.zeros, matrix.bits)[:, :blocks])
@@ -34,7 +34,8 @@ def pack_rows(matrix: Quantised) -> tuple[Array, Array, Array]:
 
 
 def pack_experts(weight: Array, bits: int) -> tuple[Array, Array, Array]:
-    """Pack fp32 [E, rows, depth] expert by expert, so that one of them is in memory: codes [E, rows, P], scales and zeros [E, rows, S]."""
+    """Pack fp32 [E, rows, depth] expert by expert, so that one of them is in memory: codes [E, rows, P], scales and zeros [E,
+    rows, S]."""
     packed = [pack_rows(quantise_matrix(np.array(expert).T, bits)) for expert in weight]
     codes, scales, zeros = (np.stack(parts) for parts in zip(*packed, strict=True))
     return codes, scales, zeros

@@ -1,6 +1,8 @@
-"""Portable bodies of ``RoutedExpertsQuantized`` in standard ONNX operators: the chosen experts' weights are unpacked, no others.
+"""Portable bodies of ``RoutedExpertsQuantized`` in standard ONNX operators: the chosen experts' weights are unpacked, no
+others.
 
-Codes are unpacked by float arithmetic, exact for whole numbers up to 255: TensorRT has no shifts, and casts uint8 to floats only.
+Codes are unpacked by float arithmetic, exact for whole numbers up to 255: TensorRT has no shifts, and casts uint8 to floats
+only.
 """
 
 from __future__ import annotations
