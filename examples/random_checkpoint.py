@@ -4,8 +4,9 @@
     bilevel export build/random-1b build/random-1b-bundle
     bilevel check build/random-1b-bundle --against build/random-1b --tokens 512
 
-The default is a Llama shape of 1.0 billion weights with two-level attention. Weights are written layer by layer, so that memory
-holds one layer. The tokenizer is the example model's.
+The default is a Llama shape of 1.0 billion weights with two-level attention; ``--experts 8`` gives every layer that many experts
+of the intermediate size, of which a word uses two. Weights are written layer by layer, so that memory holds one layer. The
+tokenizer is the example model's.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from bilevel.checkpoint import CONFIG, INDEX
-from bilevel.config import ModelConfig, Routing
+from bilevel.config import Experts, ModelConfig, Routing
 from bilevel.config_json import config_to_dict
 from bilevel.errors import CheckpointError
 from bilevel.folders import replacing
@@ -46,6 +47,11 @@ def random_weight(shape: torch.Size) -> torch.Tensor:
     return torch.ones(shape) if len(shape) == 1 else torch.randn(shape) / math.sqrt(shape[-1])
 
 
+def experts(count: int, width: int, layers: int) -> Experts:
+    """``count`` experts in four groups, two of them for every word, in all layers."""
+    return Experts(layers=tuple(range(layers)), num_experts=count, top_k=2, n_group=4, topk_group=2, intermediate_size=width)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where to write the checkpoint")
@@ -53,6 +59,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--intermediate", type=int, default=5632)
     parser.add_argument("--vocabulary", type=int, default=32768)
+    parser.add_argument("--experts", type=int, default=0, help="experts per layer, a multiple of 4; 0: a plain MLP")
     args = parser.parse_args()
     config = ModelConfig(
         vocab_size=args.vocabulary,
@@ -63,6 +70,7 @@ def main() -> None:
         num_key_value_heads=max(args.hidden // 512, 1),
         head_dim=128,
         max_position_embeddings=32768,
+        experts=experts(args.experts, args.intermediate, args.layers) if args.experts else None,
         routing=Routing(block_size=32, coarse_topk=8, topk=4),  # so small that 512 tokens leave routers a choice
     )
     with torch.device("meta"):

@@ -14,8 +14,8 @@
                               Scores of routers, logits of expert gates and the graph's logits are float32 in all three
     weights                   optional {"format": "fp32" (the default), "int8" or "int4", ...}: how the matrix products' weights
                               are stored. fp32: as floats, of the type that precision says. The integer formats go with
-                              precision float32 and also say how many products and which weights stayed floats
-                              {"bits", "block", "activations", "quantised", "kept_fp32": {what for: bytes}}
+                              precision float32 and also say how many products and layers of experts, and which weights stayed
+                              floats {"bits", "block", "activations", "quantised", "experts", "kept_fp32": {what for: bytes}}
     config                    the contents of config.json
     block_size                R; a cache's capacity is a multiple of it
     limits                    {"max_positions": tokens a row may hold, "prefill_chunk": most tokens of one call}

@@ -71,33 +71,33 @@ static void expert_route(const ExpertRouteArguments& a, const Parallel& parallel
   });
 }
 
-// Up to kTileRows (token, slot) pairs of one expert.
+constexpr int64_t kFew = 2;  // that few columns are cheaper as dot products
+
+// Up to kTileRows (token, slot) pairs of one expert: a matrix with a column for each of them.
 struct ExpertTile {
   int64_t expert, first, rows;  // pairs [first, first + rows) of the sorted list
+
+  bool is_few() const { return rows <= kFew; }
+  // Where number d of column r lies: d * step() + r * column(length). Few columns are stored one behind the other, for `dots`.
+  int64_t step() const { return is_few() ? 1 : kTileRows; }
+  int64_t column(int64_t length) const { return is_few() ? length : 1; }
 };
 
-// out [count, kTileRows] = rows [first, first + count) of `matrix` times x [width, kTileRows], of which `used` columns are used.
+// out [count, rows] = rows [first, first + count) of `matrix` times the columns of x, of matrix.padded() numbers; length: of a column
+// that `out` is part of.
 template <typename Matrix>
-static void times_tile(const Matrix& matrix, int64_t first, int64_t count, const float* x, int64_t used, float* out) {
-  constexpr int64_t kFew = 2;  // that few columns are cheaper as dot products
-  thread_local std::vector<float> buffer;
-  const int64_t width = matrix.width;
-  if (used > kFew) {
-    buffer.resize(kKeys * width + kSlack);
-    int64_t n = 0;
-    for (; n + kKeys <= count; n += kKeys)
-      score_keys<kKeys>(x, matrix.floats(first + n, kKeys, buffer.data()), width, out + n * kTileRows);
-    for (; n < count; ++n) score_keys<1>(x, matrix.floats(first + n, 1, buffer.data()), width, out + n * kTileRows);
+static void times_tile(const Matrix& matrix, int64_t first, int64_t count, const float* x, const ExpertTile& tile, float* out,
+                       int64_t length) {
+  if (tile.is_few()) {
+    for (int64_t r = 0; r < tile.rows; ++r) matrix.dots(x + r * matrix.padded(), first, count, out + r * length);
     return;
   }
-  buffer.resize(matrix.padded() + count);
-  float *column = buffer.data(), *result = column + matrix.padded();
-  std::fill(column + width, result, 0.0f);
-  for (int64_t r = 0; r < used; ++r) {
-    for (int64_t d = 0; d < width; ++d) column[d] = x[d * kTileRows + r];
-    matrix.dots(column, first, count, result);
-    for (int64_t n = 0; n < count; ++n) out[n * kTileRows + r] = result[n];
-  }
+  thread_local std::vector<float> buffer;
+  buffer.resize(kKeys * matrix.width + kSlack);
+  int64_t n = 0;
+  for (; n + kKeys <= count; n += kKeys)
+    score_keys<kKeys>(x, matrix.floats(first + n, kKeys, buffer.data()), matrix.width, out + n * kTileRows);
+  for (; n < count; ++n) score_keys<1>(x, matrix.floats(first + n, 1, buffer.data()), matrix.width, out + n * kTileRows);
 }
 
 // The pairs sorted by expert: pairs[n] = token * k + slot; returns the tiles.
@@ -120,58 +120,78 @@ static std::vector<ExpertTile> expert_tiles(const ExpertsArguments& a, std::vect
 template <typename Matrix>
 static void experts_of(const ExpertsArguments& a, const Matrix& gate_up, const Matrix& down, const Parallel& parallel) {
   constexpr int64_t kRows = 64;  // rows of a weight matrix per unit of work
-  std::vector<int64_t> pairs, place(a.tokens * a.kept, -1);
+  std::vector<int64_t> pairs, place(a.tokens * a.kept, -1), step(place.size());
   const std::vector<ExpertTile> tiles = expert_tiles(a, pairs);
-  std::vector<float> x(tiles.size() * a.width * kTileRows), hidden(tiles.size() * a.hidden * kTileRows), y(x.size());
+  const int64_t width = gate_up.padded(), hidden_width = down.padded();
+  // Not cleared: a tile of few columns touches little of its memory.
+  const auto floats = [&](int64_t length) { return std::unique_ptr<float[]>(new float[tiles.size() * length * kTileRows]); };
+  const auto all_x = floats(width), all_hidden = floats(hidden_width), all_y = floats(a.width);
   parallel.each(tiles.size(), [&](size_t n) {
     const ExpertTile& tile = tiles[n];
+    float *x = all_x.get() + n * width * kTileRows, *hidden = all_hidden.get() + n * hidden_width * kTileRows;
     for (int64_t r = 0; r < tile.rows; ++r) {
-      const float* from = a.x + pairs[tile.first + r] / a.kept * a.width;
-      for (int64_t d = 0; d < a.width; ++d) x[(n * a.width + d) * kTileRows + r] = from[d];
-      place[pairs[tile.first + r]] = n * a.width * kTileRows + r;
+      const int64_t pair = pairs[tile.first + r];
+      const float* from = a.x + pair / a.kept * a.width;
+      for (int64_t d = 0; d < a.width; ++d) x[d * tile.step() + r * tile.column(width)] = from[d];
+      place[pair] = n * a.width * kTileRows + r * tile.column(a.width), step[pair] = tile.step();
+      if (!tile.is_few()) continue;
+      std::fill(x + r * width + a.width, x + (r + 1) * width, 0.0f);
+      std::fill(hidden + r * hidden_width + a.hidden, hidden + (r + 1) * hidden_width, 0.0f);
     }
+    if (!tile.is_few())  // columns that nobody reads: their products shall be finite
+      for (int64_t d = 0; d < a.width; ++d) std::fill(x + d * kTileRows + tile.rows, x + (d + 1) * kTileRows, 0.0f);
   });
   const int64_t pieces = (a.hidden + kRows - 1) / kRows;
   parallel.each(tiles.size() * pieces, [&](size_t unit) {
     thread_local std::vector<float> up;
     const size_t n = unit / pieces;
+    const ExpertTile& tile = tiles[n];
     const int64_t first = unit % pieces * kRows, count = std::min(kRows, a.hidden - first);
-    const int64_t row = tiles[n].expert * 2 * a.hidden + first;
-    float* gate = hidden.data() + (n * a.hidden + first) * kTileRows;
+    const int64_t row = tile.expert * 2 * a.hidden + first;
+    const float* x = all_x.get() + n * width * kTileRows;
+    float* gate = all_hidden.get() + n * hidden_width * kTileRows + first * tile.step();
     up.resize(count * kTileRows);
-    times_tile(gate_up, row, count, x.data() + n * a.width * kTileRows, tiles[n].rows, gate);
-    times_tile(gate_up, row + a.hidden, count, x.data() + n * a.width * kTileRows, tiles[n].rows, up.data());
+    times_tile(gate_up, row, count, x, tile, gate, hidden_width);
+    times_tile(gate_up, row + a.hidden, count, x, tile, up.data(), count);
     for (int64_t j = 0; j < count; ++j)
-      for (int64_t r = 0; r < tiles[n].rows; ++r) {
-        float& value = gate[j * kTileRows + r];
-        value = value / (1.0f + std::exp(-value)) * up[j * kTileRows + r];
+      for (int64_t r = 0; r < tile.rows; ++r) {
+        float& value = gate[j * tile.step() + r * tile.column(hidden_width)];
+        value = value / (1.0f + std::exp(-value)) * up[j * tile.step() + r * tile.column(count)];
       }
+    if (!tile.is_few())
+      for (int64_t j = 0; j < count; ++j) std::fill(gate + j * kTileRows + tile.rows, gate + (j + 1) * kTileRows, 0.0f);
   });
   const int64_t parts = (a.width + kRows - 1) / kRows;
   parallel.each(tiles.size() * parts, [&](size_t unit) {
     const size_t n = unit / parts;
+    const ExpertTile& tile = tiles[n];
     const int64_t first = unit % parts * kRows, count = std::min(kRows, a.width - first);
-    times_tile(down, tiles[n].expert * a.width + first, count, hidden.data() + n * a.hidden * kTileRows, tiles[n].rows,
-               y.data() + (n * a.width + first) * kTileRows);
+    times_tile(down, tile.expert * a.width + first, count, all_hidden.get() + n * hidden_width * kTileRows, tile,
+               all_y.get() + n * a.width * kTileRows + first * tile.step(), a.width);
   });
   parallel.each(a.tokens, [&](size_t t) {
     float* out = a.out + t * a.width;
     std::fill(out, out + a.width, 0.0f);
     for (int64_t slot = 0; slot < a.kept; ++slot) {
-      const int64_t from = place[t * a.kept + slot];
-      if (from < 0) continue;
-      const float weight = a.weights[t * a.kept + slot];
-      for (int64_t d = 0; d < a.width; ++d) out[d] += weight * y[from + d * kTileRows];
+      const int64_t pair = t * a.kept + slot;
+      if (place[pair] < 0) continue;
+      const float* y = all_y.get() + place[pair];
+      for (int64_t d = 0; d < a.width; ++d) out[d] += a.weights[pair] * y[d * step[pair]];
     }
   });
 }
 
+template <int Bits, int Block>
+static void packed_experts(const ExpertsArguments& a, const Parallel& parallel) {
+  using Matrix = Packed<Bits, Block>;
+  experts_of(a, Matrix{a.packed_gate_up, a.width}, Matrix{a.packed_down, a.hidden}, parallel);
+}
+
 static void experts(const ExpertsArguments& a, const Parallel& parallel) {
-  const PackedRows &gate_up = a.packed_gate_up, &down = a.packed_down;
-  if (gate_up.bits == 4)
-    experts_of(a, Packed<4>{gate_up, a.width}, Packed<4>{down, a.hidden}, parallel);
-  else if (gate_up.bits == 8)
-    experts_of(a, Packed<8>{gate_up, a.width}, Packed<8>{down, a.hidden}, parallel);
-  else
-    experts_of(a, FloatRows{a.gate_up, a.width}, FloatRows{a.down, a.hidden}, parallel);
+  const bool is_usual = a.packed_gate_up.block == 32;
+  switch (a.packed_gate_up.bits) {
+    case 4: return is_usual ? packed_experts<4, 32>(a, parallel) : packed_experts<4, 0>(a, parallel);
+    case 8: return is_usual ? packed_experts<8, 32>(a, parallel) : packed_experts<8, 0>(a, parallel);
+    default: experts_of(a, FloatRows{a.gate_up, a.width}, FloatRows{a.down, a.hidden}, parallel);
+  }
 }

@@ -24,24 +24,39 @@ struct FloatRows {
   }
 };
 
+// `kLanes` bytes as whole numbers. GCC takes a conversion by four widths apart into single bytes: here, and only here, x86 is named.
+#if defined(__x86_64__) && BILEVEL_VECTOR_BYTES == 64
+BILEVEL_INLINE Ints widened(const uint8_t* from) {
+  return reinterpret_cast<Ints>(_mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
+#elif defined(__x86_64__) && BILEVEL_VECTOR_BYTES == 32
+BILEVEL_INLINE Ints widened(const uint8_t* from) {
+  return reinterpret_cast<Ints>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+}
+#else
 typedef uint8_t Bytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
-
-// `kLanes` bytes as whole numbers.
-BILEVEL_INLINE Ints widened(const uint8_t* from) { return __builtin_convertvector(*reinterpret_cast<const Bytes*>(from), Ints); }
+typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes), aligned(1), may_alias));
+BILEVEL_INLINE Ints widened(const uint8_t* from) {
+  return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Bytes*>(from), Shorts), Ints);
+}
+#endif
 BILEVEL_INLINE Vector numbers(Ints codes, Ints zero) { return __builtin_convertvector(codes - zero, Vector); }
 
-template <int Bits>
+// Block: the block size where the compiler shall know it, 0: that of `rows`.
+template <int Bits, int Block>
 struct Packed {
   const PackedRows& rows;
   int64_t width;
 
-  int64_t padded() const { return rows.blocks * rows.block; }
-  int64_t block_bytes() const { return rows.block * Bits / 8; }
+  int64_t block() const { return Block ? Block : rows.block; }
+  int64_t bytes() const { return block() * Bits / 8; }
+  int64_t padded() const { return rows.blocks * block(); }
 
-  // take(n, v): lanes [n, n + kLanes) of block b of a row, without its scale.
+  // take(n, v): lanes [n, n + kLanes) of a block, without its scale.
   template <typename Take>
   BILEVEL_INLINE void each(const uint8_t* codes, int zero, int64_t bytes, const Take& take) {
     const Ints zeros = Ints{} + zero;
+#pragma GCC unroll 8
     for (int64_t n = 0; n < bytes; n += kLanes) {
       const Ints wide = widened(codes + n);
       if constexpr (Bits == 4) {
@@ -56,10 +71,10 @@ struct Packed {
   const float* floats(int64_t first, int64_t count, float* buffer) const {
     for (int64_t row = first; row < first + count; ++row) {  // in order: a row's padding is overwritten by the next one
       float* to = buffer + (row - first) * width;
-      for (int64_t b = 0; b < rows.blocks; ++b, to += rows.block) {
+      for (int64_t b = 0; b < rows.blocks; ++b, to += block()) {
         const int64_t at = row * rows.blocks + b;
         const Vector scale = splat(rows.scales[at]);
-        each(rows.codes + at * block_bytes(), rows.zeros[at], block_bytes(), [&](int64_t n, Vector v) { store(to + n, v * scale); });
+        each(rows.codes + at * bytes(), rows.zeros[at], bytes(), [&](int64_t n, Vector v) { store(to + n, v * scale); });
       }
     }
     return buffer;
@@ -67,15 +82,22 @@ struct Packed {
 
   template <int Rows>
   void dots_of(const float* one, int64_t first, float* out) const {
+    const uint8_t *codes[Rows], *zeros[Rows];
+    const float* scales[Rows];
+    for (int j = 0; j < Rows; ++j) {
+      const int64_t at = (first + j) * rows.blocks;
+      codes[j] = rows.codes + at * bytes(), zeros[j] = rows.zeros + at, scales[j] = rows.scales + at;
+    }
     Vector total[Rows] = {};
-    for (int64_t b = 0; b < rows.blocks; ++b)
+    for (int64_t b = 0; b < rows.blocks; ++b) {
+      const float* x = one + b * block();
+#pragma GCC unroll 8
       for (int j = 0; j < Rows; ++j) {
-        const int64_t at = (first + j) * rows.blocks + b;
-        const float* x = one + b * rows.block;
-        Vector sum = {};
-        each(rows.codes + at * block_bytes(), rows.zeros[at], block_bytes(), [&](int64_t n, Vector v) { sum += v * load(x + n); });
-        total[j] += sum * splat(rows.scales[at]);
+        Vector part = {};
+        each(codes[j] + b * bytes(), zeros[j][b], bytes(), [&](int64_t n, Vector v) { part += v * load(x + n); });
+        total[j] += part * splat(scales[j][b]);
       }
+    }
     for (int j = 0; j < Rows; ++j) out[j] = sum(total[j]);
   }
 

@@ -172,9 +172,6 @@ KERNEL_FAULTS = {
         "experts.h", "used ? s.scores[expert] /", "used ? s.best[expert] /", "layer 1 experts weights", "ExpertRoute"
     ),
     "experts: the last column dropped for few rows": _kernel(
-        "experts.h",
-        "dots(column.data(), row, some, width, result);",
-        "dots(column.data(), row, some, width - 1, result);",
-        *_LAYER_1,
+        "packed.h", "dots(one, row, some, width, result);", "dots(one, row, some, width - 1, result);", *_LAYER_1
     ),
 }  # fmt: skip
