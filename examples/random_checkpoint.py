@@ -4,7 +4,7 @@
     bilevel export build/random-1b build/random-1b-bundle
     bilevel check build/random-1b-bundle --against build/random-1b --tokens 512
 
-The default is a Llama shape of 1.0 billion weights with two-level attention; ``--experts 8`` gives every layer that many experts
+The default is a Llama shape of 1.0 billion weights with two-level attention; ``--experts 8`` gives every layer so many experts
 of the intermediate size, of which a word uses two. Weights are written layer by layer, so that memory holds one layer. The
 tokenizer is the example model's.
 """

@@ -22,9 +22,9 @@ refused, since it may change the result; --ignore-key passes over it.
   bilevel check my-bundle --against my-model
   bilevel run my-bundle "Once upon a time"
 
---weights int8 and int4 make the matrix products and the experts smaller (blocks of 32 weights share a scale) and faster on a CPU,
-through ONNX Runtime's MatMulNBits and our own kernels. Routers, gates, the embedding table and norms stay in fp32. bilevel check then compares
-with PyTorch over the same rounded weights, and reports apart from that what the rounding changed.
+--weights int8 and int4 make matrix products and experts smaller (blocks of 32 weights share a scale) and faster on a CPU, through
+ONNX Runtime's MatMulNBits and our own kernels. Routers, expert gates, the embedding table and norms stay in fp32. bilevel check
+then compares with PyTorch over the same rounded weights, and reports apart from that what the rounding changed.
 
 --precision fp16 and bf16 store weights, activations and caches in 16 bits, for devices that compute in them (TensorRT takes the
 graph as it is). Routers' scores and expert gates' logits stay fp32, and so do the sums inside softmax and norms. ONNX Runtime's
