@@ -22,7 +22,7 @@ refused, since it may change the result; --ignore-key passes over it.
   bilevel check my-bundle --against my-model
   bilevel run my-bundle "Once upon a time"
 
---weights int8 and int4 make matrix products and experts smaller (blocks of 32 weights share a scale) and faster on a CPU, through
+--weights int8 and int4 make matrix products and experts smaller (32 weights share a scale) and faster on a CPU, through
 ONNX Runtime's MatMulNBits and our own kernels. Routers, expert gates, the embedding table and norms stay in fp32. bilevel check
 then compares with PyTorch over the same rounded weights, and reports apart from that what the rounding changed.
 
