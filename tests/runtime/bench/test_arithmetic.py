@@ -88,6 +88,14 @@ def test_geometry_counts_the_weights_of_the_model(exported: Exported, preset: st
     assert Geometry(config, "fp32").num_weights == expected
 
 
+def test_geometry_counts_packed_experts_and_gates_of_floats() -> None:
+    experts = {"layers": [1], "intermediate_size": 6, "top_k": 2, "num_experts": 4, "n_group": 2, "group_score": "external"}
+    with_experts, plain = ({**CONFIG, "experts": e} for e in (experts, {**experts, "top_k": 0}))
+    for weights, each in (("fp32", 4), ("int8", 1 + 5 / 32), ("int4", 0.5 + 5 / 32)):
+        more = Geometry(with_experts, weights).weight_bytes - Geometry(plain, weights).weight_bytes
+        assert more == pytest.approx(CONFIG["hidden_size"] * 3 * 6 * 2 * each)
+
+
 CONFIG = {
     "num_hidden_layers": 2,
     "hidden_size": 8,
