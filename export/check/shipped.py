@@ -92,7 +92,7 @@ class ShippedGraph:
         return hidden, routes
 
     def choices(self, routes: dict[str, list[Array]]) -> list[list[Trace]]:
-        """What :meth:`read` found, as PyTorch can obey it: per part (level 1, then every layer) a trace per call."""
+        """The choices of :meth:`read` as PyTorch can obey them: per part (level 1, then every layer) a trace per call."""
         routers = [(op, layer) for _, op, layer in expected_nodes(self.config) if op in SELECTIONS]
         count = len(next(iter(routes.values()), []))
         parts = [[Trace() for _ in range(count)] for _ in range(self.config.num_hidden_layers + 1)]

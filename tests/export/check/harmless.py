@@ -93,9 +93,9 @@ def in_another_order(model: onnx.ModelProto) -> None:
     """The nodes in another topological order; nodes and inner values under other names. Hidden states keep theirs."""
     graph, rng = model.graph, random.Random(0)
     given = {v.name for v in [*graph.input, *graph.initializer]}
-    kept = given | {v.name for v in graph.output}
-    made = [name for node in graph.node for name in node.output if name not in kept and not name.startswith("hidden.")]
-    names = {name: f"v{number}" for number, name in enumerate(rng.sample(made, len(made)))}
+    public = given | {v.name for v in graph.output}
+    inner = [name for node in graph.node for name in node.output if name not in public and not name.startswith("hidden.")]
+    names = {name: f"v{number}" for number, name in enumerate(rng.sample(inner, len(inner)))}
     waiting, ready, ordered = list(graph.node), {*given, ""}, []
     while waiting:
         node = rng.choice([node for node in waiting if ready.issuperset(node.input)])
@@ -139,10 +139,10 @@ def periodic_text(bundle: Path) -> Path:
 
 def unoptimised() -> AbstractContextManager[Any]:
     """ONNX Runtime's graph optimisations off."""
-    made = ort.SessionOptions
+    original = ort.SessionOptions
 
     def options() -> ort.SessionOptions:
-        wanted = made()
+        wanted = original()
         wanted.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         return wanted
 

@@ -187,12 +187,12 @@ def test_block_choice_explains_the_reference(fine: bool, causal: int) -> None:
     else:
         routes = reference.coarse_route(query, key, past, new, **attributes)
     arrays = query.numpy(), key.numpy(), routes.numpy(), None if candidates is None else candidates.numpy()
-    made = block_choice(*arrays, past.numpy().astype(np.int64), new.numpy().astype(np.int64), attributes)
-    assert made.score.shape == (2 * (9 + 5), 5), "one row for each valid token and selection head"
-    for score, kept, competing in zip(made.score, made.kept, made.open, strict=True):
+    choices = block_choice(*arrays, past.numpy().astype(np.int64), new.numpy().astype(np.int64), attributes)
+    assert choices.score.shape == (2 * (9 + 5), 5), "one row for each valid token and selection head"
+    for score, kept, competing in zip(choices.score, choices.kept, choices.open, strict=True):
         inside, outside = score[kept & competing], score[~kept & competing]
         assert kept.sum() <= 3 and (not len(inside) or not len(outside) or inside.min() > outside.max())
-    assert judge(made, made).exact == len(made.kept)
+    assert judge(choices, choices).exact == len(choices.kept)
 
 
 @pytest.mark.parametrize("group_score", ["external", "max", "top2_sum"])

@@ -52,8 +52,8 @@ def test_parts_give_what_the_whole_gives(exported: Exported, preset: str) -> Non
         passages = layered.words(text)
         for index in range(model.config.num_hidden_layers):
             passages = layered.layer(index, passages, text)
-        found = layered.last_logits(passages)
-    for call, ours, theirs in zip(text.calls, found, expected, strict=True):
+        actual = layered.last_logits(passages)
+    for call, ours, theirs in zip(text.calls, actual, expected, strict=True):
         rows = torch.from_numpy(call.new > 0)
         assert torch.equal(ours[rows], theirs[rows])
     assert not [name for name, tensor in layered.model.named_parameters() if tensor.device.type != "meta"], (
@@ -72,9 +72,9 @@ def test_exact_is_fp64_with_the_precision_s_weights(exported: Exported, precisio
         whole, _ = model.model(
             torch.from_numpy(text.ids), torch.zeros(2, dtype=torch.int32), torch.from_numpy(LENGTHS.astype(np.int32)), None
         )
-        found = exact.head(hidden[0, -1:])
+        actual = exact.head(hidden[0, -1:])
     assert hidden.dtype == torch.float64
-    assert (found - model.lm_head(whole[0, -1:])).abs().max() < 1e-9
+    assert (actual - model.lm_head(whole[0, -1:])).abs().max() < 1e-9
 
 
 def test_choices_of_another_model_are_obeyed(exported: Exported) -> None:
@@ -101,5 +101,5 @@ def test_small_weights_are_rounded_part_by_part(exported: Exported) -> None:
     layered = LayeredModel(Checkpoint(checkpoint), weights="int4")
     with torch.no_grad():
         expected = model(torch.from_numpy(text.ids[:1]))[0]
-        found = layered.head(layered.hidden(text)[0][0])
-    assert (found - expected).abs().max() < 1e-5
+        actual = layered.head(layered.hidden(text)[0][0])
+    assert (actual - expected).abs().max() < 1e-5

@@ -21,7 +21,8 @@ from bilevel.export.report.model import Report, Word
 from bilevel.export.report.summary import layer_map, shorten, verdict_lines, visible
 from bilevel.export.report.svg import Axis, histogram, histogram_range, interval, layer_chart, log_range, power_of_ten
 from bilevel.export.report.words import MOST_LISTED, differing_words, shade_bounds, word_spans
-from tests.export.report.report_samples import ALL, HOSTILE, build, changed, deep, failing, passing
+from tests.export.report.report_build import build
+from tests.export.report.report_samples import ALL, HOSTILE, changed, deep, failing, passing
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 

@@ -24,6 +24,8 @@ def test_reports_follow_the_schema_and_come_back_from_json(name: str) -> None:
     VALIDATOR.validate(json.loads(report.to_json()))
     assert Report.from_json(report.to_json()) == report
     assert report.passed == report.verdicts.passed == all(report.verdicts.to_dict().values())
+    orders = [entry.order for entry in (*report.selection, *report.computation)]
+    assert sorted(orders) == list(range(len(orders))), "one order of routers and tensors"
 
 
 def test_schema_is_one_and_describes_every_field() -> None:
