@@ -87,7 +87,7 @@ BODY_FAULTS = {
         "op.Gather(flat, spread + row, axis=0)", "op.Gather(flat, op.Max(spread + row - 1, op.Constant(value_int=0)), axis=0)"
     ),
     "level 2: the length of the cache forgotten": _fine(
-        "op.Unsqueeze(op.Cast(past_len, to=7), [1]) + op", "op.Unsqueeze(op.Cast(past_len, to=7) * 0, [1]) + op"
+        "op.Unsqueeze(op.Cast(past_len, to=INT64), [1]) + op", "op.Unsqueeze(op.Cast(past_len, to=INT64) * 0, [1]) + op"
     ),
     "attention: causal mask off by one in short calls": _attention(
         "token < op.Unsqueeze(horizon", "token <= op.Unsqueeze(horizon"
