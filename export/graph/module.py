@@ -51,8 +51,8 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _without_slow_rule() -> Iterator[None]:
-    """Without onnxscript's rewrite of two Slices to a Split: it scans the whole graph at every node, which takes half the
-    time that an export of 30 layers does, and our graphs hold no such pair."""
+    """Without onnxscript's rewrite of two Slices to a Split: it scans the whole graph at every node, which was the largest
+    part of an export of 30 layers, and our graphs hold no such pair."""
     slice_split_rule.try_rewrite = lambda *arguments, **options: None  # hides the method of this one rule
     try:
         yield
