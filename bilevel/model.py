@@ -83,6 +83,16 @@ class Attention(nn.Module):
             return q, k
         return apply_rotary(q, step.cos, step.sin), apply_rotary(k, step.cos, step.sin)
 
+    def _attend_to_all(self, q: Tensor, key: Tensor, value: Tensor, step: Step) -> Tensor:
+        """Ordinary attention. The graph of a routed model says it as routed attention to every block, whose kernels read no
+        more of the cache than is filled."""
+        length, capacity, scale = q.shape[2], key.shape[2], self.config.attention_scale
+        if not (torch.compiler.is_exporting() and self.config.routed_layers):
+            return masked_attention(q, key, value, step.causal_mask(capacity, length), scale)
+        size = self.config.routing.block_size
+        routes = step.every_block(capacity, length, size)
+        return ops.routed_attention(q, key, value, routes, step.past_len, step.new_len, block_size=size, causal=1, scale=scale)
+
     def forward(self, x: Tensor, step: Step, state: LayerState | None) -> tuple[Tensor, LayerState]:
         """x: [B, L, d]. Returns ([B, L, d], the layer's state after this call)."""
         config, size, length = self.config, self.config.routing.block_size, x.shape[1]
@@ -94,7 +104,7 @@ class Attention(nn.Module):
         scale = config.attention_scale
         block_key = None
         if not self.is_routed:
-            out = masked_attention(q, key, value, step.causal_mask(key.shape[2], length), scale)
+            out = self._attend_to_all(q, key, value, step)
         else:
             query = self.block_keys.query(plain, q, step)
             block_key = self._pool(state.block_key if state else None, key, step, length)
@@ -106,7 +116,8 @@ class Attention(nn.Module):
                 step.trace.query.append(query)
                 step.trace.block_key.append(block_key)
                 step.trace.routes.append(routes)
-                step.trace.attention.append(out)
+        if config.routed_layers and step.trace is not None:
+            step.trace.attention.append(out)
         return self.o_proj(out.transpose(1, 2).flatten(2)), LayerState(key, value, block_key)
 
 

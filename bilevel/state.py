@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bilevel.config import ModelConfig
 from bilevel.errors import ContractError
-from bilevel.operators.attention import AttentionMask, causal_mask
+from bilevel.operators.attention import AttentionMask, causal_mask, every_block
 from bilevel.rotary import rotary_angles
 
 
@@ -58,7 +58,8 @@ class Trace:
 
     forced: another trace whose choices are obeyed in place of the model's own.
     candidates: level 1's blocks, int32 [B, 1, L, K1]. word_query / word_block_key: what level 1 compared.
-    Per routed layer: query [B, Hr, L, Dr], block_key [B, Hkv, N, Dr], routes int32 [B, Hs, L, K2], attention [B, Hq, L, D].
+    Per routed layer: query [B, Hr, L, Dr], block_key [B, Hkv, N, Dr], routes int32 [B, Hs, L, K2]. Per layer of a routed model:
+    attention [B, Hq, L, D].
     Per expert layer: expert_logits [T, E], group_logits [T, Gp], expert_bias [E], expert_ids int32 [T, k], expert_weights [T,
     k], expert_out [T, d].
     """
@@ -101,6 +102,7 @@ class Step:
     words: Tensor | None
     trace: Trace | None
     _mask: AttentionMask | None = None
+    _every_block: Tensor | None = None
     _token_angles: tuple[Tensor, Tensor] | None = None
     _block_angles: tuple[Tensor, Tensor] | None = None
 
@@ -109,6 +111,12 @@ class Step:
         if self._mask is None:
             self._mask = causal_mask(capacity, length, self.past_len, self.new_len)
         return self._mask
+
+    def every_block(self, capacity: int, length: int, block_size: int) -> Tensor:
+        """Routes to all that is visible, of the dense layers of a routed model; made once a call."""
+        if self._every_block is None:
+            self._every_block = every_block(capacity // block_size, length, self.past_len, self.new_len, block_size)
+        return self._every_block
 
     def token_angles(self, config: ModelConfig, first: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
         """cos and sin [B, num_blocks, R, r/2] of the tokens of the blocks from each row's ``first`` on; made once a call."""
