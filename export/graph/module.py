@@ -22,12 +22,12 @@ import numpy as np
 import onnx
 import onnx_ir
 import torch
-from onnxscript.rewriter.rules.common import slice_split_rule
 from torch import Tensor, nn
 
 from bilevel.errors import BilevelError, ExportError
 from bilevel.export.graph import guards
 from bilevel.export.graph.functions import attach_functions
+from bilevel.export.graph.quicker import quicker
 from bilevel.export.graph.schemas import ONNX_OPSET, PRIVATE_DOMAIN, translation_table
 from bilevel.export.graph.specialise import specialise_functions
 
@@ -48,17 +48,6 @@ def _quiet() -> Iterator[None]:
             yield
         finally:
             logger.setLevel(level)
-
-
-@contextmanager
-def _without_slow_rule() -> Iterator[None]:
-    """Without onnxscript's rewrite of two Slices to a Split: it scans the whole graph at every node, which was the largest
-    part of an export of 30 layers, and our graphs hold no such pair."""
-    slice_split_rule.try_rewrite = lambda *arguments, **options: None  # hides the method of this one rule
-    try:
-        yield
-    finally:
-        del slice_split_rule.try_rewrite
 
 
 def _export_error(error: BaseException) -> BilevelError:
@@ -159,7 +148,7 @@ def trace(module: nn.Module, inputs: Inputs, dynamic: Dynamic, names: Sequence[s
     was_training = module.training
     module.eval()
     try:
-        with torch.no_grad(), _quiet(), _without_slow_rule():
+        with torch.no_grad(), _quiet(), quicker():
             program = torch.export.export(module, (), _as_lists(inputs), dynamic_shapes=shapes, strict=False)
             guards.check_parameters_used(program)
             onnx_program = torch.onnx.export(
