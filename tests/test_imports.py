@@ -62,7 +62,7 @@ LAW: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
 FLOORS = {
     "bilevel.plugins": ("launch", "kernels", "tensorrt", "library"),
     "bilevel.export": ("graph", "gguf", "decoder", "engine", "report", "check", "cli"),
-    "bilevel.runtime": ("backend", "generate", "schedule", "serve", "bench", "cli"),
+    "bilevel.runtime": ("backend", "generate", "schedule", "serve", "bench", "quality", "cli"),
 }
 HEAVY = ("torch", "triton", "tensorrt", "onnx", "onnxruntime", "onnxscript", "safetensors", "tokenizers", "rich", "cuda")
 
