@@ -102,6 +102,10 @@ def main(args: argparse.Namespace) -> int:
     print_report(report)
     if args.json is not None:
         _write(args.json, report.to_json(indent=1) + "\n")
+    if args.html is not None:
+        from bilevel.runtime.quality.page import render_page
+
+        _write(args.html, render_page(report))
     return 0 if report.passed else 1
 
 

@@ -9,9 +9,7 @@ from typing import Any
 from bilevel.errors import require
 from bilevel.runtime.quality.model import LossResult, QualityReport, Recall, Score
 from bilevel.runtime.quality.results import in_order
-
-LABELS = {"needles": "hidden facts", "pairs": "key-value pairs", "copy": "rare strings", "loss": "loss"}
-NAMES = {"routed": "routed", "dense": "dense", "window": "sink + window", "mass": "true mass"}
+from bilevel.runtime.quality.words import LABELS, NAMES, number, spread
 
 
 def print_report(report: QualityReport) -> None:
@@ -39,7 +37,7 @@ def _blocks(report: QualityReport) -> list[Any]:
         blocks += _recall(report.recall)
     blocks += [f"not measured: {NAMES.get(note.name, note.name)}: {note.reason}" for note in report.not_measured]
     for floor in report.floors:
-        value = "-" if floor.value is None else f"{floor.value:.3f}{_range(floor.interval)}"
+        value = "-" if floor.value is None else f"{floor.value:.3f}{spread(floor.interval)}"
         mark = "holds" if floor.passed else "MISSED"
         blocks.append(f"floor {floor.name}={floor.asked:g} {mark}: {value}; {floor.words}")
     blocks.append(f"In brackets: intervals of 95 %. {report.machine}; {report.seconds:.0f} s; text: {report.plan.text}.")
@@ -72,17 +70,8 @@ def _numbers(score: Score, questions: int) -> list[str]:
         f"{score.exact} of {questions} ({100 * low:.0f} to {100 * high:.0f} %)",
         f"{100 * score.right:.0f} %",
         number(score.nats),
-        "" if score.nats_above is None else f"{score.nats_above:+.2f}{_range(score.nats_above_interval, '+')}",
+        "" if score.nats_above is None else f"{score.nats_above:+.2f}{spread(score.nats_above_interval, '+')}",
     ]
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    """A number, "-" where there is none."""
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _range(bounds: Sequence[float] | None, sign: str = "") -> str:
-    return "" if bounds is None else f" ({bounds[0]:{sign}.2f} to {bounds[1]:{sign}.2f})"
 
 
 def _loss(loss: LossResult) -> list[Any]:
@@ -90,13 +79,13 @@ def _loss(loss: LossResult) -> list[Any]:
     for side in in_order(loss.sides):
         index = loss.sides.index(side)
         above = loss.above[index]
-        words = "" if above is None else f"{above:+.3f}{_range(loss.above_intervals[index], '+')}"
+        words = "" if above is None else f"{above:+.3f}{spread(loss.above_intervals[index], '+')}"
         rows.append([NAMES[side], number(loss.nats[index], 3), words, number(loss.far_nats[index])])
     title = f"Loss on plain text of {loss.length} tokens, nats a token"
     far = "where far text matters" if loss.far_tokens is None else f"on {loss.far_tokens} far tokens"
     blocks = [_table(title, ("side", f"{loss.tokens} tokens", "above dense", far), rows)]
     if loss.far_tokens is not None:
-        words = "none" if loss.recovered is None else f"{loss.recovered:.0%}{_range(loss.recovered_interval)}"
+        words = "none" if loss.recovered is None else f"{loss.recovered:.0%}{spread(loss.recovered_interval)}"
         blocks.append(f"Far tokens: dense beats sink + window by more than 0.1 nat. Of that loss the routes recover {words}.")
     return blocks
 
