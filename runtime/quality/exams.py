@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from bilevel.errors import BilevelError, MissingDependency, RequestError
+from bilevel.errors import BilevelError, RequestError
 
 NEEDLES, PAIRS, COPY, LOSS = "needles", "pairs", "copy", "loss"
 TASKS = {
@@ -82,16 +82,15 @@ def load_wording(folder: Path) -> Wording:
     plain = "plain text, question and answer"
     try:
         from bilevel.runtime.serve.chat import find_template
-
+        from bilevel.runtime.serve.errors import ApiError
+    except ModuleNotFoundError as error:
+        return Wording(None, f"{plain} (the chat template needs {error.name}: pip install 'bilevel[serve]')")
+    try:
         template = find_template(folder)
         if template is None:
             return Wording(None, f"{plain} (the bundle has no chat template)")
         template.render([{"role": "user", "content": "text"}])
-    except ModuleNotFoundError as error:
-        return Wording(None, f"{plain} (the chat template needs {error.name}: pip install 'bilevel[serve]')")
-    except MissingDependency as error:
-        return Wording(None, f"{plain} ({error})")
-    except BilevelError as error:
+    except (ApiError, BilevelError) as error:
         return Wording(None, f"{plain} ({error})")
     return Wording(template.render, "the bundle's chat template")
 

@@ -68,6 +68,7 @@ class _Run:
     exams: list[Exam]
     on_progress: Progress
     outcomes: dict[str, list[Outcome]] = field(default_factory=dict)
+    mass_recall: dict[int, float] = field(default_factory=dict)
     infos: list[SideInfo] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
 
@@ -106,7 +107,7 @@ def measure(
 
 def _report(run: _Run, bundle: Bundle, plan: Plan, seconds: float) -> QualityReport:
     tasks, loss = task_results(run.exams, run.outcomes), loss_result(run.exams, run.outcomes)
-    rows, held = answers(run.exams, run.outcomes), recall(run.exams, run.outcomes, bundle)
+    rows, held = answers(run.exams, run.outcomes), recall(run.exams, run.outcomes, bundle, run.mass_recall)
     floors = tuple(judge(floor, rows, loss, held) for floor in run.request.floors)
     machine = describe_machine(run.request.threads)
     return QualityReport(
@@ -231,6 +232,8 @@ def _take(run: _Run, side: Side, index: int, sides: int) -> None:
         done += work(exam)
     run.outcomes[side.name] = outcomes
     session = reader.session
+    if side.name == MASS:
+        run.mass_recall.update(session.mass_recall())  # type: ignore[attr-defined]
     seconds = time.perf_counter() - start
     run.infos.append(SideInfo(side.name, side.what, str(side.folder), session.backend, session.device, seconds))
 

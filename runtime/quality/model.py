@@ -134,7 +134,10 @@ class LayerRecall(Record):
     layer: Count
     heads: Annotated[Rate, "mean over heads"]
     any_head: Annotated[Rate, "at least one head"]
-    mass: Annotated[Rate | None, "of the attention that the best choice of blocks holds, what its choice holds"] = None
+    mass: (
+        Annotated[Rate, "of the attention that the best free choice holds, what the layer's holds; with --checkpoint only"]
+        | None
+    ) = None
 
 
 @dataclass(frozen=True)

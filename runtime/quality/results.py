@@ -188,8 +188,10 @@ def _share(each: Sequence[reader.Reading]) -> float:
     return min(_mean([r.tokens / r.context for r in each]), 1.0)
 
 
-def recall(exams: Sequence[Exam], outcomes: Outcomes, bundle: Bundle) -> Recall | None:
-    """How often the routes held the answers' blocks; None where the bundle tells no routes."""
+def recall(
+    exams: Sequence[Exam], outcomes: Outcomes, bundle: Bundle, mass_recall: Mapping[int, float] | None = None
+) -> Recall | None:
+    """How often the routes held the answers' blocks; None where the bundle tells no routes. mass_recall: by layer, if known."""
     if bundle.graph.routes is None or not any(_readings(exams, outcomes, index) for index in range(len(exams))):
         return None
     questions = [
@@ -202,7 +204,12 @@ def recall(exams: Sequence[Exam], outcomes: Outcomes, bundle: Bundle) -> Recall 
     if not every:
         return Recall(0, None, None, None, ())
     layers = tuple(
-        LayerRecall(layer, _mean([e.layers[layer] for e in every]), _mean([e.any_head[layer] for e in every]))
+        LayerRecall(
+            layer,
+            _mean([e.layers[layer] for e in every]),
+            _mean([e.any_head[layer] for e in every]),
+            (mass_recall or {}).get(layer),
+        )
         for layer in reader.routed_layers(bundle)
     )
     candidates = [each.candidates for each in every if each.candidates is not None]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bilevel.errors import RequestError
@@ -43,7 +45,8 @@ def source(seed: int = 0, wording: Wording = PLAIN, filler: Filler = FILLER) -> 
 
 
 @pytest.mark.parametrize("task", [NEEDLES, PAIRS, COPY])
-@given(seed=st.integers(0, 10**6), length=st.integers(1200, 4000), wording=st.sampled_from([PLAIN, TURNS]))
+@settings(max_examples=8)
+@given(seed=st.integers(0, 10**6), length=st.integers(1200, 2500), wording=st.sampled_from([PLAIN, TURNS]))
 def test_answers_stand_once_and_texts_fit(task: str, seed: int, length: int, wording: Wording) -> None:
     exams = draw_exams(source(seed, wording), task, length, 5)
     assert sum(len(exam.questions) for exam in exams) == 5
@@ -63,25 +66,26 @@ def test_answers_stand_once_and_texts_fit(task: str, seed: int, length: int, wor
         assert longest > length - LONGEST_PIECE - 1, "a text is as long as it may be"
 
 
+@settings(max_examples=3)
 @given(seed=st.integers(0, 10**6))
 def test_a_seed_gives_the_same_questions(seed: int) -> None:
     for task in (NEEDLES, PAIRS, COPY):
-        first, again, other = (draw_exams(source(each), task, 1500, 3) for each in (seed, seed, seed + 1))
+        first, again, other = (draw_exams(source(each), task, 900, 2) for each in (seed, seed, seed + 1))
         assert first == again and first != other
     assert draw_loss_text(source(seed), 800, 1, 4) == draw_loss_text(source(seed), 800, 1, 4)
 
 
 def test_depths_are_spread() -> None:
-    exams = draw_exams(source(), NEEDLES, 8000, 2 * PER_TEXT)
+    exams = draw_exams(source(), NEEDLES, 4000, 2 * PER_TEXT)
     assert len(exams) == 2
     for exam in exams:
         depths = sorted(question.depth for question in exam.questions)
         assert depths[0] < 0.15 and depths[-1] > 0.85
-        assert all(after - before > 0.05 for before, after in zip(depths, depths[1:], strict=False))
+        assert all(after - before > 0.05 for before, after in itertools.pairwise(depths))
 
 
 def test_fewer_questions_share_a_short_text() -> None:
-    exams = draw_exams(source(), NEEDLES, 900, 4)
+    exams = draw_exams(source(), NEEDLES, 300, 4)
     assert len(exams) > 1 and sum(len(exam.questions) for exam in exams) == 4
 
 
@@ -103,8 +107,6 @@ def test_loss_text_is_read_from_end_to_end(length: int, stretches: int) -> None:
 
 
 def test_facts_differ() -> None:
-    import random
-
     for seed in range(50):
         facts = draw_facts(random.Random(seed), len(OWNERS))
         assert len({fact.number for fact in facts}) == len({fact.lead for fact in facts}) == len(facts)
@@ -113,7 +115,9 @@ def test_facts_differ() -> None:
 
 
 def test_a_token_that_joins_prompt_and_answer_is_scored() -> None:
-    exam = make_exam(TOKENIZER, NEEDLES, 100, [Prompt("It is 7. It is ", "7", (6, 7)), Prompt("It is 7. So it is ", "7", (6, 7))])
+    exam = make_exam(
+        TOKENIZER, NEEDLES, 100, [Prompt("It is 7. It is ", "7", (6, 7)), Prompt("It is 7. So it is ", "7", (6, 7))]
+    )
     assert exam is not None
     assert [TOKENIZER.decode(question.answer) for question in exam.questions] == [" 7", " 7"]
     assert make_exam(TOKENIZER, NEEDLES, 5, [Prompt("It is 7. It is", " 7", (6, 7))]) is None
