@@ -15,7 +15,7 @@ from bilevel.runtime.quality.exams import NEEDLES
 from bilevel.runtime.quality.model import DENSE, QualityReport, Score
 from bilevel.runtime.quality.pictures import heat_map, loss_curves, recall_bars
 from bilevel.runtime.quality.results import in_order
-from bilevel.runtime.quality.words import LABELS, NAMES, number, spread
+from bilevel.runtime.quality.words import LABELS, NAMES, number, signed, spread
 
 _STYLE = Path(__file__).with_name("page.css")
 
@@ -105,7 +105,7 @@ def _answers(report: QualityReport) -> str:
 
 def _numbers(score: Score, questions: int) -> list[str]:
     low, high = score.exact_interval
-    above = "" if score.nats_above is None else f"{score.nats_above:+.2f}{spread(score.nats_above_interval, '+')}"
+    above = "" if score.nats_above is None else f"{signed(score.nats_above)}{spread(score.nats_above_interval, has_sign=True)}"
     return [
         f"{score.exact} of {questions} ({100 * low:.0f} to {100 * high:.0f} %)",
         f"{100 * score.right:.0f} %",
@@ -124,7 +124,7 @@ def _loss(report: QualityReport) -> str:
     for side in in_order(loss.sides):
         index = loss.sides.index(side)
         above = loss.above[index]
-        words = "" if above is None else f"{above:+.3f}{spread(loss.above_intervals[index], '+')}"
+        words = "" if above is None else f"{signed(above, 3)}{spread(loss.above_intervals[index], has_sign=True)}"
         rows.append((False, [NAMES[side], number(loss.nats[index], 3), words, number(loss.far_nats[index])]))
     far = "where the far text matters"
     words = f"{loss.tokens:,} tokens of plain texts of {loss.length:,}, by their position."

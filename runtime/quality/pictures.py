@@ -8,6 +8,7 @@ from html import escape
 
 from bilevel.runtime.quality.model import DENSE, Answer, LayerRecall, LossResult
 from bilevel.runtime.quality.results import column, in_order
+from bilevel.runtime.quality.words import signed
 
 DEPTHS = 8  # columns of a heat map
 _WIDTH, _LEFT = 560, 52
@@ -94,7 +95,7 @@ def loss_curves(loss: LossResult) -> str:
         path = "L".join(f"{across(position):.1f} {up(value):.1f}" for position, value in points)
         parts.append(f'<path class="curve {side}" d="M{path}"/>' if points else "")
         for position, value in points:
-            title = f"{side}, position {position}: {value:+.3f} nats"
+            title = f"{side}, position {position}: {signed(value, 3)} nats"
             dot = f'<circle class="dot {side}" cx="{across(position):.1f}" cy="{up(value):.1f}" r="3">'
             parts.append(f"{dot}<title>{escape(title)}</title></circle>")
     what = "loss" if dense is None else "loss above dense"

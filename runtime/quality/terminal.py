@@ -9,7 +9,7 @@ from typing import Any
 from bilevel.errors import require
 from bilevel.runtime.quality.model import LossResult, QualityReport, Recall, Score
 from bilevel.runtime.quality.results import in_order
-from bilevel.runtime.quality.words import LABELS, NAMES, number, spread
+from bilevel.runtime.quality.words import LABELS, NAMES, number, signed, spread
 
 
 def print_report(report: QualityReport) -> None:
@@ -70,7 +70,7 @@ def _numbers(score: Score, questions: int) -> list[str]:
         f"{score.exact} of {questions} ({100 * low:.0f} to {100 * high:.0f} %)",
         f"{100 * score.right:.0f} %",
         number(score.nats),
-        "" if score.nats_above is None else f"{score.nats_above:+.2f}{spread(score.nats_above_interval, '+')}",
+        "" if score.nats_above is None else f"{signed(score.nats_above)}{spread(score.nats_above_interval, has_sign=True)}",
     ]
 
 
@@ -79,7 +79,7 @@ def _loss(loss: LossResult) -> list[Any]:
     for side in in_order(loss.sides):
         index = loss.sides.index(side)
         above = loss.above[index]
-        words = "" if above is None else f"{above:+.3f}{spread(loss.above_intervals[index], '+')}"
+        words = "" if above is None else f"{signed(above, 3)}{spread(loss.above_intervals[index], has_sign=True)}"
         rows.append([NAMES[side], number(loss.nats[index], 3), words, number(loss.far_nats[index])])
     title = f"Loss on plain text of {loss.length} tokens, nats a token"
     far = "where far text matters" if loss.far_tokens is None else f"on {loss.far_tokens} far tokens"

@@ -16,6 +16,14 @@ def number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def spread(bounds: Sequence[float] | None, sign: str = "") -> str:
+def signed(value: float, digits: int = 2) -> str:
+    """A difference, with its sign; what rounds to nothing has a plus."""
+    return f"{round(value, digits) + 0.0:+.{digits}f}"
+
+
+def spread(bounds: Sequence[float] | None, *, has_sign: bool = False) -> str:
     """An interval in brackets, with a blank before it; "" where there is none."""
-    return "" if bounds is None else f" ({bounds[0]:{sign}.2f} to {bounds[1]:{sign}.2f})"
+    if bounds is None:
+        return ""
+    low, high = (signed(bound) if has_sign else f"{bound:.2f}" for bound in bounds)
+    return f" ({low} to {high})"
