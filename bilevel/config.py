@@ -25,7 +25,8 @@ class Routing:
     block_size: R, tokens per block. coarse_topk: K1, level 1's candidates (two_level only). topk: K2, blocks a word reads.
     init_blocks / local_blocks: always kept, inside both budgets; local_blocks counts the own block.
     window: words averaged into level 1's query (1 = the word alone). route_dim: width of the learned projection in front of
-    level 1 (0 = none: level 1 compares the word embeddings themselves).
+    level 1 (0 = none: level 1 compares the word embeddings themselves). weighted_words: queries have a projection of their own,
+    every vocabulary entry a weight, so that frequent words can be light, and every place of the window one.
     key: what level 2 compares a word's queries with (``bilevel/block_keys.py``). mean: the mean of a block's keys. bounds:
     their least and greatest value in each channel. gate: learned projections of both sides; gate_norm: which are normalised.
     dense_layers: layers that read everything. coarse_local_blocks: local blocks of level 1 (0 = as many as of level 2).
@@ -43,6 +44,7 @@ class Routing:
     gate_norm: bool = True
     dense_layers: tuple[int, ...] = ()
     coarse_local_blocks: int = 0
+    weighted_words: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.dense_layers, list):
@@ -84,6 +86,11 @@ class Routing:
             raise ConfigError(
                 f"routing.topk={self.topk} (level 2) exceeds coarse_topk={self.coarse_topk} (level 1's candidates); "
                 "raise coarse_topk or lower topk"
+            )
+        if self.weighted_words and not (self.is_two_level and self.route_dim):
+            raise ConfigError(
+                f"routing.weighted_words needs a level 1 with a projection, but preset={self.preset!r} and "
+                f"route_dim={self.route_dim}; set preset to two_level and route_dim to its width"
             )
         if self.init_blocks + self.local_blocks > self.topk:
             raise ConfigError(

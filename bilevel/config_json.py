@@ -159,7 +159,14 @@ def config_to_dict(config: ModelConfig) -> dict[str, Any]:
 
 
 # What a section may leave out, because older files and readers do not have it.
-_OPTIONAL = {"shared_intermediate_size": 0, "key": "mean", "gate_norm": True, "dense_layers": (), "coarse_local_blocks": 0}
+_OPTIONAL = {
+    "shared_intermediate_size": 0,
+    "key": "mean",
+    "gate_norm": True,
+    "dense_layers": (),
+    "coarse_local_blocks": 0,
+    "weighted_words": False,
+}
 
 
 def _section_to_dict(section: Any) -> dict[str, Any]:

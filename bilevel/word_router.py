@@ -22,16 +22,26 @@ class WordRouter(nn.Module):
 
     With ê the (projected) word embedding over its length: a word's query is the normalised mean of ê over the last
     ``window`` words, a block's key the normalised mean of ê over its words, and their dot product the score.
+
+    weighted_words: both means are weighted, by a weight of each vocabulary entry and, in the query, one of each place of the
+    window (the newest word first); the query's words have a projection of their own.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.proj = nn.Linear(config.hidden_size, config.route_dim, bias=False) if config.routing.route_dim else nn.Identity()
+        if config.routing.weighted_words:
+            self.query_proj = nn.Linear(config.hidden_size, config.route_dim, bias=False)
+            self.word_weight = nn.Parameter(torch.ones(config.vocab_size))
+            self.window_weight = nn.Parameter(torch.ones(config.routing.window))
 
-    def words(self, embeddings: Tensor) -> Tensor:
-        """ê: fp32 or fp64 [..., Dr] for embeddings [..., d]."""
-        return unit(self.proj(embeddings))
+    def words(self, ids: Tensor, embed: nn.Embedding, projection: nn.Module) -> Tensor:
+        """ê, times the word's weight where words have one: fp32 or fp64 [..., Dr] for ids [...]."""
+        words = unit(projection(embed(ids)))
+        if not self.config.routing.weighted_words:
+            return words
+        return words * wide(F.embedding(ids, self.word_weight[:, None]))
 
     def query(self, token_ids: Tensor, past_len: Tensor, length: int, embed: nn.Embedding) -> Tensor:
         """[B, 1, L, Dr]: normalised mean over the last ``window`` words up to each position; token_ids [B, M]."""
@@ -39,7 +49,11 @@ class WordRouter(nn.Module):
         position = past_len[:, None].long() + torch.arange(length, device=token_ids.device)
         index = position[..., None] - offset
         ids = token_ids.gather(1, index.clamp(min=0, max=token_ids.shape[1] - 1).flatten(1)).unflatten(1, (length, -1))
-        words = torch.where((index >= 0)[..., None], self.words(embed(ids)), 0.0)
+        weighted = self.config.routing.weighted_words
+        words = self.words(ids, embed, self.query_proj if weighted else self.proj)
+        if weighted:
+            words = words * wide(self.window_weight)[:, None]
+        words = torch.where((index >= 0)[..., None], words, 0.0)
         return unit(words.sum(2))[:, None].to(embed.weight.dtype)
 
     def forward(
@@ -60,7 +74,7 @@ class WordRouter(nn.Module):
         first = torch.div(past_len, size, rounding_mode="floor")
         num_touched = (length + size - 1) // size
         touched = ops.gather_blocks(token_ids[:, None, :, None], first, num_touched, size)[:, 0, :, :, 0]
-        pooled = unit(self.words(embed(touched)).mean(2))[:, None].to(embed.weight.dtype)
+        pooled = unit(self.words(touched, embed, self.proj).mean(2))[:, None].to(embed.weight.dtype)
         block_key = pooled if block_key is None else ops.write_cache(block_key, pooled, first)
         query = self.query(token_ids, past_len, length, embed)
         candidates = trace.given("candidates") if trace is not None else None

@@ -22,7 +22,13 @@ def _table(node: onnx_ir.Node) -> onnx_ir.Value | None:
         return None
     axis, table = node.attributes.get("axis"), node.inputs[0]
     constant = table.const_value if table.is_initializer() else None
-    is_table = constant is not None and constant.dtype == onnx_ir.DataType.FLOAT and len(constant.shape) == 2
+    # A column is no table: level 1's weights of words stay as they are.
+    is_table = (
+        constant is not None
+        and constant.dtype == onnx_ir.DataType.FLOAT
+        and len(constant.shape) == 2
+        and constant.shape[1] != 1
+    )
     return table if is_table and (axis is None or axis.as_int() == 0) else None
 
 

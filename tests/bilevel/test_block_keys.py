@@ -141,6 +141,8 @@ def test_state_and_json() -> None:
         ({"coarse_local_blocks": -1}, "must be a whole number of at least 0"),
         ({"preset": "two_level", "coarse_topk": 4, "topk": 3, "coarse_local_blocks": 4}, "raise coarse_topk"),
         ({"dense_layers": "all"}, "dense_layers"),
+        ({"weighted_words": True, "route_dim": 8}, "set preset to two_level and route_dim to its width"),
+        ({"preset": "two_level", "weighted_words": True}, "set preset to two_level and route_dim to its width"),
     ],
 )
 def test_refusals(changes: dict[str, Any], message: str) -> None:

@@ -40,6 +40,10 @@ MODELS: dict[str, tuple[Routing, dict[str, Any]]] = {
         Routing(block_size=3, coarse_topk=5, topk=3, key="bounds", coarse_local_blocks=2, dense_layers=(1,)),
         {},
     ),
+    "two_level-R4-weighted-words": (
+        Routing(block_size=4, coarse_topk=5, topk=3, window=3, route_dim=6, weighted_words=True),
+        {},
+    ),
     "moba-R4-bounds": (Routing(preset="moba", block_size=4, topk=3, key="bounds"), {}),
     "dense-experts": (Routing(preset="dense", block_size=4), {"experts": EXPERTS, "tie_word_embeddings": True}),
 }
@@ -197,11 +201,15 @@ def test_word_router_definition(name: str) -> None:
     model, ids = make_model(name), random_ids(1, 23)
     routing, trace = model.config.routing, Trace()
     model(ids, trace)
-    words = model.model.embed_tokens(ids[0])
-    if routing.route_dim:
-        words = words @ model.model.word_router.proj.weight.T
+    router, embedded = model.model.word_router, model.model.embed_tokens(ids[0])
+    words = embedded @ router.proj.weight.T if routing.route_dim else embedded
     words = words / words.norm(dim=-1, keepdim=True)
-    windows = [words[max(0, t + 1 - routing.window) : t + 1].mean(0) for t in range(23)]
+    asking, places = words, torch.ones(routing.window)
+    if routing.weighted_words:
+        asking = embedded @ router.query_proj.weight.T
+        weight, places = router.word_weight[ids[0]][:, None], router.window_weight
+        words, asking = words * weight, asking / asking.norm(dim=-1, keepdim=True) * weight
+    windows = [torch.stack([places[j] * asking[t - j] for j in range(min(routing.window, t + 1))]).mean(0) for t in range(23)]
     blocks = [words[j : j + routing.block_size].mean(0) for j in range(0, 23, routing.block_size)]
     query, key = (F.normalize(torch.stack(x), dim=-1)[None, None] for x in (windows, blocks))
     assert trace.word_query is not None and trace.word_block_key is not None and trace.candidates is not None

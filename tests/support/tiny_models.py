@@ -31,7 +31,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gate": {"routing": Routing(preset="moba_gqa", block_size=BLOCK_SIZE, topk=3, key="gate", dense_layers=(0,))},
     "bounds": {
         "routing": Routing(
-            block_size=BLOCK_SIZE, coarse_topk=6, topk=3, key="bounds", coarse_local_blocks=2, route_dim=6, dense_layers=(1,)
+            block_size=BLOCK_SIZE,
+            coarse_topk=6,
+            topk=3,
+            key="bounds",
+            coarse_local_blocks=2,
+            route_dim=6,
+            dense_layers=(1,),
+            weighted_words=True,
+            window=2,
         )
     },
     "dense": {"routing": Routing(preset="dense", block_size=BLOCK_SIZE)},
@@ -58,6 +66,9 @@ def make_model(preset: str) -> CausalLM:
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.2)
+    if config.routing.weighted_words:
+        torch.nn.init.uniform_(model.model.word_router.word_weight, 0.1, 2.0)
+        torch.nn.init.uniform_(model.model.word_router.window_weight, 0.5, 1.0)
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             torch.nn.init.normal_(buffer, std=0.1)
