@@ -34,7 +34,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "nope_layers": (2,),
         "qk_norm": "head",
     },
-    "biases": {"routing": MOBA, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "biases, bf16": {"routing": MOBA, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
     "dense, norm of all heads, some channels turn": {
         "routing": Routing(preset="dense", block_size=4),
         "qk_norm": "projection",
@@ -96,7 +96,8 @@ def assert_equal(some: onnx.ModelProto, whole: onnx.ModelProto) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_trace_of_some_layers_is_a_trace_of_all(tmp_path: Path, name: str) -> None:
-    assert_equal(*both(save_decoder, model_of(**CONFIGS[name]), tmp_path))
+    dtype = torch.bfloat16 if "bf16" in name else torch.float32
+    assert_equal(*both(save_decoder, model_of(dtype, **CONFIGS[name]), tmp_path))
 
 
 def test_half_precision(tmp_path: Path) -> None:
@@ -126,6 +127,8 @@ def test_layers_alike() -> None:
         lambda layer: layer.self_attn.__setattr__("is_dense", True),
         lambda layer: layer.self_attn.__setattr__("gate", nn.Linear(24, 1)),
         lambda layer: layer.mlp.__setattr__("__class__", type("Other", (type(layer.mlp),), {})),
+        lambda layer: layer.mlp.__setattr__("table", torch.ones(3)),
+        lambda layer: layer.mlp.__setattr__("names", ["a", "b"]),
         lambda layer: layer.mlp.register_forward_hook(lambda *_: None),
         lambda layer: layer.register_buffer("scale", torch.ones(1)),
         lambda layer: layer.input_layernorm.__setattr__("eps", 1e-3),
