@@ -71,17 +71,20 @@ $(VENV)/bin/python:
 	  { echo "bilevel needs Python 3.10 to 3.13; name one with: make PYTHON=python3.12 run"; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 
-# Python compiles what it imports: compiling all 16,000 files of the packages first would take most of a minute.
+# pip would compile the packages' 16,000 files on one core, most of a minute; a few of them are for other Pythons.
 PIP_INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt
 INSTALLED_FROM := pyproject.toml constraints.txt $(wildcard plugins/csrc/ort/*)
+COMPILE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 
 $(VENV)/run: $(VENV)/bin/python $(INSTALLED_FROM)
 	$(PIP_INSTALL) -e '.[cpu,export,gguf]'
+	@$(COMPILE)
 	@touch $@
 
 # Holds what `run` holds: for the tests alone, one installation.
 $(VENV)/dev: $(VENV)/bin/python $(INSTALLED_FROM)
 	$(PIP_INSTALL) -e '.[cpu,export,gguf,serve,dev]'
+	@$(COMPILE)
 	@touch $(VENV)/run $@
 
 # A GPU machine may have its own PyTorch and nothing else: the environment's Python where its PyTorch sees a GPU, else python3.

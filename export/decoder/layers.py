@@ -13,7 +13,6 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 
-import torch
 from torch import Tensor, nn
 
 from bilevel.export.graph.repeat import Layers
@@ -99,9 +98,9 @@ def _structure(layer: nn.Module, uses: Mapping[int, int]) -> Hashable:
 
 
 def _fact(value: object) -> Hashable:
-    """An attribute for comparison: by value where it has one; what may change is itself alone, unless it is empty."""
+    """An attribute for comparison: by value where it has one; what may change is like itself alone, unless it is empty."""
     if isinstance(value, set | frozenset):
         return frozenset(value)
-    if isinstance(value, Hashable) and not isinstance(value, torch.Tensor):
-        return value
-    return id(value) if value else ()
+    if isinstance(value, dict | list) and not value:
+        return ()
+    return value if isinstance(value, Hashable) and not isinstance(value, Tensor) else id(value)

@@ -92,7 +92,10 @@ def test_export_bundle_end_tokens_of_the_generation_config(
 ) -> None:
     monkeypatch.setattr(bundle_module, "TWIN_PRECISIONS", ())  # the twin has no part in it, and takes as long as the rest
     (checkpoint / "generation_config.json").write_text('{"eos_token_id": [1, 7]}', encoding="utf-8")
-    report = export_bundle(checkpoint, tmp_path / "new" / "bundle")
+    steps: list[str] = []
+    report = export_bundle(checkpoint, tmp_path / "new" / "bundle", on_stage=steps.append)
+    assert steps[0] == f"loading {checkpoint}"
+    assert steps[1:] == ["tracing and translating to ONNX", "storing the weights", "writing the bundle"]
     assert load_bundle(report.path).eos == (1, 7) and report.operators == {"CoarseRoute": 2, "RoutedAttention": 2}
     assert report.size_bytes == sum(len(data) for name, data in contents(report.path).items() if name != "bundle.json")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from bilevel.errors import ExportError
 from bilevel.export.decoder import decoder as decoder_module
 from bilevel.export.decoder.decoder import ExportableDecoder, save_decoder
 from bilevel.export.decoder.dense_twin import save_dense_twin
+from bilevel.export.decoder.fused import fused_projections
 from bilevel.export.decoder.layers import alike
 from bilevel.export.graph.repeat import NotRepeatable
 from bilevel.model import Attention, CausalLM, DecoderLayer
@@ -26,17 +28,17 @@ MOBA = Routing(preset="moba", block_size=4, topk=3)
 EXPERTS = Experts(num_experts=6, top_k=2, intermediate_size=5, layers=(1, 3), n_group=3, topk_group=2, select_bias=True)
 CONFIGS: dict[str, dict[str, Any]] = {
     "experts and layers without positions": {
-        "num_hidden_layers": 6,
+        "num_hidden_layers": 5,
         "routing": TWO_LEVEL,
         "experts": EXPERTS,
-        "nope_layers": (2, 5),
+        "nope_layers": (2,),
         "qk_norm": "head",
     },
     "gates beside dense layers": {
-        "num_hidden_layers": 6,
-        "routing": Routing(preset="moba_gqa", block_size=4, topk=3, key="gate", dense_layers=(1, 4)),
+        "num_hidden_layers": 4,
+        "routing": Routing(preset="moba_gqa", block_size=4, topk=3, key="gate", dense_layers=(1, 3)),
     },
-    "biases": {"routing": MOBA, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "biases, bf16": {"routing": MOBA, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
     "dense, norm of all heads, some channels turn": {
         "routing": Routing(preset="dense", block_size=4),
         "qk_norm": "projection",
@@ -46,8 +48,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def model_of(dtype: torch.dtype = torch.float32, **changes: Any) -> CausalLM:
-    """A tiny decoder, three layers unless told otherwise; no two tensors of it are equal, norms included."""
-    sizes = {"vocab_size": 40, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 3, "num_attention_heads": 4}
+    """A tiny decoder, two layers unless told otherwise; no two tensors of it are equal, norms included."""
+    sizes = {"vocab_size": 40, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = ModelConfig(
         **{**sizes, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, **changes}  # type: ignore[arg-type]
     )
@@ -98,16 +100,17 @@ def assert_equal(some: onnx.ModelProto, whole: onnx.ModelProto) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_trace_of_some_layers_is_a_trace_of_all(tmp_path: Path, name: str) -> None:
-    assert_equal(*both(save_decoder, model_of(**CONFIGS[name]), tmp_path))
+    dtype = torch.bfloat16 if "bf16" in name else torch.float32
+    assert_equal(*both(save_decoder, model_of(dtype, **CONFIGS[name]), tmp_path))
 
 
 def test_half_precision(tmp_path: Path) -> None:
     """What is computed from weights alone (an fp32 copy of a gate's, centroids over their length) is a constant here too."""
-    model = model_of(torch.float16, routing=MOBA, experts=EXPERTS, num_hidden_layers=4)
+    model = model_of(torch.float16, routing=MOBA, experts=replace(EXPERTS, layers=(0, 1)))
     assert_equal(*both(save_decoder, model, tmp_path))
 
 
-@pytest.mark.parametrize("changes", [{"nope_layers": (1, 3), "num_hidden_layers": 4}, {"head_dim": 16}])
+@pytest.mark.parametrize("changes", [{"nope_layers": (1,), "num_hidden_layers": 3}, {"head_dim": 16}])
 def test_dense_twin(tmp_path: Path, changes: dict[str, Any]) -> None:
     """Heads of 16: the operator turns them itself, and all layers read one table of cos and sin."""
     assert_equal(*both(save_dense_twin, model_of(routing=MOBA, **changes), tmp_path))
@@ -120,21 +123,23 @@ def test_layers_alike() -> None:
         return list(alike(ExportableDecoder(model), model, ports).template)
 
     config = CONFIGS["experts and layers without positions"]
-    assert template(model_of(**config)) == [0, 1, 2, 1, 0, 2]
-    model = model_of(routing=MOBA)
+    assert template(model_of(**config)) == [0, 1, 2, 1, 0]
+    model = model_of(routing=MOBA, num_hidden_layers=3)
     assert template(model) == [0, 0, 0]
     assert template(model, ("past.key.0", "past.key.1", "past.key.2", "past.gate.2")) == [0, 0, 2]
     for change in (
         lambda layer: layer.self_attn.__setattr__("is_dense", True),
         lambda layer: layer.self_attn.__setattr__("gate", nn.Linear(24, 1)),
         lambda layer: layer.mlp.__setattr__("__class__", type("Other", (type(layer.mlp),), {})),
+        lambda layer: layer.mlp.__setattr__("table", torch.ones(3)),
+        lambda layer: layer.mlp.__setattr__("names", ["a", "b"]),
         lambda layer: layer.mlp.register_forward_hook(lambda *_: None),
         lambda layer: layer.register_buffer("scale", torch.ones(1)),
         lambda layer: layer.input_layernorm.__setattr__("eps", 1e-3),
         lambda layer: layer.mlp.up_proj.__setattr__("bias", nn.Parameter(torch.zeros(20))),
         lambda layer: layer.mlp.up_proj.__setattr__("weight", layer.mlp.gate_proj.weight),
     ):
-        model = model_of(routing=MOBA)
+        model = model_of(routing=MOBA, num_hidden_layers=3)
         change(model.model.layers[1])
         assert template(model) == [0, 1, 0]
     for index, layer in enumerate(model.model.layers):
@@ -148,7 +153,7 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
     save_decoder(model, tmp_path / "m.onnx")
     after = model.state_dict(keep_vars=True)
     assert all(id(after[name]) == key and torch.equal(after[name], value) for name, (key, value) in before.items())
-    assert [type(layer) for layer in model.model.layers] == [DecoderLayer] * 3 and len(after) == len(before)
+    assert [type(layer) for layer in model.model.layers] == [DecoderLayer] * 2 and len(after) == len(before)
 
 
 def test_an_unread_parameter_is_refused(tmp_path: Path) -> None:
@@ -169,22 +174,18 @@ class _Residual(Attention):
 
 
 def test_layers_that_read_each_other_are_all_traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reasons: list[NotRepeatable] = []
-    repeat = decoder_module.repeat_layers
-
-    def told(*arguments: Any) -> None:
-        try:
-            repeat(*arguments)
-        except NotRepeatable as reason:
-            reasons.append(reason)
-            raise
-
-    monkeypatch.setattr(decoder_module, "repeat_layers", told)
+    whole: list[tuple[nn.Module, list[str]]] = []
+    monkeypatch.setattr(
+        decoder_module, "save_onnx", lambda module, *_, output_names, **__: whole.append((module, output_names))
+    )
     kinds = type("Fused", (_Residual, decoder_module.FusedAttention), {})
-    model = model_of(routing=MOBA, nope_layers=(1,))
-
-    def save(model: CausalLM, path: Path, *, trace_all: bool) -> onnx.ModelProto:
-        return save_decoder(model, path, kinds, trace_all=trace_all)
-
-    assert_equal(*both(save, model, tmp_path))
-    assert len(reasons) == 1 and "belongs to the layers [0, 1]" in str(reasons[0])
+    model = model_of(routing=MOBA, nope_layers=(1,), num_hidden_layers=3)
+    layers = alike(ExportableDecoder(model), model, ())
+    assert list(layers.template) == [0, 1, 0]
+    save_decoder(model, tmp_path / "m.onnx", kinds)
+    ((decoder, outputs),) = whole
+    assert isinstance(decoder, ExportableDecoder) and list(decoder.traced) == [0, 1, 2] and "blocks.2" in outputs
+    assert not list(tmp_path.iterdir())
+    with fused_projections(model, kinds), pytest.raises(NotRepeatable, match=r"belongs to the layers \[0, 1\]"):
+        example = decoder_module._example(model, range(3))
+        decoder_module._trace_some(ExportableDecoder(model), layers, example)
