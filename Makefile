@@ -48,7 +48,9 @@ build/smollm2/config.json: $(SMOLLM2) $(wildcard export/gguf/*.py)
 build/smollm2-bundle/bundle.json: build/smollm2/config.json $(shell find bilevel export/graph export/decoder -name '*.py')
 	$(BIN)/bilevel export build/smollm2 build/smollm2-bundle --force
 
-real: build/smollm2-bundle/bundle.json $(VENV)/dev  ## the tests on SmolLM2, and those on ten thousand strings (minutes; no part of make test)
+# The bundle after the environment: two installations at once (make -j) would be in each other's way.
+real: $(VENV)/dev  ## the tests on SmolLM2, and those on ten thousand strings (minutes; no part of make test)
+	@$(MAKE) build/smollm2-bundle/bundle.json
 	$(BIN)/python -m pytest -q -m real --durations 8
 
 train: train-two-level train-dense  ## train the example model and its dense twin, compare them (make -j2 train: half an hour)
@@ -69,13 +71,18 @@ $(VENV)/bin/python:
 	  { echo "bilevel needs Python 3.10 to 3.13; name one with: make PYTHON=python3.12 run"; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 
-$(VENV)/run: $(VENV)/bin/python pyproject.toml constraints.txt $(wildcard plugins/csrc/ort/*)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[cpu,export,gguf]'
+# Python compiles what it imports: compiling all 16,000 files of the packages first would take most of a minute.
+PIP_INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt
+INSTALLED_FROM := pyproject.toml constraints.txt $(wildcard plugins/csrc/ort/*)
+
+$(VENV)/run: $(VENV)/bin/python $(INSTALLED_FROM)
+	$(PIP_INSTALL) -e '.[cpu,export,gguf]'
 	@touch $@
 
-$(VENV)/dev: $(VENV)/run
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[cpu,export,gguf,serve,dev]'
-	@touch $@
+# Holds what `run` holds: for the tests alone, one installation.
+$(VENV)/dev: $(VENV)/bin/python $(INSTALLED_FROM)
+	$(PIP_INSTALL) -e '.[cpu,export,gguf,serve,dev]'
+	@touch $(VENV)/run $@
 
 # A GPU machine may have its own PyTorch and nothing else: the environment's Python where its PyTorch sees a GPU, else python3.
 GPU_PYTHON ?= $(shell $(BIN)/python -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null && echo $(BIN)/python || echo $(PYTHON))

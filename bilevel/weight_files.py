@@ -11,7 +11,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +28,7 @@ PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
 _ADAPTER = "base_model.model."
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_TORCH_DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -48,20 +49,38 @@ class OpenFile(Protocol):
         ...
 
     def get_tensor(self, key: str) -> Tensor:
-        """One tensor, on the CPU."""
+        """One tensor of floats, on the CPU."""
         ...
 
 
 class _Safetensors:
-    def __init__(self, file: Any) -> None:
-        self._file = file
+    """A safetensors file whose header the library has checked. Weights are read, not mapped, which would count against memory
+    a second time: the header is its length in 8 bytes and JSON, and offsets count from its end."""
+
+    def __init__(self, path: Path, file: Any) -> None:
+        self._file, self._plain = file, path.open("rb", buffering=0)
+        length = int.from_bytes(self._plain.read(8), "little")
+        self._header, self._start = json.loads(self._plain.read(length)), 8 + length
+
+    def close(self) -> None:
+        """Close the file."""
+        self._plain.close()
 
     def describe(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         slices = {key: self._file.get_slice(key) for key in sorted(self._file.keys())}
         return {key: (entry.get_dtype(), tuple(entry.get_shape())) for key, entry in slices.items()}
 
     def get_tensor(self, key: str) -> Tensor:
-        return self._file.get_tensor(key)
+        entry = self._header[key]
+        first, end = entry["data_offsets"]
+        content = torch.empty(end - first, dtype=torch.uint8)
+        view, done = content.numpy().data, 0
+        self._plain.seek(self._start + first)
+        while done < len(view):  # one read gives 2 GiB at most
+            if not (count := self._plain.readinto(view[done:])):
+                raise OSError(f"it ends within {key}")
+            done += count
+        return content.view(_TORCH_DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
 
 class _Pickle:
@@ -80,15 +99,15 @@ class _Pickle:
 
 @contextmanager
 def opened(path: Path, index: str = INDEX) -> Iterator[OpenFile]:
-    """A file of weights, mapped into memory; whatever is wrong with it becomes one sentence."""
+    """A file of weights; whatever is wrong with it becomes one sentence."""
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist, but {index} names it; download the checkpoint again")
     if path.suffix != ".safetensors":
         yield _Pickle(_unpickled(path))
         return
     try:
-        with safe_open(path, framework="pt") as file:
-            yield _Safetensors(file)
+        with safe_open(path, framework="pt") as file, closing(_Safetensors(path, file)) as weights:
+            yield weights
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or truncated ({error}); download the checkpoint again") from None
 

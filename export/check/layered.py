@@ -147,7 +147,7 @@ class LayeredModel:
         try:
             for part, module in zip(parts, modules, strict=True):
                 self.checkpoint.fill(self.model, part, self._stored)
-                round_weights(module, self._weights)
+                round_weights(module, self._weights, self.checkpoint.config)
                 module.to(self.dtype)
                 if self._prepare is not None:
                     self._prepare(module)

@@ -98,15 +98,18 @@ def dense_twin(model: CausalLM) -> CausalLM:
     return twin.eval()
 
 
-def save_dense_twin(model: CausalLM, path: Path) -> onnx.ModelProto:
-    """Export the dense twin of a routed ``model`` to ``path``; returns the graph without its weights."""
+def save_dense_twin(model: CausalLM, path: Path, *, trace_all: bool = False) -> onnx.ModelProto:
+    """Export the dense twin of a routed ``model`` to ``path``; returns the graph without its weights.
+
+    trace_all: see ``save_decoder``.
+    """
     twin = dense_twin(model)
     size = twin.config.routing.block_size
     # A padded chunk may reach past the last position, but not past its whole blocks.
     positions = -(-twin.config.max_position_embeddings // size) * size
-    cos, sin = rotary_angles(torch.arange(positions)[None], twin.config)
+    cos, sin = (table[0] for table in rotary_angles(torch.arange(positions)[None], twin.config))
     for layer in twin.model.layers:  # one table: tracing recognises a tensor that it has met
         attention = layer.get_submodule("self_attn")
-        attention.register_buffer("cos_cache", cos[0], persistent=False)
-        attention.register_buffer("sin_cache", sin[0], persistent=False)
-    return save_decoder(twin, path, attention=TwinAttention)
+        attention.register_buffer("cos_cache", cos, persistent=False)
+        attention.register_buffer("sin_cache", sin, persistent=False)
+    return save_decoder(twin, path, attention=TwinAttention, trace_all=trace_all)

@@ -39,8 +39,12 @@ def check_parameters_used(program: ExportedProgram) -> None:
         names[node.name] for node in program.graph.nodes if node.op == "placeholder" and node.name in names and node.users
     }
     used_tensors = {id(program.state_dict[name]) for name in used_targets}
-    unused = sorted(n for n in names.values() if n not in used_targets and id(program.state_dict[n]) not in used_tensors)
-    if unused:
+    refuse_unused(n for n in names.values() if n not in used_targets and id(program.state_dict[n]) not in used_tensors)
+
+
+def refuse_unused(parameters: Iterable[str]) -> None:
+    """Raise ExportError where there is any parameter that the traced graph does not read."""
+    if unused := sorted(parameters):
         raise ExportError(
             f"the traced graph never reads {len(unused)} parameter(s), the first is {unused[0]!r}: part of the model was "
             "dropped; make forward use it, or delete it from the module"

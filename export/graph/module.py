@@ -18,15 +18,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir
 import torch
-from onnxscript.rewriter.rules.common import slice_split_rule
 from torch import Tensor, nn
 
 from bilevel.errors import BilevelError, ExportError
 from bilevel.export.graph import guards
 from bilevel.export.graph.functions import attach_functions
+from bilevel.export.graph.quicker import quicker
 from bilevel.export.graph.schemas import ONNX_OPSET, PRIVATE_DOMAIN, translation_table
 from bilevel.export.graph.specialise import specialise_functions
 
@@ -47,17 +48,6 @@ def _quiet() -> Iterator[None]:
             yield
         finally:
             logger.setLevel(level)
-
-
-@contextmanager
-def _without_slow_rule() -> Iterator[None]:
-    """Without onnxscript's rewrite of two Slices to a Split: it scans the whole graph at every node, which was the largest
-    part of an export of 30 layers, and our graphs hold no such pair."""
-    slice_split_rule.try_rewrite = lambda *arguments, **options: None  # hides the method of this one rule
-    try:
-        yield
-    finally:
-        del slice_split_rule.try_rewrite
 
 
 def _export_error(error: BaseException) -> BilevelError:
@@ -128,7 +118,7 @@ def _name_sizes(model: onnx_ir.Model, dynamic: Dynamic, names: Sequence[str]) ->
             value.shape = onnx_ir.Shape([named.get(str(getattr(s, "value", s)), s) for s in value.shape])
 
 
-def _name_values(model: onnx_ir.Model) -> None:
+def name_values(model: onnx_ir.Model) -> None:
     """Give values the names that ``ops.name_value`` asked for, and drop its nodes."""
     for node in [node for node in model.graph if node.domain == PRIVATE_DOMAIN]:
         value, name = node.inputs[0], node.attributes["name"].value
@@ -150,12 +140,15 @@ def _forget_sources(model: onnx_ir.Model) -> None:
 
 
 def trace(module: nn.Module, inputs: Inputs, dynamic: Dynamic, names: Sequence[str]) -> onnx_ir.Model:
-    """Trace with example tensors and translate to an ONNX IR model without bodies. Raises ExportError and ContractError."""
+    """Trace with example tensors and translate to an ONNX IR model without bodies; the nodes of ``ops.name_value`` still stand.
+
+    Raises ExportError and ContractError.
+    """
     shapes = _dynamic_shapes(inputs, dynamic, names)
     was_training = module.training
     module.eval()
     try:
-        with torch.no_grad(), _quiet(), _without_slow_rule():
+        with torch.no_grad(), _quiet(), quicker():
             program = torch.export.export(module, (), _as_lists(inputs), dynamic_shapes=shapes, strict=False)
             guards.check_parameters_used(program)
             onnx_program = torch.onnx.export(
@@ -169,12 +162,11 @@ def trace(module: nn.Module, inputs: Inputs, dynamic: Dynamic, names: Sequence[s
         module.train(was_training)
     assert onnx_program is not None  # only None when torch writes the file itself
     _name_sizes(onnx_program.model, dynamic, names)
-    _name_values(onnx_program.model)
     _forget_sources(onnx_program.model)
     return onnx_program.model
 
 
-def _rename(model: onnx_ir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+def name_ports(model: onnx_ir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> None:
     """Give the graph's inputs and outputs their public names; values that already carry one are moved out of the way."""
     for kind, values, names in (("input", model.graph.inputs, inputs), ("output", model.graph.outputs, outputs)):
         if len(values) != len(names):
@@ -203,10 +195,31 @@ def save_onnx(
     for every size that shall stay free (torch.export treats a size of 1 as fixed).
     dynamic: {input: {axis: name of the size}}. Errors: ExportError, ContractError, each naming what to change.
     """
-    path = Path(path)
     names = list(input_names) if input_names is not None else _flat_names(inputs)
-    ir_model = trace(module, inputs, dynamic or {}, names)
-    _rename(ir_model, names, output_names)
+    model = trace(module, inputs, dynamic or {}, names)
+    name_values(model)
+    name_ports(model, names, output_names)
+    return write(model, Path(path))
+
+
+def _written_whole(tensor: onnx_ir.TensorProtocol) -> onnx_ir.TensorProtocol:
+    """A transposed view of a weight as a tensor that is copied when it is written: numpy writes a view element by element."""
+    array = getattr(tensor, "raw", None)
+    if not isinstance(array, np.ndarray) or array.flags.c_contiguous:
+        return tensor
+    return onnx_ir.LazyTensor(
+        lambda: onnx_ir.tensor(np.ascontiguousarray(array), dtype=tensor.dtype),
+        dtype=tensor.dtype,
+        shape=onnx_ir.Shape(array.shape),
+        name=tensor.name,
+    )
+
+
+def write(ir_model: onnx_ir.Model, path: Path) -> onnx.ModelProto:
+    """Write a traced graph whose inputs and outputs have their names, with bodies, to ``path``; see :func:`save_onnx`."""
+    for value in ir_model.graph.initializers.values():
+        if value.const_value is not None:
+            value.const_value = _written_whole(value.const_value)
     # In a folder of its own first: what is refused, or interrupted, leaves no file and no earlier file is lost.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
         written = Path(folder) / path.name
