@@ -19,6 +19,7 @@ from bilevel.errors import BilevelError, MissingDependency, require
 COMMANDS = {
     "export": ("bilevel.export.cli.export", "PyTorch checkpoint to ONNX bundle"),
     "import": ("bilevel.export.cli.import_gguf", "GGUF file to checkpoint: weights, tokenizer, chat template"),
+    "route": ("bilevel.export.cli.route", "dense checkpoint to a routed one: calibration alone, or trained gates"),
     "check": ("bilevel.export.cli.check", "prove that a bundle computes what its checkpoint computes, routes included"),
     "quality": (
         "bilevel.runtime.cli.quality",
