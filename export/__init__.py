@@ -24,5 +24,6 @@ same name in standard operators: ONNX Runtime runs the function, TensorRT with o
 
 The rooms: ``graph`` (any module to ONNX), ``decoder`` (a checkpoint to a bundle), ``engine`` (a bundle to a plan of TensorRT),
 ``check`` (parity: PyTorch and the graph, both part by part, and the judgement of what they chose and computed), ``report``
-(what it found, to read), ``cli``. Importing this package imports nothing heavy.
+(what it found, to read), ``quality`` (a checkpoint that chooses by true attention mass), ``cli``. Importing this package
+imports nothing heavy.
 """

@@ -97,15 +97,16 @@ def main(args: argparse.Namespace) -> int:
     console = require("rich.console").Console(stderr=True)
     with console.status("starting") as status:
         report = measure(request, _progress(lambda text: status.update(text)), mass)
-    from bilevel.runtime.quality.terminal import print_report
-
-    print_report(report)
+    # The files first: whatever becomes of the terminal, long work is not lost.
     if args.json is not None:
         _write(args.json, report.to_json(indent=1) + "\n")
     if args.html is not None:
         from bilevel.runtime.quality.page import render_page
 
         _write(args.html, render_page(report))
+    from bilevel.runtime.quality.terminal import print_report
+
+    print_report(report)
     return 0 if report.passed else 1
 
 

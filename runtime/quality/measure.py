@@ -88,7 +88,7 @@ def measure(
     )
     exams = list(_draw(source, request, lengths))
     run = _Run(request, exams, on_progress)
-    sides = _sides(request, bundle, run.notes, mass)
+    sides = _sides(request, bundle, lengths, run.notes, mass)
     for index, side in enumerate(sides):
         _take(run, side, index, len(sides))
     plan = Plan(
@@ -164,7 +164,9 @@ def _draw(source: Source, request: Request, lengths: tuple[int, ...]) -> Iterabl
                 yield from draw_exams(source, task, length, request.facts)
 
 
-def _sides(request: Request, bundle: Bundle, notes: list[Note], mass: MassSession | None) -> list[Side]:
+def _sides(
+    request: Request, bundle: Bundle, lengths: tuple[int, ...], notes: list[Note], mass: MassSession | None
+) -> list[Side]:
     """The bundle first: where it cannot be run, nothing else need be."""
 
     def routed(capacity: int) -> Reader:
@@ -174,7 +176,7 @@ def _sides(request: Request, bundle: Bundle, notes: list[Note], mass: MassSessio
         return Reader(session, capacity)
 
     sides = [Side(ROUTED, describe_routing(bundle), request.bundle, routed)]
-    dense = _dense_side(request, bundle, notes)
+    dense = _dense_side(request, bundle, lengths, notes)
     if dense is not None:
         sides.append(dense)
     if problem := window_problem(bundle):
@@ -195,7 +197,7 @@ def _sides(request: Request, bundle: Bundle, notes: list[Note], mass: MassSessio
     return sides
 
 
-def _dense_side(request: Request, bundle: Bundle, notes: list[Note]) -> Side | None:
+def _dense_side(request: Request, bundle: Bundle, lengths: tuple[int, ...], notes: list[Note]) -> Side | None:
     if request.against is None:
         if bundle.twin is None:
             notes.append(Note(DENSE, "the bundle has no dense twin; name a dense bundle with --against DENSE"))
@@ -205,6 +207,8 @@ def _dense_side(request: Request, bundle: Bundle, notes: list[Note]) -> Side | N
         twin, folder = load_bundle(request.against, request.verify), request.against
         if twin.files["tokenizer.json"].sha256 != bundle.files["tokenizer.json"].sha256:
             raise RequestError(f"{folder} has another tokenizer than {request.bundle}; give a bundle of the same family")
+        if max(lengths) > twin.max_positions:
+            raise RequestError(f"{max(lengths)} tokens are more than {folder} holds; give lengths up to {twin.max_positions}")
         what = describe_routing(twin)
     return Side(DENSE, what, folder, lambda capacity: Reader(OnnxSession(twin, request.threads), capacity))
 

@@ -15,7 +15,7 @@ from bilevel.runtime.quality.exams import NEEDLES
 from bilevel.runtime.quality.model import DENSE, QualityReport, Score
 from bilevel.runtime.quality.pictures import heat_map, loss_curves, recall_bars
 from bilevel.runtime.quality.results import in_order
-from bilevel.runtime.quality.words import LABELS, NAMES, number, signed, spread
+from bilevel.runtime.quality.words import LABELS, NAMES, mean_share, number, signed, spread
 
 _STYLE = Path(__file__).with_name("page.css")
 
@@ -155,6 +155,8 @@ def _reading(report: QualityReport) -> str:
             f"<p>In {recall.questions} questions the answer stood in blocks that are not always read. {level_1}"
             f"Level 2 read {recall.heads:.0%} of them, mean over layers and heads.</p>"
         )
+        masses = [layer.mass for layer in recall.layers if layer.mass is not None]
+        parts.append(f"<p>Of the attention mass, {mean_share(masses)}.</p>" if masses else "")
         caption = "Bars: mean over heads. Ticks: at least one head. Dashed: choosing blindly. Below: the layer."
         parts.append(f"<figure>{recall_bars(recall.layers, recall.chance)}<figcaption>{caption}</figcaption></figure>")
     return _section("What was read", *parts)
@@ -166,7 +168,7 @@ def _facts(report: QualityReport) -> str:
     facts += [(NAMES.get(note.name, note.name), f"not measured: {note.reason}") for note in report.not_measured]
     facts += [
         ("Machine", report.machine),
-        ("Questions", f"{plan.facts} for each task and length, seed {plan.seed}, put as {plan.wording}"),
+        ("Questions", f"{plan.facts} for each task and length, seed {plan.seed}; {plan.wording}"),
         ("Text", f"{plan.text}, SHA-256 {plan.text_sha256[:16]}…; Python {plan.python}"),
         ("Intervals", "95 %: Wilson's for shares, bootstrap over questions or stretches of text for the rest"),
         ("Took", f"{report.seconds:.0f} s, bilevel {report.bilevel}"),

@@ -9,7 +9,7 @@ from typing import Any
 from bilevel.errors import require
 from bilevel.runtime.quality.model import LossResult, QualityReport, Recall, Score
 from bilevel.runtime.quality.results import in_order
-from bilevel.runtime.quality.words import LABELS, NAMES, number, signed, spread
+from bilevel.runtime.quality.words import LABELS, NAMES, mean_share, number, signed, spread
 
 
 def print_report(report: QualityReport) -> None:
@@ -98,4 +98,6 @@ def _recall(recall: Recall) -> list[Any]:
         text += f"level 1 {recall.candidates:.0%}, "
     text += f"level 2 {recall.heads:.0%} of heads (blindly {number(recall.chance)})"
     best = sorted(recall.layers, key=lambda layer: -layer.heads)[:3]
-    return [text + "; best in " + ", ".join(f"layer {layer.layer} {layer.heads:.0%}" for layer in best)]
+    text += "; best in " + ", ".join(f"layer {layer.layer} {layer.heads:.0%}" for layer in best)
+    masses = [layer.mass for layer in recall.layers if layer.mass is not None]
+    return [text, f"recall of attention mass: {mean_share(masses)}"] if masses else [text]

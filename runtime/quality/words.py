@@ -27,3 +27,9 @@ def spread(bounds: Sequence[float] | None, *, has_sign: bool = False) -> str:
         return ""
     low, high = (signed(bound) if has_sign else f"{bound:.2f}" for bound in bounds)
     return f" ({low} to {high})"
+
+
+def mean_share(masses: Sequence[float]) -> str:
+    """The recall of attention mass over layers, in words."""
+    mean, least = sum(masses) / len(masses), min(masses)
+    return f"routed layers keep {mean:.0%} of what the best free choice keeps (the least {least:.0%})"

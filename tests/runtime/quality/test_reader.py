@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from bilevel.bundle.format import load_bundle
 from bilevel.checkpoint import load_model
 from bilevel.errors import RequestError
+from bilevel.plugins.library.cpu import VARIABLE
 from bilevel.runtime.backend.onnx import OnnxSession
 from bilevel.runtime.backend.session import RouteArrays, SessionLimits
 from bilevel.runtime.quality.reader import Reader, look_at_routes, surprise
@@ -19,16 +22,17 @@ from bilevel.state import Trace
 from tests.doubles.bundle import VOCAB_SIZE
 from tests.runtime.quality.conftest import BLOCK, COARSE, TOPK
 
+Exported = Callable[..., tuple[Path, Path]]
 LENGTH = 300
 IDS = np.random.default_rng(0).integers(2, VOCAB_SIZE, LENGTH).tolist()
 
 
-def window_routes(width: int, sinks: int, heads: int, kept: int) -> torch.Tensor:
-    """Sink + window of ``kept`` blocks for every token, int32 [1, heads, L, width], as the issue says it."""
-    routes = torch.full((1, heads, LENGTH, width), -1, dtype=torch.int32)
-    for place in range(LENGTH):
+def window_routes(width: int, heads: int, kept: int, length: int) -> torch.Tensor:
+    """One sink and a window, ``kept`` blocks in all, for every token: int32 [1, heads, L, width]."""
+    routes = torch.full((1, heads, length, width), -1, dtype=torch.int32)
+    for place in range(length):
         own = place // BLOCK
-        blocks = sorted({*range(min(sinks, own + 1)), *range(max(own - (kept - sinks) + 1, 0), own + 1)})
+        blocks = sorted({0, *range(max(own - (kept - 1) + 1, 0), own + 1)})
         routes[0, :, place, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
     return routes
 
@@ -36,7 +40,7 @@ def window_routes(width: int, sinks: int, heads: int, kept: int) -> torch.Tensor
 def losses(logits: torch.Tensor, first: int) -> list[float]:
     """Nats of the tokens from ``first`` on."""
     scores = torch.log_softmax(logits[0].double(), -1)
-    return [-float(scores[place - 1, IDS[place]]) for place in range(first, LENGTH)]
+    return [-float(scores[place - 1, IDS[place]]) for place in range(first, len(scores))]
 
 
 def test_scores_are_those_of_pytorch(long_bundle: tuple[Path, Path]) -> None:
@@ -63,25 +67,39 @@ def test_scores_are_those_of_pytorch(long_bundle: tuple[Path, Path]) -> None:
         assert set(score.reading.layers) == {0, 1}
 
 
-def test_sink_and_window(long_bundle: tuple[Path, Path]) -> None:
-    """NaN keys give what PyTorch gives where sink and window are forced as routes, and another thing than routing."""
-    checkpoint, folder = long_bundle
-    model, sinks = load_model(checkpoint), 1
-    heads = int(model.config.route_attributes(2)["num_selection_heads"])
-    forced = Trace(candidates=window_routes(COARSE, sinks, 1, TOPK), routes=[window_routes(TOPK, sinks, heads, TOPK)] * 2)
+SHORT = 92  # as many tokens as the tiny models of all tests hold
+
+
+@pytest.mark.parametrize(
+    "preset, runs",
+    [*itertools.product(("two_level", "moba", "gate", "bounds"), ("library", "bodies")), ("two_level", "fp16")],
+)
+def test_sink_and_window(exported: Exported, preset: str, runs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN keys give what PyTorch gives where sink and window are forced as routes, and another thing than routing: in the CPU
+    library, in the portable bodies, in 16 bits, for every kind of key and beside dense layers."""
+    if runs == "bodies":
+        monkeypatch.setenv(VARIABLE, "none")
+    checkpoint, folder = exported(preset, precision="fp16" if runs == "fp16" else "fp32")
+    model = load_model(checkpoint)
+    heads, layers = int(model.config.route_attributes(2)["num_selection_heads"]), model.config.routed_layers
+    candidates = window_routes(COARSE, 1, TOPK, SHORT) if model.config.routing.is_two_level else None
+    forced = Trace(candidates=candidates, routes=[window_routes(TOPK, heads, TOPK, SHORT)] * len(layers))
     with torch.no_grad():
-        expected = losses(model(torch.tensor([IDS]), Trace(forced=forced)), 230)
-        free = losses(model(torch.tensor([IDS])), 230)
-    reader = WindowReader(OnnxSession(load_bundle(folder), 1), LENGTH)
-    reader.read(IDS[:200])
-    reader.score(IDS[50:120], IDS[120:125])
-    reader.rewind(200)
-    scores = reader.score(IDS[200:230], IDS[230:], (40, 44))
-    assert [score.nats for score in scores] == pytest.approx(expected, rel=1e-3)
-    assert expected != pytest.approx(free, rel=1e-2)
-    for score in scores:
-        assert score.reading is not None and score.reading.candidates == 0
-        assert set(score.reading.layers.values()) == {0.0}, "the evidence lies outside of the window"
+        expected = losses(model(torch.tensor([IDS[:SHORT]]), Trace(forced=forced)), 75)
+        free = losses(model(torch.tensor([IDS[:SHORT]])), 75)
+    reader = WindowReader(OnnxSession(load_bundle(folder), 1), SHORT)
+    reader.read(IDS[:60])
+    reader.score(IDS[100:120], IDS[120:130])  # another question, whose blocks leave no trace
+    reader.rewind(60)
+    scores = reader.score(IDS[60:75], IDS[75:SHORT], (13, 15))
+    nats = [score.nats for score in scores]
+    assert nats == pytest.approx(expected, rel=0.05 if runs == "fp16" else 1e-3)
+    assert nats != pytest.approx(free, rel=0.05)
+    for place, score in zip(range(75, SHORT), scores, strict=True):
+        dense = model.config.num_hidden_layers - len(layers)
+        window = BLOCK + BLOCK + (place - 1) % BLOCK + 1
+        assert score.reading is not None and set(score.reading.layers.values()) == {0.0}, "the evidence lies outside"
+        assert score.reading.tokens == pytest.approx((len(layers) * window + dense * place) / (len(layers) + dense))
 
 
 def test_window_reads_again_from_the_start(long_bundle: tuple[Path, Path]) -> None:

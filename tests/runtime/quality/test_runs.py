@@ -106,9 +106,6 @@ def test_a_bundle_that_knows_nothing(tmp_path: Path, capsys: pytest.CaptureFixtu
     """The double finds nothing, has no twin and tells no routes: a sane report, and a floor that is missed."""
     bundle = write_bundle(tmp_path)
     edit_manifest(bundle, lambda manifest: manifest["limits"].update(max_positions=1200, prefill_chunk=64))
-    config = {**json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))["config"]}
-    routing = {**config["routing"], "init_blocks": 1, "local_blocks": 1, "coarse_topk": 4}
-    edit_manifest(bundle, lambda manifest: manifest["config"].update(routing=routing))
     arguments = ["quality", str(bundle), *QUICK, "--lengths", "1k", "--tasks", "needles,loss"]
     path = tmp_path / "q.json"
     assert main([*arguments, "--floor", "needles=0.5", "--floor", "recovered=0.1", "--json", str(path)]) == 1
@@ -180,3 +177,10 @@ def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_remaining_time() -> None:
     assert cli.remaining(10, 1, 4) == "30 s" and cli.remaining(60, 100, 400) == "3 min"
+
+
+def test_against_a_shorter_bundle(long_bundle: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = Path(shutil.copytree(long_bundle[1], tmp_path / "other"))
+    edit_manifest(other, lambda manifest: manifest["limits"].update(max_positions=1000))
+    assert main(["quality", str(long_bundle[1]), "--lengths", "1k", "--against", str(other)]) == 2
+    assert f"1024 tokens are more than {other} holds; give lengths up to 1000" in capsys.readouterr().err
