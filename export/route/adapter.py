@@ -1,7 +1,8 @@
 """Adapters: what routing adds to a dense checkpoint, in a folder of a few megabytes.
 
     adapter.json         format, the base model's sizes and fingerprint, the "routing" section
-    gates.safetensors    where routing.key is gate: model.layers.N.self_attn.block_keys.*, fp16
+    gates.safetensors    where routing.key is gate: model.layers.N.self_attn.block_keys.*, fp16, of every layer, so that
+                         dense_layers and topk may be edited
     log.json             how it was found and trained, for people
 
 With its base it makes a checkpoint folder: the base's own files, its config.json with the routing section, the gates as one
@@ -10,7 +11,6 @@ more shard. Nothing of the base is converted.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import shutil
@@ -50,10 +50,15 @@ class Adapter:
     gates: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     log: dict[str, Any] = field(default_factory=dict)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The gates of the routed layers under a checkpoint's names."""
-        prefix = "model.layers.{}.self_attn.block_keys.{}"
-        return {prefix.format(layer, name): tensor for layer, gate in self.gates.items() for name, tensor in gate.items()}
+    def tensors(self, *, routed: bool = False) -> dict[str, Tensor]:
+        """The gates under a checkpoint's names, in half precision. routed: without those of layers that are dense."""
+        prefix, dense = "model.layers.{}.self_attn.block_keys.{}", self.routing.dense_layers if routed else ()
+        return {
+            prefix.format(layer, name): tensor.half().contiguous()
+            for layer, gate in self.gates.items()
+            if layer not in dense
+            for name, tensor in gate.items()
+        }
 
 
 def describe_base(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -78,8 +83,7 @@ def save_adapter(adapter: Adapter, folder: Path) -> None:
         if adapter.log:
             write_json(partial / LOG, adapter.log)
         if adapter.gates:
-            halves = {name: tensor.half().contiguous() for name, tensor in adapter.tensors().items()}
-            save_file(halves, partial / GATES, metadata={"format": "pt"})
+            save_file(adapter.tensors(), partial / GATES, metadata={"format": "pt"})
 
 
 def _any_model(adapter: Adapter) -> ModelConfig:
@@ -147,7 +151,7 @@ def merge(adapter: Adapter, checkpoint: Path, folder: Path, *, link: bool = Fals
             if [path.name for path in weights] == [single]:
                 names = {weights[0]: single.replace(".", "-00001-of-00002.")}
         listing = {entry.key: names[entry.file] for entry in stored.values()}
-        tensors = {name: tensor.half().contiguous() for name, tensor in adapter.tensors().items()}
+        tensors = adapter.tensors(routed=True)
         save_file(tensors, folder / GATES, metadata={"format": "pt"})
         index = {"metadata": {}, "weight_map": {**listing, **dict.fromkeys(tensors, GATES)}}
         write_json(folder / (INDEX if weights[0].suffix == ".safetensors" else PICKLE_INDEX), index)
@@ -193,12 +197,6 @@ def is_untrained(checkpoint: Path) -> bool:
         return False  # the export says what is wrong
     bare = routing.key != "gate" and not routing.route_dim and not routing.dense_layers
     return not routing.is_dense and bare and not (checkpoint / LOG).is_file()
-
-
-def for_layers(adapter: Adapter) -> Adapter:
-    """The adapter without the gates of layers that stay dense."""
-    dense = adapter.routing.dense_layers
-    return dataclasses.replace(adapter, gates={layer: gate for layer, gate in adapter.gates.items() if layer not in dense})
 
 
 def check_target(folder: Path, force: bool) -> None:

@@ -97,22 +97,33 @@ def rank_layers(
     contenders = list(choosers)
     for place in range(count):
         current = {layer: each for layer, each in choosers.items() if layer not in chosen}
-        before, streams = questioner.start(current)
-
-        def ranked(layers: Sequence[int], cases: int | None = None) -> list[int]:
-            nats = {}
-            for layer in layers:
-                on_stage(f"dense layer {place + 1} of at most {count}: trying layer {layer} ({before.nats:.3f} nats now)")
-                without = {each: chooser for each, chooser in current.items() if each != layer}  # noqa: B023
-                nats[layer] = questioner.change(without, streams, layer, cases).nats  # noqa: B023
-            return sorted(layers, key=lambda layer: nats[layer])
-
+        start = questioner.start(current)
+        title = f"dense layer {place + 1} of at most {count}"
         if place == 0:
-            contenders = ranked(contenders, 1)[: _CONTENDERS + count]
-        contenders = ranked(contenders)
+            contenders = _ordered(questioner, current, start, contenders, 1, title, on_stage)[: _CONTENDERS + count]
+        contenders = _ordered(questioner, current, start, contenders, None, title, on_stage)
         chosen.append(contenders[0])
         contenders = contenders[1 : 1 + _CONTENDERS]
     return chosen
+
+
+def _ordered(
+    questioner: Questioner,
+    choosers: dict[int, Chooser],
+    start: tuple[Score, list[list[Tensor]]],
+    layers: Sequence[int],
+    cases: int | None,
+    title: str,
+    on_stage: Callable[[str], None],
+) -> list[int]:
+    """The layers in the order of the nats that are left when one of them alone becomes dense."""
+    before, streams = start
+    nats = {}
+    for layer in layers:
+        on_stage(f"{title}: trying layer {layer} ({before.nats:.3f} nats now)")
+        without = {each: chooser for each, chooser in choosers.items() if each != layer}
+        nats[layer] = questioner.change(without, streams, layer, cases).nats
+    return sorted(layers, key=lambda layer: nats[layer])
 
 
 def calibrate(

@@ -17,7 +17,7 @@ from bilevel.checkpoint import Checkpoint
 from bilevel.config import ModelConfig, Routing
 from bilevel.errors import CheckpointError, ConfigError
 from bilevel.export.route import texts
-from bilevel.export.route.adapter import Adapter, describe_base, for_layers
+from bilevel.export.route.adapter import Adapter, describe_base
 from bilevel.export.route.calibrate import Calibration, calibrate, check_share, share_read
 from bilevel.export.route.distil import measure, step
 from bilevel.export.route.facts import Score, evaluate
@@ -150,7 +150,7 @@ def route(checkpoint: Path, work: Path, options: Options, report: Report | None 
         "calibration": [{"routing": _section(each.routing), "score": dataclasses.asdict(each.score)} for each in found.tried],
         "judgement": {name: dataclasses.asdict(score) for name, score in scores.items()},
     }
-    return for_layers(Adapter(found.routing, source.base, gates, log))
+    return Adapter(found.routing, source.base, gates, log)
 
 
 def _section(routing: Routing) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from bilevel.export.route.adapter import (
     Adapter,
     check_target,
     describe_base,
-    for_layers,
     is_untrained,
     load_adapter,
     merge,
@@ -49,7 +48,7 @@ def make_adapter(checkpoint: Path, key: str = "gate") -> Adapter:
     for parameter in stack.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     gates = {layer: {name: tensor.half().float() for name, tensor in stack.state(layer).items()} for layer in range(3)}
-    return for_layers(Adapter(chosen, describe_base(Checkpoint(checkpoint)), gates, {"seed": 0}))
+    return Adapter(chosen, describe_base(Checkpoint(checkpoint)), gates, {"seed": 0})
 
 
 def logits(model: torch.nn.Module) -> Tensor:
@@ -64,7 +63,7 @@ def test_adapter_and_base_are_the_checkpoint(key: str, tmp_path: Path) -> None:
     base = save_checkpoint(tmp_path / "base")
     adapter = make_adapter(base, key)
     model = make_model(dataclasses.replace(CONFIG, routing=adapter.routing))
-    model.load_state_dict({**make_model().state_dict(), **adapter.tensors()})
+    model.load_state_dict({**make_model().state_dict(), **adapter.tensors(routed=True)})
     save_adapter(adapter, tmp_path / "adapter")
     read = load_adapter(tmp_path / "adapter")
     assert read.routing == adapter.routing and read.base == adapter.base
@@ -189,7 +188,7 @@ def save_seer(folder: Path, adapter: Adapter, *, pickled: bool = False, **change
     names = {"query_weight": "linear_q", "key_weight": "linear_k", "query_norm.weight": "qnorm", "key_norm.weight": "knorm"}
     tensors = {}
     for layer, gate in adapter.gates.items():
-        for name, tensor in gate.items():
+        for name, tensor in gate.items() if layer not in adapter.routing.dense_layers else ():
             stored = tensor.unflatten(1, (2, 8)).contiguous() if name == "query_weight" else tensor
             tensors[f"model.layers.{layer}.self_attn.attn_gate.attngate_{names[name]}.weight"] = stored
     if pickled:

@@ -1,0 +1,134 @@
+"""What an adapter finds, beside the dense model and untrained keys: ``python examples/route_report.py BASE ADAPTER OUT``.
+
+At every context and share, with the dense layers given for that share: hidden facts found, nats of their answers, of passages
+said before and of the text, and how much of the attention to the answers' places the choice keeps. Writes ``report.json`` and,
+for an adapter that was trained, ``curve.png`` into OUT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import torch
+from matplotlib import pyplot
+
+from bilevel.config import Routing
+from bilevel.errors import BilevelError, ConfigError
+from bilevel.export.route.adapter import LOG, Adapter, load_adapter
+from bilevel.export.route.calibrate import budget, share_read
+from bilevel.export.route.facts import evaluate
+from bilevel.export.route.needles import needles
+from bilevel.export.route.rows import Case
+from bilevel.export.route.run import Options, Source, fast_precision, open_source
+from bilevel.export.route.run import Report as Stages
+from bilevel.export.route.walk import make_choosers
+
+SEED = 77  # of the cases: neither the training's nor the calibration's
+STRONGEST = 8  # heads that are listed
+
+
+def parse_arm(text: str) -> tuple[float, tuple[int, ...]]:
+    """``0.22:7,17,18`` as (share, dense layers)."""
+    share, _, layers = text.partition(":")
+    return float(share), tuple(int(layer) for layer in layers.split(",") if layer)
+
+
+def routings(adapter: Adapter, num_layers: int, context: int, share: float, dense: tuple[int, ...]) -> dict[str, Routing]:
+    """The adapter's gates and both untrained keys with as many blocks as the share allows."""
+    topk = budget(share, num_layers, len(dense), context, adapter.routing.block_size)
+    least = adapter.routing.init_blocks + adapter.routing.local_blocks + 1
+    if topk < least:
+        raise ConfigError(
+            f"{share} of {context} tokens leaves {topk} blocks beside {len(dense)} dense layers; give fewer layers"
+        )
+    chosen = dataclasses.replace(adapter.routing, topk=topk, dense_layers=dense)
+    return {key: dataclasses.replace(chosen, key=key) for key in ("gate", "bounds", "mean") if key != "gate" or adapter.gates}
+
+
+def measure(source: Source, adapter: Adapter, cases: list[Case], routing: Routing) -> dict[str, Any]:
+    """One choice on some cases."""
+    choosers = make_choosers(source.config, routing, adapter.gates if routing.key == "gate" else None)
+    kept = needles(source.model, cases[:1], choosers)
+    return {
+        "key": routing.key,
+        "blocks": routing.topk,
+        "dense_layers": routing.dense_layers,
+        "share": round(share_read(routing, source.config.num_hidden_layers, len(cases[0].context)), 4),
+        **_rounded(dataclasses.asdict(evaluate(source.model, cases, choosers))),
+        "needle_mass_kept": round(kept.total, 4),
+        "needle_mass_kept_by_head": {
+            f"{layer}.{head}": round(float(kept.kept[layer, head]), 3) for layer, head in kept.strongest(STRONGEST)
+        },
+    }
+
+
+def _rounded(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: round(value, 4) if isinstance(value, float) else value for name, value in values.items()}
+
+
+def draw(log: dict[str, Any], path: Path) -> None:
+    """Recall and needle mass of held-out rows, and the loss, against updates."""
+    lines = log["training"]
+    figure, left = pyplot.subplots(figsize=(7, 4))
+    updates = [line["update"] for line in lines]
+    left.plot(updates, [line["recall"] for line in lines], label="recall of attention peaks")
+    left.plot(updates, [line["needle"] for line in lines], label="answers' blocks, by their peaks")
+    left.set_xlabel("updates")
+    left.set_ylabel("share chosen, held-out rows, 5 free blocks")
+    right = left.twinx()
+    trained = [line for line in lines if "loss" in line]
+    right.plot([line["update"] for line in trained], [line["loss"] for line in trained], "k:", label="loss")
+    right.set_ylabel("loss (nats)")
+    handles = [*left.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
+    left.legend(handles, [str(handle.get_label()) for handle in handles], loc="center right")
+    left.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description="What an adapter of bilevel route finds, beside dense and untrained keys.")
+    parser.add_argument("base", type=Path, metavar="BASE")
+    parser.add_argument("adapter", type=Path, metavar="ADAPTER")
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--contexts", default="4096,8192", help="tokens (default 4096,8192)")
+    parser.add_argument("--arm", action="append", metavar="SHARE:LAYERS", help="a share and its dense layers; repeatable")
+    parser.add_argument("--cases", type=int, default=2, help="contexts of 16 hidden facts each (default 2)")
+    parser.add_argument("--fp32", action="store_true", help="not bfloat16, where that is faster")
+    options = parser.parse_args(arguments)
+    try:
+        adapter = load_adapter(options.adapter)
+        longest = max(int(length) for length in options.contexts.split(","))
+        precision = torch.float32 if options.fp32 else fast_precision()
+        source = open_source(options.base, Options(context=longest), precision, Stages())
+        arms = [parse_arm(arm) for arm in options.arm or ()] or [(0.22, adapter.routing.dense_layers)]
+        report: dict[str, Any] = {"precision": str(precision).removeprefix("torch."), "contexts": {}}
+        options.out.mkdir(parents=True, exist_ok=True)
+        for length in map(int, options.contexts.split(",")):
+            cases = source.cases(length, SEED, options.cases, 16)
+            rows = [{"key": "dense", "share": 1.0, **_rounded(dataclasses.asdict(evaluate(source.model, cases, {})))}]
+            report["contexts"][str(length)] = rows
+            for share, dense in arms:
+                for routing in routings(adapter, source.config.num_hidden_layers, length, share, dense).values():
+                    rows.append(measure(source, adapter, cases, routing))
+                    print(length, json.dumps(rows[-1]), file=sys.stderr, flush=True)
+            (options.out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        log = json.loads((options.adapter / LOG).read_text(encoding="utf-8"))
+        if log.get("training"):
+            draw(log, options.out / "curve.png")
+    except (BilevelError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
