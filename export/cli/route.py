@@ -23,6 +23,9 @@ Both then calibrate: facts are hidden in a long text, and the layers that find t
 long as that is worth more than blocks for all others. --share is what a word reads of a context of --context tokens, over all
 layers and dense ones included; the number of blocks does not grow with the text, so a smaller share of longer texts is read.
 
+--words puts the word-embedding layer in front of both: it needs no training, and proposes the blocks that share a word's recent
+words, rare ones before frequent ones. The layers then choose among its proposals.
+
 OUT is a checkpoint folder, ready for export. With --adapter it holds only what was found and learned, a few megabytes, which
 bilevel export CHECKPOINT --adapter OUT BUNDLE joins with the model.
 
@@ -59,6 +62,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--context", type=int, default=4096, metavar="N", help="tokens of the texts to calibrate on (default 4096)"
     )
     parser.add_argument("--block-size", type=int, metavar="N", help="tokens per block (default: calibrated; 64 for gates)")
+    parser.add_argument(
+        "--words",
+        type=float,
+        metavar="S",
+        help="put level 1 in front, which proposes at most this share of the context's blocks by their words alone, as in 0.5",
+    )
     parser.add_argument(
         "--key", choices=("mean", "bounds"), help="with --method bounds: this kind of keys (default: calibrated)"
     )
@@ -100,6 +109,7 @@ def main(args: argparse.Namespace) -> int:
         share=args.share,
         context=args.context,
         block_size=args.block_size,
+        words=args.words,
         dense_layers=dense_layers,
         key=args.key,
         rows=args.rows,
@@ -126,6 +136,8 @@ def _check(args: argparse.Namespace) -> tuple[int, ...] | None:
         )
     if not 0 < args.share <= 1:
         raise RequestError(f"--share {args.share} must be more than 0 and at most 1, as in 0.25")
+    if args.words is not None and not 0 < args.words <= 1:
+        raise RequestError(f"--words {args.words} must be more than 0 and at most 1, as in 0.5")
     for name in ("context", "block_size", "rows", "passes"):
         value = getattr(args, name)
         if value is not None and value < 1:

@@ -1,8 +1,8 @@
 """Adapters: what routing adds to a dense checkpoint, in a folder of a few megabytes.
 
     adapter.json         format, the base model's sizes and fingerprint, the "routing" section
-    gates.safetensors    where routing.key is gate: model.layers.N.self_attn.block_keys.*, fp16, of every layer, so that
-                         dense_layers and topk may be edited
+    gates.safetensors    fp16: where routing.key is gate, model.layers.N.self_attn.block_keys.* of every layer, so that
+                         dense_layers and topk may be edited; with weighted words, model.word_router.*
     log.json             how it was found and trained, for people
 
 With its base it makes a checkpoint folder: the base's own files, its config.json with the routing section, the gates as one
@@ -34,6 +34,7 @@ from bilevel.weight_files import CONFIG, INDEX, PICKLE, PICKLE_INDEX, WEIGHTS, o
 
 ADAPTER, GATES, LOG = "adapter.json", "gates.safetensors", "log.json"
 FORMAT = 1
+_WORDS = "model.word_router."
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
 _PROBE = "model.layers.0.self_attn.k_proj"  # small, and changed by every kind of training
 
@@ -42,6 +43,7 @@ _PROBE = "model.layers.0.self_attn.k_proj"  # small, and changed by every kind o
 class Adapter:
     """A routing section and, for gates, their parameters: layer -> name in ``GateKeys`` -> tensor.
 
+    words: level 1's parameters by their names in ``WordRouter``.
     base: sizes and fingerprint of the model that it belongs to; no fingerprint: any model of these sizes.
     """
 
@@ -49,16 +51,19 @@ class Adapter:
     base: dict[str, Any]
     gates: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     log: dict[str, Any] = field(default_factory=dict)
+    words: dict[str, Tensor] = field(default_factory=dict)
 
     def tensors(self, *, routed: bool = False) -> dict[str, Tensor]:
-        """The gates under a checkpoint's names, in half precision. routed: without those of layers that are dense."""
+        """Gates and words under a checkpoint's names, in half precision. routed: without the gates of layers that are dense."""
         prefix, dense = "model.layers.{}.self_attn.block_keys.{}", self.routing.dense_layers if routed else ()
-        return {
-            prefix.format(layer, name): tensor.half().contiguous()
+        gates = {
+            prefix.format(layer, name): tensor
             for layer, gate in self.gates.items()
             if layer not in dense
             for name, tensor in gate.items()
         }
+        words = {f"{_WORDS}{name}": tensor for name, tensor in self.words.items()}
+        return {name: tensor.half().contiguous() for name, tensor in {**gates, **words}.items()}
 
 
 def describe_base(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -82,7 +87,7 @@ def save_adapter(adapter: Adapter, folder: Path) -> None:
         write_json(partial / ADAPTER, {"format": FORMAT, "base": adapter.base, "routing": section})
         if adapter.log:
             write_json(partial / LOG, adapter.log)
-        if adapter.gates:
+        if adapter.tensors():
             save_file(adapter.tensors(), partial / GATES, metadata={"format": "pt"})
 
 
@@ -105,21 +110,26 @@ def load_adapter(folder: Path) -> Adapter:
     sizes: dict[str, Any] = {name: base.number(name) for name in _SIZES}
     sizes |= {name: base.get(name, str) for name in ("tensor", "sha256") if name in base}
     routing = _routing(section.get("routing", dict), sizes)
-    gates = _read_gates(path.with_name(GATES)) if routing.key == "gate" else {}
-    return Adapter(routing, sizes, gates)
+    has_tensors = routing.key == "gate" or routing.weighted_words
+    gates, words = _read_tensors(path.with_name(GATES)) if has_tensors else ({}, {})
+    return Adapter(routing, sizes, gates, words=words)
 
 
 def _routing(section: Mapping[str, Any], sizes: Mapping[str, Any]) -> Routing:
     return config_from_dict({**{name: sizes[name] for name in _SIZES}, "intermediate_size": 1, "routing": section}).routing
 
 
-def _read_gates(path: Path) -> dict[int, dict[str, Tensor]]:
+def _read_tensors(path: Path) -> tuple[dict[int, dict[str, Tensor]], dict[str, Tensor]]:
     gates: dict[int, dict[str, Tensor]] = {}
+    words: dict[str, Tensor] = {}
     with opened(path, ADAPTER) as file:
         for key in file.describe():
+            if key.startswith(_WORDS):
+                words[key.removeprefix(_WORDS)] = file.get_tensor(key).float()
+                continue
             layer, name = key.removeprefix("model.layers.").split(".self_attn.block_keys.")
             gates.setdefault(int(layer), {})[name] = file.get_tensor(key).float()
-    return gates
+    return gates, words
 
 
 def check_base(adapter: Adapter, checkpoint: Path, ignore: Collection[str] = ()) -> None:
@@ -146,18 +156,17 @@ def merge(adapter: Adapter, checkpoint: Path, folder: Path, *, link: bool = Fals
     stored = read_headers(checkpoint)
     weights = sorted({entry.file for entry in stored.values()})
     names = {path: path.name for path in weights}
-    if adapter.gates:
+    if tensors := adapter.tensors(routed=True):
         for single in (WEIGHTS, PICKLE):  # the reader takes a single file for the whole model
             if [path.name for path in weights] == [single]:
                 names = {weights[0]: single.replace(".", "-00001-of-00002.")}
         listing = {entry.key: names[entry.file] for entry in stored.values()}
-        tensors = adapter.tensors(routed=True)
         save_file(tensors, folder / GATES, metadata={"format": "pt"})
         index = {"metadata": {}, "weight_map": {**listing, **dict.fromkeys(tensors, GATES)}}
         write_json(folder / (INDEX if weights[0].suffix == ".safetensors" else PICKLE_INDEX), index)
     for path, name in names.items():
         place(path, folder / name)
-    left = {CONFIG, *(path.name for path in weights), *((INDEX, PICKLE_INDEX) if adapter.gates else ())}
+    left = {CONFIG, *(path.name for path in weights), *((INDEX, PICKLE_INDEX) if tensors else ())}
     for path in sorted(checkpoint.iterdir()):
         if path.is_file() and path.name not in left and not path.name.startswith("."):
             place(path, folder / path.name)

@@ -25,6 +25,7 @@ from bilevel.export.route.gates import GateStack
 from bilevel.export.route.rows import Case, evaluation_case, training_row
 from bilevel.export.route.teacher import lesson, read_lesson, write_lesson
 from bilevel.export.route.walk import make_choosers
+from bilevel.export.route.words import WordLevel, fit_words, with_words
 from bilevel.export.route.work import Plan, Work
 from bilevel.model import CausalLM
 from bilevel.training import learning_rate
@@ -34,12 +35,14 @@ _LENGTHS, _SHARES = (2048, 4096, 8192), (0.65, 0.30, 0.05)
 _WORDS = 440  # per row
 _MEASURE_UPDATES = 50
 _WARMUP = 20
+_COUNTED = 2_000_000  # tokens in which words are counted
 _MAX_DENSE = 4  # most layers that a calibration leaves dense, of 30; a seventh of the layers
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the user decides (``bilevel route --help`` explains them). block_size, dense_layers: None: found by calibration."""
+    """What the user decides (``bilevel route --help`` explains them). block_size, dense_layers: None: found by calibration.
+    words: the share of the context's blocks that level 1 proposes; None: no level 1."""
 
     method: str = "bounds"
     text: tuple[Path, ...] = ()
@@ -48,6 +51,7 @@ class Options:
     block_size: int | None = None
     dense_layers: tuple[int, ...] | None = None
     key: str | None = None
+    words: float | None = None
     rows: int = 400
     passes: int = 6
     seed: int = 0
@@ -76,6 +80,16 @@ class Source:
     def config(self) -> ModelConfig:
         """Of the dense model."""
         return self.model.config
+
+    def encoded(self) -> list[list[int]]:
+        """The training text in tokens, as much of it as tells common words from rare ones."""
+        texts, count = list[list[int]](), 0
+        for document in self.training:
+            if count > _COUNTED:
+                break
+            texts.append(list(self.tokenizer.encode(document, add_special_tokens=False).ids))
+            count += len(texts[-1])
+        return texts
 
     def cases(self, length: int, seed: int, count: int, facts: int) -> list[Case]:
         """Contexts with hidden facts from held-out documents."""
@@ -134,12 +148,19 @@ def route(checkpoint: Path, work: Path, options: Options, report: Report | None 
         source, stack, log = _trained(checkpoint, work, options, report)
         gates = {layer: stack.state(layer) for layer in stack.layers}
         found = _calibrated(source, options, [stack.config.routing], gates, report)
+    routing, words, level = found.routing, dict[str, torch.Tensor](), None
+    if options.words is not None:
+        report.stage("weighing words for level 1")
+        routing = with_words(routing, source.config, options.words, options.context)
+        table = source.model.model.embed_tokens.weight.float()
+        words = fit_words(table, source.encoded(), dataclasses.replace(source.config, routing=routing))
+        level = WordLevel.of(dataclasses.replace(source.config, routing=routing), words, table)
     report.stage("judging the result on other facts")
     cases = source.cases(options.context, options.seed + 1, 2, 16)
-    scores = {
-        "dense": evaluate(source.model, cases, {}),
-        "routed": evaluate(source.model, cases, make_choosers(source.config, found.routing, gates or None)),
-    }
+    scores = {"dense": evaluate(source.model, cases, {})}
+    if level is not None:
+        scores["without words"] = evaluate(source.model, cases, make_choosers(source.config, found.routing, gates or None))
+    scores["routed"] = evaluate(source.model, cases, make_choosers(source.config, routing, gates or None, level))
     log |= {
         "method": options.method,
         "seed": options.seed,
@@ -150,7 +171,7 @@ def route(checkpoint: Path, work: Path, options: Options, report: Report | None 
         "calibration": [{"routing": _section(each.routing), "score": dataclasses.asdict(each.score)} for each in found.tried],
         "judgement": {name: dataclasses.asdict(score) for name, score in scores.items()},
     }
-    return Adapter(found.routing, source.base, gates, log)
+    return Adapter(routing, source.base, gates, log, words)
 
 
 def _section(routing: Routing) -> dict[str, Any]:

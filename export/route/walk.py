@@ -17,6 +17,7 @@ from torch import Tensor
 from bilevel import ops
 from bilevel.block_keys import MeanKeys, block_keys
 from bilevel.config import ModelConfig, Routing
+from bilevel.export.route.words import WordLevel
 from bilevel.model import Attention, CausalLM, DecoderLayer
 from bilevel.operators.routing import block_mask, head_map
 from bilevel.rotary import rotary_angles
@@ -37,6 +38,7 @@ class Chooser:
 
     config: ModelConfig
     keys: MeanKeys
+    words: WordLevel | None = None
 
     @property
     def block_size(self) -> int:
@@ -48,34 +50,47 @@ class Chooser:
         first = torch.zeros(1, dtype=torch.int32)
         return self.keys.pool(key, first, key.shape[2] // self.block_size, shared_step(self.config, torch.zeros(1, 1)))
 
-    def choose(self, query: Tensor, unit_key: Tensor, past_len: Tensor) -> Tensor:
-        """bool [B, Hs, L, N]: the blocks that are read, from queries [B, Hr, L, Dr] behind ``past_len`` [B] tokens."""
-        new_len = torch.full_like(past_len, query.shape[2])
-        routes = ops.coarse_route(query, unit_key, past_len, new_len, **self.config.route_attributes(2))
+    def choose(self, query: Tensor, unit_key: Tensor, past_len: Tensor, candidates: Tensor | None) -> Tensor:
+        """bool [B, Hs, L, N]: the blocks that are read, from queries [B, Hr, L, Dr] behind ``past_len`` [B] tokens.
+
+        candidates: level 1's, int32 [B, 1, L, K1]; None: all blocks."""
+        new_len, attributes = torch.full_like(past_len, query.shape[2]), self.config.route_attributes(2)
+        if candidates is None:
+            routes = ops.coarse_route(query, unit_key, past_len, new_len, **attributes)
+        else:
+            routes = ops.fine_route(query, unit_key, candidates, past_len, new_len, **attributes)
         return block_mask(routes, unit_key.shape[2])
 
 
 def make_choosers(
-    config: ModelConfig, routing: Routing, gates: Mapping[int, Mapping[str, Tensor]] | None = None
+    config: ModelConfig,
+    routing: Routing,
+    gates: Mapping[int, Mapping[str, Tensor]] | None = None,
+    words: WordLevel | None = None,
 ) -> dict[int, Chooser]:
-    """A chooser for each layer that ``routing`` does not leave dense. gates: layer -> the gate's parameters by name."""
+    """A chooser for each layer that ``routing`` does not leave dense. gates: layer -> the gate's parameters by name. words:
+    level 1, where there is one."""
     routed = dataclasses.replace(config, routing=routing)
     choosers = {}
     for layer in routed.routed_layers:
         keys = block_keys(routed, layer not in config.nope_layers)
         if gates is not None:
             keys.load_state_dict(dict(gates[layer]))
-        choosers[layer] = Chooser(routed, keys)
+        choosers[layer] = Chooser(routed, keys, words)
     return choosers
 
 
 @dataclass
 class Prefix:
-    """A context that was read. keys, values: per layer [1, Hkv, M, D], rotated. hidden: [1, M, d] behind the last norm."""
+    """A context that was read. ids: int64 [M]. keys, values: per layer [1, Hkv, M, D], rotated. hidden: [1, M, d] behind the
+    last norm. word_keys: level 1's, [1, 1, N, Dr]."""
+
+    ids: Tensor
 
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     hidden: Tensor | None = None
+    word_keys: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -118,7 +133,9 @@ def _wide_heads(x: Tensor, heads: int) -> Tensor:
 def read(model: CausalLM, ids: Tensor, choosers: Choosers, observe: Observer | None = None) -> Prefix:
     """Read a context int64 [M] from its beginning. M must be a multiple of the choosers' block sizes."""
     x, step = _begin(model, ids, torch.arange(len(ids)))
-    prefix = Prefix()
+    prefix, candidates = Prefix(ids), None
+    if (words := word_level(choosers)) is not None:
+        candidates, prefix.word_keys = words.read(ids)
     for index, layer in enumerate(_layers(model)):
         attention = layer.self_attn
         plain_q, plain_k, q, k, v = _projected(attention, layer.input_layernorm(x), step)
@@ -127,7 +144,7 @@ def read(model: CausalLM, ids: Tensor, choosers: Choosers, observe: Observer | N
         if (chooser := choosers.get(index)) is None:
             out = _read_dense(q, _wide_heads(k, q.shape[1]), _wide_heads(v, q.shape[1]), model.config.attention_scale)
         else:
-            out = _read_routed(chooser, chooser.keys.query(plain_q, q, step), q, k, v)
+            out = _read_routed(chooser, chooser.keys.query(plain_q, q, step), q, k, v, candidates)
         prefix.keys.append(k)
         prefix.values.append(v)
         x = x + attention.o_proj(out.transpose(1, 2).flatten(2))
@@ -157,7 +174,7 @@ def _read_dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return torch.cat(outs, 2)
 
 
-def _read_routed(chooser: Chooser, query: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _read_routed(chooser: Chooser, query: Tensor, q: Tensor, k: Tensor, v: Tensor, candidates: Tensor | None) -> Tensor:
     """Attention [1, Hq, M, D] of a whole context, some queries at a time."""
     unit_key, size, heads = chooser.pool(k), chooser.block_size, q.shape[1]
     k, v = _wide_heads(k, heads), _wide_heads(v, heads)
@@ -167,7 +184,8 @@ def _read_routed(chooser: Chooser, query: Tensor, q: Tensor, k: Tensor, v: Tenso
         end = first + part.shape[2]
         blocks = -(-end // size)
         past_len = torch.tensor([first], dtype=torch.int32)
-        kept = chooser.choose(query[:, :, first:end], unit_key[:, :, :blocks], past_len)
+        offered = None if candidates is None else candidates[:, :, first:end]
+        kept = chooser.choose(query[:, :, first:end], unit_key[:, :, :blocks], past_len, offered)
         causal = torch.arange(end) <= torch.arange(first, end)[:, None]
         mask = _wide_heads(kept, heads).repeat_interleave(size, -1)[..., :end] & causal
         scale = chooser.config.attention_scale
@@ -208,6 +226,7 @@ def ask(
     start: (layer, its input), to go on from there. streams: is given each layer's input.
     """
     x, step = _begin(model, packed.ids, packed.positions)
+    candidates = _candidates(prefix, packed, choosers)
     first = 0
     if start is not None:
         first, x = start
@@ -222,7 +241,8 @@ def ask(
         if (chooser := choosers.get(index)) is None:
             context = torch.ones(1, 1, len(packed.ids), prefix.length, dtype=torch.bool)
         else:
-            kept = chosen_blocks(chooser, chooser.keys.query(plain_q, q, step), chooser.pool(prefix.keys[index]), packed)
+            query = chooser.keys.query(plain_q, q, step)
+            kept = chosen_blocks(chooser, query, chooser.pool(prefix.keys[index]), packed, candidates)
             context = _wide_heads(kept, q.shape[1]).repeat_interleave(chooser.block_size, -1)
         mask = torch.cat([context, mask.expand(-1, context.shape[1], -1, -1)], -1)
         k, v = (torch.cat(pair, 2) for pair in ((prefix.keys[index], k), (prefix.values[index], v)))
@@ -233,7 +253,34 @@ def ask(
     return model.model.norm(x)
 
 
-def chosen_blocks(chooser: Chooser, query: Tensor, unit_key: Tensor, packed: Packed) -> Tensor:
+def word_level(choosers: Choosers) -> WordLevel | None:
+    """Level 1, which all layers share."""
+    return next((chooser.words for chooser in choosers.values()), None)
+
+
+def _candidates(prefix: Prefix, packed: Packed, choosers: Choosers) -> Tensor | None:
+    """Level 1's candidates int32 [Q, 1, longest, K1] for the tokens of the questions; None without a level 1."""
+    words = word_level(choosers)
+    if words is None or prefix.word_keys is None:
+        return None
+    longest, window = max(end - first for first, end in packed.bounds), words.config.routing.window
+    before = prefix.ids[-window:]
+    rows = packed.ids.new_zeros(len(packed.bounds), len(before) + longest)
+    for row, (first, end) in enumerate(packed.bounds):
+        rows[row, : len(before) + end - first] = torch.cat([before, packed.ids[first:end]])
+    keys = _with_room(prefix.word_keys, longest, words.config.routing.block_size, len(rows))
+    past_len = torch.full((len(rows),), prefix.length, dtype=torch.int32)
+    return words.candidates(words.queries(rows, len(before)), keys, past_len)
+
+
+def _with_room(unit_key: Tensor, length: int, block_size: int, rows: int) -> Tensor:
+    """Keys [1, H, N, Dr] for every one of ``rows`` rows, with blocks for ``length`` further tokens."""
+    return F.pad(unit_key, (0, 0, 0, -(-length // block_size))).expand(rows, -1, -1, -1)
+
+
+def chosen_blocks(
+    chooser: Chooser, query: Tensor, unit_key: Tensor, packed: Packed, candidates: Tensor | None = None
+) -> Tensor:
     """bool [1, Hs, T, N]: the context's blocks that each token of the questions reads. query: [1, Hr, T, Dr]."""
     longest = max(end - first for first, end in packed.bounds)
     blocks = unit_key.shape[2]
@@ -241,8 +288,8 @@ def chosen_blocks(chooser: Chooser, query: Tensor, unit_key: Tensor, packed: Pac
     for row, (first, end) in enumerate(packed.bounds):
         rows[row, :, : end - first] = query[0, :, first:end]
     # The questions' own blocks are forced and take their share of the budget; what they hold is read in any case.
-    unit_key = F.pad(unit_key, (0, 0, 0, -(-longest // chooser.block_size))).expand(len(rows), -1, -1, -1)
+    unit_key = _with_room(unit_key, longest, chooser.block_size, len(rows))
     past_len = torch.full((len(rows),), blocks * chooser.block_size, dtype=torch.int32)
-    kept = chooser.choose(rows, unit_key, past_len)[..., :blocks]
+    kept = chooser.choose(rows, unit_key, past_len, candidates)[..., :blocks]
     parts = [kept[row, :, : end - first] for row, (first, end) in enumerate(packed.bounds)]
     return torch.cat(parts, 1)[None]
