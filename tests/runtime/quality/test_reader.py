@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from bilevel.bundle.format import load_bundle
 from bilevel.checkpoint import load_model
 from bilevel.errors import RequestError
 from bilevel.plugins.library.cpu import VARIABLE
-from bilevel.runtime.backend.onnx import OnnxSession
+from bilevel.runtime.backend.onnx import OnnxCaches, OnnxSession
 from bilevel.runtime.backend.session import RouteArrays, SessionLimits
 from bilevel.runtime.quality.reader import Reader, look_at_routes, surprise
 from bilevel.runtime.quality.window import WindowReader, window_problem
@@ -135,6 +136,44 @@ def test_a_backend_that_holds_less(long_bundle: tuple[Path, Path]) -> None:
     for token in IDS[:50]:
         last = reader.read([token])
     np.testing.assert_allclose(last, whole, rtol=1e-4, atol=1e-5)
+
+
+class OnDevice:
+    """Caches as an engine has them: logits stay away until they are fetched."""
+
+    def __init__(self, caches: OnnxCaches) -> None:
+        self.caches, self.batch, self.routes = caches, caches.batch, None
+
+    def run(self, *call: Any) -> Any:
+        rows = self.caches.run(*call)
+
+        class Row:
+            def __init__(self, row: int) -> None:
+                self.row = row
+
+            def fetch(self) -> Any:
+                return rows[self.row]
+
+        return [Row(row) for row in range(self.batch)]
+
+
+def test_an_engine_of_more_rows(long_bundle: tuple[Path, Path]) -> None:
+    """Built for two rows or more, its logits on the device, its routes not given: the other row is idle."""
+
+    class Engine(OnnxSession):
+        @property
+        def limits(self) -> SessionLimits:
+            return SessionLimits(16, fewest_rows=2)
+
+        def allocate(self, batch: int, capacity: int) -> Any:
+            return OnDevice(super().allocate(batch, capacity))
+
+    bundle = load_bundle(long_bundle[1], verify=False)
+    reader, plain = Reader(Engine(bundle, 1), LENGTH), Reader(OnnxSession(bundle, 1), LENGTH)
+    assert reader.caches.batch == 2
+    scores, expected = (each.score(IDS[:70], IDS[70:80], (5, 9)) for each in (reader, plain))
+    assert [score.nats for score in scores] == pytest.approx([score.nats for score in expected], rel=1e-4)
+    assert all(score.reading is None for score in scores)
 
 
 def test_surprise() -> None:
