@@ -128,6 +128,11 @@ class Checkpoint:
         if left:
             raise CheckpointError(f"{folder} stores {_listed(left)}, for which the model of its {CONFIG} has no place")
         missing = sorted(name for name in pieces if name not in stored)
+        if missing and all(".block_keys." in name for name in missing):
+            raise CheckpointError(
+                f"{folder} lacks {_listed(missing)}, the gates that routing.key 'gate' chooses by; train them with: "
+                "bilevel route --method gate"
+            )
         if missing:
             raise CheckpointError(f"{folder} lacks {_listed(missing)}, which the model of its {CONFIG} needs")
         for name, parts in pieces.items():

@@ -14,6 +14,7 @@ from bilevel.errors import ConfigError
 from bilevel.rope_scaling import RopeScaling
 
 PRESETS = ("two_level", "moba", "moba_gqa", "dense")
+BLOCK_KEYS = ("mean", "bounds", "gate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,9 @@ class Routing:
     init_blocks / local_blocks: always kept, inside both budgets; local_blocks counts the own block.
     window: words averaged into level 1's query (1 = the word alone). route_dim: width of the learned projection in front of
     level 1 (0 = none: level 1 compares the word embeddings themselves).
+    key: what level 2 compares a word's queries with (``bilevel/block_keys.py``). mean: the mean of a block's keys. bounds:
+    their least and greatest value in each channel. gate: learned projections of both sides; gate_norm: which are normalised.
+    dense_layers: layers that read everything. coarse_local_blocks: local blocks of level 1 (0 = as many as of level 2).
     """
 
     preset: str = "two_level"
@@ -35,8 +39,14 @@ class Routing:
     local_blocks: int = 1
     window: int = 1
     route_dim: int = 0
+    key: str = "mean"
+    gate_norm: bool = True
+    dense_layers: tuple[int, ...] = ()
+    coarse_local_blocks: int = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.dense_layers, list):
+            object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
         check_types("routing", self)
         if self.preset not in PRESETS:
             raise ConfigError(f"routing.preset={self.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
@@ -48,11 +58,22 @@ class Routing:
             local_blocks=self.local_blocks,
             window=self.window,
         )
-        for name in ("init_blocks", "route_dim"):
+        for name in ("init_blocks", "route_dim", "coarse_local_blocks"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"routing.{name}={getattr(self, name)} must be a whole number of at least 0")
+        if self.key not in BLOCK_KEYS:
+            raise ConfigError(f"routing.key={self.key!r} is unknown; choose one of {', '.join(BLOCK_KEYS)}")
         if self.preset == "dense":
             return
+        self._check_budgets()
+
+    def _check_budgets(self) -> None:
+        """What is kept must fit, and a gate must have a choice to make."""
+        if self.preset == "moba" and self.key == "gate":
+            raise ConfigError(
+                "routing.key='gate' chooses once for each key/value head, but preset='moba' for each query head; "
+                "set preset to moba_gqa or two_level"
+            )
         for name in ("coarse_topk", "topk"):
             if getattr(self, name) > MAX_TOPK:
                 raise ConfigError(
@@ -68,6 +89,11 @@ class Routing:
             raise ConfigError(
                 f"routing.init_blocks={self.init_blocks} and local_blocks={self.local_blocks} need more than "
                 f"topk={self.topk} blocks; raise topk"
+            )
+        if self.is_two_level and self.init_blocks + self.coarse_local_blocks > self.coarse_topk:
+            raise ConfigError(
+                f"routing.init_blocks={self.init_blocks} and coarse_local_blocks={self.coarse_local_blocks} need more than "
+                f"coarse_topk={self.coarse_topk} candidates; raise coarse_topk"
             )
 
     @property
@@ -221,13 +247,22 @@ class ModelConfig:
         if self.qk_norm not in (None, "none", "head", "projection"):
             raise ConfigError(f"qk_norm={self.qk_norm!r} must be none, head or projection")
         self._check_positions()
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        """Layers that are named must exist, and a routed model has a layer that is routed."""
         for name, layers in (
             ("experts.layers", self.experts.layers if self.experts else ()),
             ("nope_layers", self.nope_layers),
+            ("routing.dense_layers", self.routing.dense_layers),
         ):
             for layer in layers:
                 if not 0 <= layer < self.num_hidden_layers:
                     raise ConfigError(f"{name} holds {layer}, but the layers are 0..{self.num_hidden_layers - 1}")
+        if not self.routing.is_dense and not self.routed_layers:
+            raise ConfigError(
+                f"routing.dense_layers names all {self.num_hidden_layers} layers; leave one out, or set preset to dense"
+            )
 
     def _check_positions(self) -> None:
         """The rotary channels, and what the scaling says of them."""
@@ -269,6 +304,18 @@ class ModelConfig:
         return self.rotary_dim or self.head_dim
 
     @property
+    def routed_layers(self) -> tuple[int, ...]:
+        """Indices of the layers whose words choose what they read."""
+        if self.routing.is_dense:
+            return ()
+        return tuple(layer for layer in range(self.num_hidden_layers) if layer not in self.routing.dense_layers)
+
+    @property
+    def block_key_width(self) -> int:
+        """Dr of level 2: channels of a block's key."""
+        return 2 * self.head_dim if self.routing.key == "bounds" else self.head_dim
+
+    @property
     def num_selection_heads(self) -> int:
         """Hs of level 2: one route per query head in MoBA, else one per key/value head."""
         return self.num_attention_heads if self.routing.preset == "moba" else self.num_key_value_heads
@@ -281,7 +328,7 @@ class ModelConfig:
             "topk": routing.coarse_topk if level == 1 else routing.topk,
             "num_selection_heads": 1 if level == 1 else self.num_selection_heads,
             "init_blocks": routing.init_blocks,
-            "local_blocks": routing.local_blocks,
+            "local_blocks": routing.coarse_local_blocks or routing.local_blocks if level == 1 else routing.local_blocks,
             "causal": 1,
         }
 

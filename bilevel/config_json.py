@@ -159,7 +159,7 @@ def config_to_dict(config: ModelConfig) -> dict[str, Any]:
 
 
 # What a section may leave out, because older files and readers do not have it.
-_OPTIONAL = ("shared_intermediate_size",)
+_OPTIONAL = {"shared_intermediate_size": 0, "key": "mean", "gate_norm": True, "dense_layers": (), "coarse_local_blocks": 0}
 
 
 def _section_to_dict(section: Any) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def _section_to_dict(section: Any) -> dict[str, Any]:
     return {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in fields.items()
-        if value is not None and not (key in _OPTIONAL and not value)
+        if value is not None and not (key in _OPTIONAL and value == _OPTIONAL[key])
     }
 
 

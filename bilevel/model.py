@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel import ops
+from bilevel.block_keys import block_keys
 from bilevel.config import ModelConfig
 from bilevel.expert_layers import ExpertMLP, SwiGLU
 from bilevel.operators.attention import masked_attention
@@ -23,13 +24,6 @@ def _extend(cache: Tensor | None, update: Tensor, start: Tensor, block_size: int
     return ops.pad_to_blocks(update, block_size) if cache is None else ops.write_cache(cache, update, start)
 
 
-def _pool_into(cache: Tensor | None, tokens: Tensor, past_len: Tensor, length: int, block_size: int) -> Tensor:
-    """Block means of the cache with the blocks that this call touched pooled anew."""
-    first = torch.div(past_len, block_size, rounding_mode="floor")
-    pooled = ops.pool_blocks(tokens, first, (length + block_size - 1) // block_size, block_size)
-    return pooled if cache is None else ops.write_cache(cache, pooled, first)
-
-
 class Attention(nn.Module):
     """Grouped-query attention; level 2 of the routing decides which blocks of tokens each word reads."""
 
@@ -37,6 +31,7 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         self.has_positions = index not in config.nope_layers
+        self.is_routed = index in config.routed_layers
         width, bias = config.hidden_size, config.attention_bias
         self.q_proj = nn.Linear(width, config.num_attention_heads * config.head_dim, bias=bias)
         self.k_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
@@ -46,15 +41,24 @@ class Attention(nn.Module):
             whole = config.qk_norm_kind == "projection"
             heads = (config.num_attention_heads, config.num_key_value_heads) if whole else (1, 1)
             self.q_norm, self.k_norm = (nn.RMSNorm(h * config.head_dim, eps=config.rms_norm_eps) for h in heads)
+        if self.is_routed:
+            self.block_keys = block_keys(config, self.has_positions)
 
-    def route(self, q: Tensor, block_key: Tensor, step: Step) -> Tensor:
+    def _pool(self, cache: Tensor | None, keys: Tensor, step: Step, length: int) -> Tensor:
+        """The blocks' keys [B, Hkv, N, Dr], those that this call touched made anew."""
+        size = self.config.routing.block_size
+        first = torch.div(step.past_len, size, rounding_mode="floor")
+        pooled = self.block_keys.pool(keys, first, (length + size - 1) // size, step)
+        return pooled if cache is None else ops.write_cache(cache, pooled, first)
+
+    def route(self, query: Tensor, block_key: Tensor, step: Step) -> Tensor:
         """The blocks that each word of this layer reads: int32 [B, Hs, L, K2]."""
         if step.trace is not None and (given := step.trace.given("routes")) is not None:
             return given
         attributes = self.config.route_attributes(2)
         if step.candidates is None:
-            return ops.coarse_route(q, block_key, step.past_len, step.new_len, **attributes)
-        return ops.fine_route(q, block_key, step.candidates, step.past_len, step.new_len, **attributes)
+            return ops.coarse_route(query, block_key, step.past_len, step.new_len, **attributes)
+        return ops.fine_route(query, block_key, step.candidates, step.past_len, step.new_len, **attributes)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, Hq, L, D], keys and values [B, Hkv, L, D], before normalisation and rotation."""
@@ -79,28 +83,41 @@ class Attention(nn.Module):
             return q, k
         return apply_rotary(q, step.cos, step.sin), apply_rotary(k, step.cos, step.sin)
 
+    def _attend_to_all(self, q: Tensor, key: Tensor, value: Tensor, step: Step) -> Tensor:
+        """Ordinary attention. The graph of a routed model says it as routed attention to every block, whose kernels read no
+        more of the cache than is filled."""
+        length, capacity, scale = q.shape[2], key.shape[2], self.config.attention_scale
+        if not (torch.compiler.is_exporting() and self.config.routed_layers):
+            return masked_attention(q, key, value, step.causal_mask(capacity, length), scale)
+        size = self.config.routing.block_size
+        routes = step.every_block(capacity, length, size)
+        return ops.routed_attention(q, key, value, routes, step.past_len, step.new_len, block_size=size, causal=1, scale=scale)
+
     def forward(self, x: Tensor, step: Step, state: LayerState | None) -> tuple[Tensor, LayerState]:
         """x: [B, L, d]. Returns ([B, L, d], the layer's state after this call)."""
         config, size, length = self.config, self.config.routing.block_size, x.shape[1]
-        q, k, v = self.project(x)
-        q, k = self.turn(*self.normalise(q, k), step)
+        plain, k, v = self.project(x)
+        plain, k = self.normalise(plain, k)
+        q, k = self.turn(plain, k, step)
         key = _extend(state.key if state else None, k, step.past_len, size)
         value = _extend(state.value if state else None, v, step.past_len, size)
         scale = config.attention_scale
         block_key = None
-        if config.routing.is_dense:
-            out = masked_attention(q, key, value, step.causal_mask(key.shape[2], length), scale)
+        if not self.is_routed:
+            out = self._attend_to_all(q, key, value, step)
         else:
-            block_key = _pool_into(state.block_key if state else None, key, step.past_len, length, size)
-            routes = self.route(q, block_key, step)
+            query = self.block_keys.query(plain, q, step)
+            block_key = self._pool(state.block_key if state else None, key, step, length)
+            routes = self.route(query, block_key, step)
             out = ops.routed_attention(
                 q, key, value, routes, step.past_len, step.new_len, block_size=size, causal=1, scale=scale
             )
             if step.trace is not None:
-                step.trace.query.append(q)
+                step.trace.query.append(query)
                 step.trace.block_key.append(block_key)
                 step.trace.routes.append(routes)
-                step.trace.attention.append(out)
+        if config.routed_layers and step.trace is not None:
+            step.trace.attention.append(out)
         return self.o_proj(out.transpose(1, 2).flatten(2)), LayerState(key, value, block_key)
 
 

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from bilevel.config import ModelConfig
 from bilevel.errors import ContractError
-from bilevel.operators.attention import AttentionMask, causal_mask
+from bilevel.operators.attention import AttentionMask, causal_mask, every_block
+from bilevel.rotary import rotary_angles
 
 
 @dataclass
 class LayerState:
-    """One layer's cache: key, value [B, Hkv, M, D]; block_key [B, Hkv, N, D] (None where attention is dense)."""
+    """One layer's cache: key, value [B, Hkv, M, D]; block_key [B, Hkv, N, Dr] (None where attention is dense)."""
 
     key: Tensor
     value: Tensor
@@ -37,12 +38,13 @@ class DecoderState:
             raise ContractError(f"capacity={capacity} must be a multiple of routing.block_size={routing.block_size}")
         num_blocks = capacity // routing.block_size
 
-        def zeros(tokens: int) -> Tensor:
-            return torch.zeros(batch, config.num_key_value_heads, tokens, config.head_dim, dtype=dtype)
+        def zeros(tokens: int, width: int = config.head_dim) -> Tensor:
+            return torch.zeros(batch, config.num_key_value_heads, tokens, width, dtype=dtype)
 
+        routed = config.routed_layers
         layers = [
-            LayerState(zeros(capacity), zeros(capacity), None if routing.is_dense else zeros(num_blocks))
-            for _ in range(config.num_hidden_layers)
+            LayerState(zeros(capacity), zeros(capacity), zeros(num_blocks, config.block_key_width) if i in routed else None)
+            for i in range(config.num_hidden_layers)
         ]
         if not routing.is_two_level:
             return cls(layers)
@@ -56,7 +58,8 @@ class Trace:
 
     forced: another trace whose choices are obeyed in place of the model's own.
     candidates: level 1's blocks, int32 [B, 1, L, K1]. word_query / word_block_key: what level 1 compared.
-    Per layer: query [B, Hq, L, D], block_key [B, Hkv, N, D], routes int32 [B, Hs, L, K2], attention [B, Hq, L, D].
+    Per routed layer: query [B, Hr, L, Dr], block_key [B, Hkv, N, Dr], routes int32 [B, Hs, L, K2]. Per layer of a routed model:
+    attention [B, Hq, L, D].
     Per expert layer: expert_logits [T, E], group_logits [T, Gp], expert_bias [E], expert_ids int32 [T, k], expert_weights [T,
     k], expert_out [T, d].
     """
@@ -99,9 +102,36 @@ class Step:
     words: Tensor | None
     trace: Trace | None
     _mask: AttentionMask | None = None
+    _every_block: Tensor | None = None
+    _token_angles: tuple[Tensor, Tensor] | None = None
+    _block_angles: tuple[Tensor, Tensor] | None = None
 
     def causal_mask(self, capacity: int, length: int) -> AttentionMask:
         """Of dense layers, which all have the same: made by the first of them, and traced once."""
         if self._mask is None:
             self._mask = causal_mask(capacity, length, self.past_len, self.new_len)
         return self._mask
+
+    def every_block(self, capacity: int, length: int, block_size: int) -> Tensor:
+        """Routes to all that is visible, of the dense layers of a routed model; made once a call."""
+        if self._every_block is None:
+            self._every_block = every_block(capacity // block_size, length, self.past_len, self.new_len, block_size)
+        return self._every_block
+
+    def token_angles(self, config: ModelConfig, first: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, num_blocks, R, r/2] of the tokens of the blocks from each row's ``first`` on; made once a call."""
+        if self._token_angles is None:
+            token = torch.arange(config.routing.block_size, device=first.device)
+            self._token_angles = rotary_angles(_starts(config, first, num_blocks)[..., None] + token, config)
+        return self._token_angles
+
+    def block_angles(self, config: ModelConfig, first: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, num_blocks, r/2] of the blocks' first tokens; made once a call."""
+        if self._block_angles is None:
+            self._block_angles = rotary_angles(_starts(config, first, num_blocks), config)
+        return self._block_angles
+
+
+def _starts(config: ModelConfig, first: Tensor, num_blocks: int) -> Tensor:
+    """Positions [B, num_blocks] at which the blocks from each row's ``first`` on begin."""
+    return (first[:, None] + torch.arange(num_blocks, device=first.device)) * config.routing.block_size

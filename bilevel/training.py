@@ -73,7 +73,8 @@ def level1_distillation(
 ) -> Tensor:
     """KL(level 2 || level 1) over the free blocks, averaged over the positions that have at least two; a scalar.
 
-    input_ids: [B, L]. trace: that of the same text; query [B, Hq, L, D] and block_key [B, Hkv, N, D] of every layer teach.
+    input_ids: [B, L]. trace: that of the same text; query [B, Hr, L, Dr] and block_key [B, Hkv, N, Dr] of every routed
+    layer teach.
     A top-k sees the order of a row of scores and not their scale, so each layer's and selection head's row is standardised
     before its softmax; the target is the mean of these softmaxes, the share of all choosers that want a block.
     ``temperature`` divides level 1's scores, which are cosines. Design: "trained by distillation from level 2's choice".
@@ -225,10 +226,10 @@ class Recall:
 
 @torch.no_grad()
 def candidate_recall(model: CausalLM, windows: Tensor, *, batch_size: int = 4) -> list[Recall]:
-    """One :class:`Recall` per layer over texts int64 [n, L]. Unrestricted: the top K2 with every visible block a candidate."""
+    """One :class:`Recall` per routed layer over texts int64 [n, L]. Unrestricted: the top K2 of all visible blocks."""
     if not model.config.routing.is_two_level:
         raise ConfigError(f"the preset {model.config.routing.preset!r} has no level 1, so no recall; give a two_level model")
-    hits, choices = torch.zeros(2, model.config.num_hidden_layers, 4, dtype=torch.float64)
+    hits, choices = torch.zeros(2, len(model.config.routed_layers), 4, dtype=torch.float64)
     for batch in windows.split(batch_size):
         trace = Trace()
         model(batch, trace)

@@ -5,6 +5,7 @@
     schedule/   many jobs on one device: rows join and leave a running batch
     serve/      the scheduler over HTTP (extra "serve")
     bench/      speed and memory beside a dense twin
+    quality/    facts, copies and loss beside a dense twin and beside sink + window
     cli/        the command line, one module per command
 
 Importing these modules, but for serve/, needs the standard library and numpy only. onnxruntime, tokenizers and rich are

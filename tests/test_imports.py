@@ -61,8 +61,8 @@ LAW: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
 # Rooms on one floor or further down: who stands earlier never imports from who stands later.
 FLOORS = {
     "bilevel.plugins": ("launch", "kernels", "tensorrt", "library"),
-    "bilevel.export": ("graph", "gguf", "decoder", "engine", "report", "check", "cli"),
-    "bilevel.runtime": ("backend", "generate", "schedule", "serve", "bench", "cli"),
+    "bilevel.export": ("graph", "gguf", "route", "decoder", "engine", "report", "check", "quality", "cli"),
+    "bilevel.runtime": ("backend", "generate", "schedule", "serve", "bench", "quality", "cli"),
 }
 HEAVY = ("torch", "triton", "tensorrt", "onnx", "onnxruntime", "onnxscript", "safetensors", "tokenizers", "rich", "cuda")
 

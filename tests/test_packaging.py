@@ -99,6 +99,7 @@ def test_sdist_is_what_the_wheel_is_built_from() -> None:
     assert {
         "bilevel/model.py",
         "bilevel/plugins/csrc/ort/vector.h",
+        "bilevel/runtime/quality/page.css",
         "bilevel/runtime/serve/page.html",
         "bilevel/py.typed",
     } <= files

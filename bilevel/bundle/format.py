@@ -25,7 +25,7 @@
     graph.inputs, .outputs    [{"name", "dtype", "shape"}]; a size is a number or one of batch, new_tokens, capacity and
                               num_blocks (= capacity / block_size)
     graph.state               [{"input", "output"}]: caches, carried from one call to the next
-    graph.routes              optional {"candidates": output or null, "blocks": [output of each layer],
+    graph.routes              optional {"candidates": output or null, "blocks": [blocks.LAYER of each routed layer],
                               "experts": {layer: output}}: what the routers of a call chose, int32 [batch, heads, new_tokens,
                               kept] (experts [batch, new_tokens, kept]), -1 in the unused tail; only where attention is routed
     dense_twin                optional {"file", "operators", "inputs", "outputs", "state"}: the same weights with ordinary

@@ -42,11 +42,17 @@ class FileRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class RouteOutputs:
-    """Names of the outputs that tell what the routers chose; blocks: one per layer, experts: by layer."""
+    """Names of the outputs that tell what the routers chose; blocks: ``blocks.{layer}`` of every routed layer, experts: by
+    layer."""
 
     candidates: str | None
     blocks: tuple[str, ...]
     experts: Mapping[int, str]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The routed layers, in the order of ``blocks``."""
+        return tuple(int(name.rpartition(".")[2]) for name in self.blocks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +186,8 @@ def _routes(routes: Section, outputs: Mapping[str, TensorSpec]) -> RouteOutputs:
     if not blocks or not all(isinstance(n, str) and n in outputs and outputs[n].dtype == "int32" for n in names):
         key = routes.prefix.removesuffix(".")
         raise routes.fail(f"{MANIFEST} gives {key} with outputs {names}, which are not all int32 outputs of the graph")
+    if not all(name.rpartition(".")[2].isdecimal() for name in blocks):
+        raise routes.wrong("blocks", blocks, "names that end in the number of a layer")
     if not all(layer.isdecimal() for layer in experts):
         raise routes.wrong("experts", list(experts), "numbers of layers")
     return RouteOutputs(

@@ -66,6 +66,15 @@ def routed_attention(
     return masked_attention(q, k, v, AttentionMask.of(kept & visible[:, None]), scale)
 
 
+def every_block(num_blocks: int, length: int, past_len: Tensor, new_len: Tensor, block_size: int) -> Tensor:
+    """Routes int32 [B, 1, L, num_blocks] that hold all blocks that a position sees: with them ``routed_attention`` is ordinary
+    causal attention, whose cost follows the tokens there are and not the cache's capacity."""
+    first = torch.arange(num_blocks, device=past_len.device) * block_size
+    offset = torch.arange(length, device=past_len.device)[:, None]
+    seen = (first <= past_len[:, None, None] + offset) & (offset < new_len[:, None, None])
+    return torch.where(seen, torch.arange(num_blocks, device=past_len.device), -1)[:, None].to(torch.int32)
+
+
 def causal_mask(capacity: int, length: int, past_len: Tensor, new_len: Tensor) -> AttentionMask:
     """Ordinary causal attention over the cache: what ``routed_attention`` equals when every block is kept."""
     return AttentionMask.of(visible_tokens(capacity, length, past_len, new_len, True)[:, None])

@@ -126,7 +126,7 @@ class GraphParts:
 
     def layer(self, index: int) -> Part:
         """Layer ``index``: its hidden state and caches in and out."""
-        kinds = ["key", "value", *(["block_key"] if not self.config.routing.is_dense else [])]
+        kinds = ["key", "value", *(["block_key"] if index in self.config.routed_layers else [])]
         outputs = [hidden_name(index + 1), *(f"present.{kind}.{index}" for kind in kinds)]
         return self._cut(f"layer {index}", [hidden_name(index)], outputs, index)
 

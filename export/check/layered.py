@@ -147,7 +147,7 @@ class LayeredModel:
         try:
             for part, module in zip(parts, modules, strict=True):
                 self.checkpoint.fill(self.model, part, self._stored)
-                round_weights(module, self._weights)
+                round_weights(module, self._weights, self.checkpoint.config)
                 module.to(self.dtype)
                 if self._prepare is not None:
                     self._prepare(module)
@@ -193,7 +193,8 @@ class LayeredModel:
         shape = len(text.ids), config.num_key_value_heads
         blocks = text.capacity // text.block_size
         key, value = (torch.zeros(*shape, text.capacity, config.head_dim, dtype=self.dtype) for _ in range(2))
-        block_key = None if config.routing.is_dense else torch.zeros(*shape, blocks, config.head_dim, dtype=self.dtype)
+        width = config.block_key_width
+        block_key = torch.zeros(*shape, blocks, width, dtype=self.dtype) if index in config.routed_layers else None
         state = LayerState(key, value, block_key)
         with self._loaded(f"model.layers.{index}"):
             layer = self.model.model.layers[index]

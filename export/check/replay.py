@@ -127,8 +127,8 @@ class Replay:
             return np.zeros((rows, text.capacity), np.int64)
         if kind == "word_block_key":
             return np.zeros((rows, 1, blocks, config.route_dim), np.float32)
-        size = blocks if kind == "block_key" else text.capacity
-        return np.zeros((rows, config.num_key_value_heads, size, config.head_dim), np.float32)
+        size, width = (blocks, config.block_key_width) if kind == "block_key" else (text.capacity, config.head_dim)
+        return np.zeros((rows, config.num_key_value_heads, size, width), np.float32)
 
     def _forced(self, passage: Passage) -> Arrays:
         """PyTorch's choices under the names that the parts' inputs have; those of other layers are never asked for."""

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bilevel.config import ModelConfig
 from bilevel.expert_layers import ExpertWeights
 from bilevel.export.graph.blocks import BITS, BLOCK, quantise_matrix
+from bilevel.export.graph.quantise import table_bits
 from bilevel.word_router import WordRouter
 
 
@@ -20,13 +22,15 @@ def _rounded_layers(model: nn.Module) -> list[nn.Linear]:
     return [module for module in model.modules() if isinstance(module, nn.Linear) and id(module) not in router]
 
 
-def round_weights(model: nn.Module, weights: str) -> None:
-    """Replace the weights of ``model`` by what the format ``weights`` keeps of them; a tied embedding table stays as it is."""
+def round_weights(model: nn.Module, weights: str, config: ModelConfig) -> None:
+    """Replace the weights of ``model``, a part of a model of ``config``, by what the format ``weights`` keeps of them."""
     if weights == "fp32":
         return
     bits = BITS[weights]
     for layer in _rounded_layers(model):
         layer.weight = nn.Parameter(_rounded(layer.weight, bits), requires_grad=False)
+    for table in (module for module in model.modules() if isinstance(module, nn.Embedding)):
+        table.weight = nn.Parameter(_rounded(table.weight, table_bits(weights, config)), requires_grad=False)
     for experts in (module for module in model.modules() if isinstance(module, ExpertWeights)):
         for stacked in (experts.gate_up_proj, experts.down_proj):
             for weight in stacked.data:

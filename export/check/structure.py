@@ -21,16 +21,15 @@ from bilevel.export.report.judgements import StructureDifference
 
 def expected_nodes(config: ModelConfig, weights: str = "fp32") -> list[tuple[str, str, int | None]]:
     """(name in a report, operator, layer) of every routed node that the model has, its weights in the format ``weights``."""
-    if config.routing.is_dense:
-        attention = []
-    else:
-        router = "FineRoute" if config.routing.is_two_level else "CoarseRoute"
-        attention = [("level 2", router), ("attention", "RoutedAttention")]
+    router = "FineRoute" if config.routing.is_two_level else "CoarseRoute"
+    routed = [("level 2", router)]
+    attention = [] if config.routing.is_dense else [("attention", "RoutedAttention")]
     expert = [("experts", "ExpertRoute"), ("expert output", EXPERTS.name if weights == "fp32" else PACKED_EXPERTS.name)]
     nodes: list[tuple[str, str, int | None]] = [("level 1", "CoarseRoute", None)] if config.routing.is_two_level else []
     for layer in range(config.num_hidden_layers):
         has_experts = config.experts is not None and layer in config.experts.layers
-        nodes += [(f"layer {layer} {name}", op, layer) for name, op in [*attention, *(expert if has_experts else [])]]
+        here = [*(routed if layer in config.routed_layers else []), *attention, *(expert if has_experts else [])]
+        nodes += [(f"layer {layer} {name}", op, layer) for name, op in here]
     return nodes
 
 

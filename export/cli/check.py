@@ -30,6 +30,7 @@ are compared part by part, so that memory holds one part of the model at a time.
   bilevel check my-bundle --against my-checkpoint                    tables
   bilevel check my-bundle --against my-checkpoint --report parity    also a page, parity/index.html, and report.json
   bilevel check my-bundle --against my-checkpoint --tokens 512       a quick look
+  bilevel check my-bundle --against my-checkpoint --adapter DIR      a bundle of bilevel export --adapter
 
 The verdict is recorded in the bundle. Exit status: 0 parity holds, 1 it fails, 2 the check could not run.
 """
@@ -42,6 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="exported bundle")
     parser.add_argument("--against", type=Path, required=True, metavar="CHECKPOINT", help="the checkpoint it came from")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="the adapter that it was exported with")
     parser.add_argument(
         "--data", type=Path, metavar="TEXT", help="UTF-8 text to check on (default: CHECKPOINT/heldout.txt, else random tokens)"
     )
@@ -73,16 +75,19 @@ def main(args: argparse.Namespace) -> int:
         raise RequestError("--summary and --json exclude each other; give one of them")
     for name in ("torch", "onnx", "onnxruntime", "safetensors", "tokenizers", "polygraphy", "jinja2"):
         require(name)
+    from bilevel.bundle.manifest import open_manifest
     from bilevel.export.check.parity import check_bundle
     from bilevel.export.report.write import check_report_folder, write_report
+    from bilevel.export.route.adapter import merged
 
     if args.report is not None:
         check_report_folder(args.report)
+    ignored = open_manifest(args.bundle).get("ignored_keys", list, default=[]) if args.adapter is not None else []
     console = require("rich.console").Console(stderr=True)
-    with console.status("starting") as status:
+    with console.status("starting") as status, merged(args.adapter, args.against, ignored) as checkpoint:
         report = check_bundle(
             args.bundle,
-            args.against,
+            checkpoint,
             data=args.data,
             tokens=args.tokens,
             backend=args.backend,

@@ -30,8 +30,15 @@ then compares with PyTorch over the same rounded weights, and reports apart from
 graph as it is). Routers' scores and expert gates' logits stay fp32, and so do the sums inside softmax and norms. ONNX Runtime's
 CPU provider runs fp16 by casting, slower than fp32, and bf16 not at all.
 
+--adapter joins a dense CHECKPOINT with what bilevel route learned for it, or with the released gates of SeerAttention-R.
+
 An export that is interrupted leaves an existing bundle as it was.
 """
+
+UNTRAINED = (
+    "warning: unless {checkpoint} was trained with the routing section of its config.json, it forgets what was said far above "
+    "(SmolLM2-135M finds LOST); bilevel route {checkpoint} OUT chooses dense layers and keys that remember it"
+)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -67,6 +74,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="pass over this unknown key of config.json, which does not change the result; repeatable, recorded in the bundle",
     )
     parser.add_argument(
+        "--adapter", type=Path, metavar="DIR", help="folder of bilevel route --adapter, or of SeerAttention-R's gates, to join"
+    )
+    parser.add_argument(
         "--triton-repository",
         type=Path,
         metavar="DIR",
@@ -82,13 +92,20 @@ def main(args: argparse.Namespace) -> int:
         require(name)
     from bilevel.export.decoder.bundle import check_target, export_bundle
     from bilevel.export.graph.quantise import describe
+    from bilevel.export.route.adapter import is_untrained, merged
 
     console = require("rich.console").Console(stderr=True)
     started = time.perf_counter()
     check_target(args.bundle, args.force)  # before a model is imported or downloaded
-    with console.status("starting") as status, checkpoint_folder(args.checkpoint, args.bundle, status.update) as checkpoint:
+    with (
+        console.status("starting") as status,
+        checkpoint_folder(args.checkpoint, args.bundle, status.update) as checkpoint,
+        merged(args.adapter, checkpoint, args.ignore_key) as routed,
+    ):
+        if is_untrained(routed):
+            console.print(UNTRAINED.format(checkpoint=args.checkpoint), style="yellow", markup=False, soft_wrap=True)
         report = export_bundle(
-            checkpoint,
+            routed,
             args.bundle,
             force=args.force,
             prefill_chunk=args.prefill_chunk,
@@ -122,5 +139,6 @@ def main(args: argparse.Namespace) -> int:
     if args.checkpoint.is_file():
         print(f"next: bilevel import {args.checkpoint} my-checkpoint, and bilevel check {report.path} --against my-checkpoint")
     else:
-        print(f"next: bilevel check {report.path} --against {checkpoint}")
+        adapter = "" if args.adapter is None else f" --adapter {args.adapter}"
+        print(f"next: bilevel check {report.path} --against {checkpoint}{adapter}")
     return 0

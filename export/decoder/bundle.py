@@ -29,7 +29,7 @@ from bilevel.export.decoder.dense_twin import dense_config, save_dense_twin
 from bilevel.export.decoder.dense_twin_kv8 import cache_ranges, save_int8_cache
 from bilevel.export.graph.nodes import routed_nodes
 from bilevel.export.graph.precision import PRECISIONS, TWIN_PRECISIONS, check_precision
-from bilevel.export.graph.quantise import check_format, quantise_graph
+from bilevel.export.graph.quantise import check_format, quantise_graph, table_bits
 from bilevel.export.graph.schemas import ONNX_OPSET
 from bilevel.export.graph.sessions import load_graph
 from bilevel.export.graph.shared_weights import share_weights
@@ -116,7 +116,8 @@ def _save_graphs(
         on_stage("tracing the dense twin")
         graphs[TWIN_FILE] = save_dense_twin(model, folder / TWIN_FILE)
     on_stage("storing the weights")
-    stored = {name: quantise_graph(folder / name, weights) for name in graphs}[GRAPH_FILE]
+    table = table_bits(weights, model.config) if weights != "fp32" else None
+    stored = {name: quantise_graph(folder / name, weights, table=table) for name in graphs}[GRAPH_FILE]
     share_weights(folder, list(graphs))
     if weights != "fp32":
         graphs = {name: load_graph(folder / name) for name in graphs}

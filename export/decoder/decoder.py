@@ -41,8 +41,8 @@ def state_tensors(config: ModelConfig, dtype: torch.dtype = torch.float32) -> li
     tensors = []
     for i in range(config.num_hidden_layers):
         tensors += [StateTensor(f"{kind}.{i}", ("batch", heads, "capacity", width), dtype) for kind in ("key", "value")]
-        if not config.routing.is_dense:
-            tensors.append(StateTensor(f"block_key.{i}", ("batch", heads, "num_blocks", width), dtype))
+        if i in config.routed_layers:
+            tensors.append(StateTensor(f"block_key.{i}", ("batch", heads, "num_blocks", config.block_key_width), dtype))
     if config.routing.is_two_level:
         tensors.append(StateTensor("token_ids", ("batch", "capacity"), torch.int64))
         tensors.append(StateTensor("word_block_key", ("batch", 1, "num_blocks", config.route_dim), dtype))
@@ -56,7 +56,7 @@ def route_outputs(config: ModelConfig) -> dict[str, Any] | None:
     layers = config.experts.layers if config.experts is not None else ()
     return {
         "candidates": "candidates" if config.routing.is_two_level else None,
-        "blocks": [f"blocks.{i}" for i in range(config.num_hidden_layers)],
+        "blocks": [f"blocks.{i}" for i in config.routed_layers],
         "experts": {str(i): f"experts.{i}" for i in sorted(layers)},
     }
 
@@ -86,7 +86,8 @@ class ExportableDecoder(nn.Module):
         values = iter(past)
         layers: list[Any] = [None] * config.num_hidden_layers
         for index in self.traced:
-            layers[index] = LayerState(next(values), next(values), None if config.routing.is_dense else next(values))
+            block_key = index in config.routed_layers
+            layers[index] = LayerState(next(values), next(values), next(values) if block_key else None)
         state = DecoderState(layers, *((next(values), next(values)) if config.routing.is_two_level else ()))
         trace = Trace()
         logits, state = self.model.step(input_ids, past_len, new_len, state, trace)

@@ -27,6 +27,7 @@ from bilevel.bundle.format import Bundle
 from bilevel.contract import GPU_OPS
 from bilevel.errors import EngineError
 from bilevel.export.engine.cache_writes import write_in_place
+from bilevel.export.engine.dense_layers import say_as_attention
 from bilevel.export.engine.memory import Estimate
 from bilevel.export.engine.network import Limits
 from bilevel.export.engine.older_operators import lower_operators
@@ -154,6 +155,7 @@ def _prepare_model(plan: Plan, scratch: Path) -> tuple[Path, int]:
         by_plugin=not has_cache_layer(plan.flavour),
         with_long_updates=crashes_on_short_updates(plan.flavour),
     )
+    say_as_attention(model)
     lower_operators(model, plan.flavour)
     if plan.plugins.source != NO_PLUGINS and must_strip_functions(plan.flavour):
         kept = [function for function in model.functions if function.name not in _PLUGIN_OPS]

@@ -5,41 +5,18 @@ What they mean is ONNX's definition of them; types are left as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto
 
 from bilevel.errors import EngineError
+from bilevel.export.engine.replacement import Nodes, Replacement
 from bilevel.export.engine.versions import Flavour, has_attention, has_opset_23
 
-Nodes = list[onnx.NodeProto]
 
-
-class _Graph:
-    """Makes the nodes and constants that replace one node."""
-
-    def __init__(self, graph: onnx.GraphProto, node: onnx.NodeProto) -> None:
-        self.graph, self.node, self.nodes = graph, node, Nodes()
-        self.attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-
-    def constant(self, name: str, values: Sequence[int] | Sequence[float], dtype: type[np.generic]) -> str:
-        """A constant, one for all nodes that replace their like."""
-        name = f"{self.node.op_type}.{name}"
-        if not any(each.name == name for each in self.graph.initializer):
-            self.graph.initializer.append(numpy_helper.from_array(np.array(values, dtype), name))
-        return name
-
-    def add(self, op: str, *inputs: str, outputs: Sequence[str] = (), **attributes: Any) -> str:
-        """A node; the name of its first output."""
-        names = list(outputs) or [f"{self.node.output[0]}.{len(self.nodes)}.{op}"]
-        self.nodes.append(helper.make_node(op, inputs, names, f"{self.node.name}.{len(self.nodes)}", **attributes))
-        return names[0]
-
-
-def _rms_normalization(make: _Graph) -> None:
+def _rms_normalization(make: Replacement) -> None:
     """x / sqrt(mean(x * x) + epsilon) * scale over the last axis, in fp32 up to the scale."""
     x, scale = make.node.input
     if make.attributes.get("axis", -1) != -1 or make.attributes.get("stash_type", 1) != TensorProto.FLOAT:
@@ -51,7 +28,7 @@ def _rms_normalization(make: _Graph) -> None:
     make.add("Mul", make.add("CastLike", normal, x), scale, outputs=make.node.output)
 
 
-def _rotary_embedding(make: _Graph) -> None:
+def _rotary_embedding(make: Replacement) -> None:
     """Heads of two halves, [B, H, L, D], rotated by cos and sin [B, L, D/2]."""
     x, cos, sin, *positions = make.node.input
     if any(positions) or make.attributes.get("interleaved", 0) or make.attributes.get("rotary_embedding_dim", 0):
@@ -65,7 +42,10 @@ def _rotary_embedding(make: _Graph) -> None:
     make.add("Concat", real, imaginary, outputs=make.node.output, axis=-1)
 
 
-_FORMS: dict[str, Callable[[_Graph], None]] = {"RMSNormalization": _rms_normalization, "RotaryEmbedding": _rotary_embedding}
+_FORMS: dict[str, Callable[[Replacement], None]] = {
+    "RMSNormalization": _rms_normalization,
+    "RotaryEmbedding": _rotary_embedding,
+}
 
 
 def lower_operators(model: onnx.ModelProto, flavour: Flavour) -> None:
@@ -73,7 +53,7 @@ def lower_operators(model: onnx.ModelProto, flavour: Flavour) -> None:
     graph = model.graph
     if not has_attention(flavour) and any(node.op_type == "Attention" for node in graph.node):
         raise EngineError(
-            f"{flavour.backend} {flavour.version_text} has no attention, which this dense model needs; install TensorRT 10.14 "
+            f"{flavour.backend} {flavour.version_text} has no attention, which dense layers need; install TensorRT 10.14 "
             "or newer"
         )
     if has_opset_23(flavour):
@@ -83,7 +63,7 @@ def lower_operators(model: onnx.ModelProto, flavour: Flavour) -> None:
         if node.domain or node.op_type not in _FORMS:
             nodes.append(node)
             continue
-        make = _Graph(graph, node)
+        make = Replacement(graph, node)
         _FORMS[node.op_type](make)
         nodes += make.nodes
     del graph.node[:]

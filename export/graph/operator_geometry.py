@@ -10,7 +10,7 @@ from onnx import helper
 from bilevel.bundle.tensors import ONNX_DTYPES, PRECISIONS
 from bilevel.contract import BY_NAME, GPU_OPS, WRITE_CACHE, Op
 from bilevel.errors import ExportError
-from bilevel.export.graph.nodes import routed_nodes
+from bilevel.export.graph.nodes import dense_nodes, routed_nodes
 from bilevel.plugins.launch.plans import RUNTIME_SIZES
 from bilevel.plugins.library.build import KernelRequest
 
@@ -78,7 +78,9 @@ def read_requests(graph_file: Path) -> list[KernelRequest]:
     writes = [
         node for node in graph.node if node.op_type == "ScatterND" and node.input[0] in inputs and node.output[0] in outputs
     ]
-    pairs = [(op, node) for node in routed_nodes(graph) if (op := BY_NAME[node.op_type]) in GPU_OPS]
+    dense = {node.name for node in dense_nodes(graph)}  # ordinary attention in an engine (``export/engine/dense_layers.py``)
+    routed = [node for node in routed_nodes(graph) if node.name not in dense]
+    pairs = [(op, node) for node in routed if (op := BY_NAME[node.op_type]) in GPU_OPS]
     pairs += [(WRITE_CACHE, _as_write(node)) for node in writes if ONNX_DTYPES.get(known[node.input[0]][0]) in PRECISIONS]
     for op, node in pairs:
         request = _request(op, node, known)

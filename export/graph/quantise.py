@@ -1,5 +1,6 @@
-"""Smaller weights: the constant operands of a graph's matrix products in 8 or 4 bits, through ONNX Runtime's MatMulNBits, and
-its experts, through our own RoutedExpertsQuantized (``quantise_experts``).
+"""Smaller weights: the constant operands of a graph's matrix products in 8 or 4 bits, through ONNX Runtime's MatMulNBits, its
+embedding table, through GatherBlockQuantized (``quantise_table``), and its experts, through our own RoutedExpertsQuantized
+(``quantise_experts``).
 
 Weight-only: every 32 weights along the contraction share a scale and a zero point and lie within half a step of the original;
 activations stay fp32 in the file, and at run time ONNX Runtime rounds them to 8 bits inside the product (accuracy level 4); the
@@ -8,8 +9,8 @@ Asymmetric, because that costs no time and at 4 bits more than halves what round
 (0.0034 nats against 0.0089 symmetric; at 8 bits both are below 0.0002).
 
 What a product is for decides, not its name. Quantised: everything that lies on the way to the logits. Kept in fp32: what only a
-router reads (its scores choose, and a choice cannot be a little wrong), the embedding table (level 1 reads it; a tied head gets
-a copy of its own) and the norms.
+router reads (its scores choose, and a choice cannot be a little wrong) and the norms. The embedding table has 8 bits in both
+formats where level 1 compares its rows, else those of the format: a tied head then has the same codes, which are stored once.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ import numpy as np
 import onnx
 import onnx_ir
 
+from bilevel.config import ModelConfig
 from bilevel.contract import DOMAIN
 from bilevel.errors import ExportError
 from bilevel.export.graph.blocks import BITS, BLOCK, Quantised, quantise_matrix
 from bilevel.export.graph.quantise_experts import quantise_experts
+from bilevel.export.graph.quantise_table import quantise_tables
 
 FORMATS = ("fp32", *BITS)
 INT8_ACTIVATIONS, FP32_ACTIVATIONS = 4, 1  # values of MatMulNBits' accuracy_level
@@ -116,8 +119,6 @@ def _drop_unused(graph: onnx_ir.Graph) -> None:
 def _role(value: onnx_ir.Value) -> str:
     """What a weight that stays in fp32 is for."""
     users = {node.op_type for node, _ in value.uses()}
-    if users & {"Gather", "GatherND"}:
-        return "token embedding"
     return "router projections" if users & {"MatMul", "Gemm", "Transpose"} else "norms and tables"
 
 
@@ -132,12 +133,18 @@ def _kept(graph: onnx_ir.Graph) -> dict[str, int]:
     return dict(sorted(kept.items()))
 
 
-def quantise_graph(path: Path, weights: str, output: str = "logits") -> dict[str, Any]:
+def table_bits(weights: str, config: ModelConfig) -> int:
+    """Bits of the embedding table in a format of small weights."""
+    return 8 if config.routing.is_two_level else BITS[weights]
+
+
+def quantise_graph(path: Path, weights: str, output: str = "logits", table: int | None = None) -> dict[str, Any]:
     """Rewrite the ONNX file at ``path`` and its external weights in the format ``weights``; returns its entry in the manifest.
 
-    output: the graph output that the products to be quantised lead to. Weights are read one at a time, so that memory holds the
-    small ones and a single large one. The result: format, bits, block, activations, quantised (how many products), experts (how
-    many layers of them), kept_fp32 {what for: bytes}. Raises ExportError when there is nothing to quantise.
+    output: the graph output that the products to be quantised lead to. table: bits of the embedding table (None: those of the
+    format). Weights are read one at a time, so that memory holds the
+    small ones and a single large one. The result: format, bits, block, activations, quantised (how many products), table (its
+    bits), experts (how many layers of them), kept_fp32 {what for: bytes}. Raises ExportError when there is nothing to quantise.
     """
     check_format(weights)
     if weights == "fp32":
@@ -161,6 +168,8 @@ def quantise_graph(path: Path, weights: str, output: str = "logits") -> dict[str
         count += 1
     if not count:
         raise ExportError(f"the graph has no matrix product with constant weights to store as {weights}; use --weights fp32")
+    table = BITS[weights] if table is None else table
+    tables = quantise_tables(graph, table, {name: matrix for (name, transposed), matrix in done.items() if transposed})
     experts = quantise_experts(model, [node for node in graph if node in wanted], bits)
     _drop_unused(graph)
     model.opset_imports[_MICROSOFT] = 1
@@ -171,6 +180,7 @@ def quantise_graph(path: Path, weights: str, output: str = "logits") -> dict[str
         "block": BLOCK,
         "activations": "int8",
         "quantised": count,
+        **({"table": table} if tables else {}),
         "experts": experts,
         "kept_fp32": _kept(graph),
     }
@@ -201,4 +211,5 @@ def describe(weights: Mapping[str, Any]) -> str:
         return "fp32"
     kept = ", ".join(f"{name} {size / 1e6:.2g} MB" for name, size in weights["kept_fp32"].items())
     experts = f" and {count} layers of experts" if (count := weights.get("experts")) else ""
-    return f"{weights['format']} in {weights['quantised']} matrix products{experts}; in fp32 stay: {kept}"
+    table = f" and the embedding table ({bits} bits)" if (bits := weights.get("table")) else ""
+    return f"{weights['format']} in {weights['quantised']} matrix products{table}{experts}; in fp32 stay: {kept}"

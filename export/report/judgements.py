@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from bilevel.export.report.schema import Count, Rate, Record, limits
+from bilevel.bundle.records import Count, Rate, Record, limits
 
 Level = Literal[1, 2, "experts"]
 Measure = Annotated[float | None, limits(minimum=0)]

@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from bilevel.bundle.records import Count, Positive, Record, Schema, json_schema, limits, read_record
 from bilevel.errors import RequestError
 from bilevel.export.report.judgements import (
     Activations,
@@ -21,7 +22,6 @@ from bilevel.export.report.judgements import (
     StructureDifference,
     TensorResult,
 )
-from bilevel.export.report.schema import Count, Positive, Record, Schema, json_schema, limits, read_record
 
 SCHEMA_VERSION = 2
 WEIGHTS = ("fp32", "int8", "int4")

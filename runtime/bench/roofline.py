@@ -108,6 +108,9 @@ class Geometry:
         self.layers = int(config["num_hidden_layers"])
         self.query_heads, self.heads = int(config["num_attention_heads"]), int(config["num_key_value_heads"])
         self.width = int(config["head_dim"])
+        # Of the layers: those whose words choose what they read. A block's bounds are two vectors.
+        self.routed_layers = 0 if self.routing["preset"] == "dense" else self.layers - len(self.routing.get("dense_layers", ()))
+        self.key_width = self.width * (2 if self.routing.get("key") == "bounds" else 1)
 
     @property
     def num_weights(self) -> int:
@@ -147,17 +150,18 @@ class Geometry:
         """Bytes of one number in a side's caches."""
         return self.twin_cache_bytes if is_twin else self.float_bytes
 
-    def attended(self, length: int, is_twin: bool) -> int:
-        """Tokens that the last of ``length`` tokens reads in every layer."""
-        if is_twin or self.routing["preset"] == "dense":
+    def attended(self, length: int, is_twin: bool) -> float:
+        """Tokens that the last of ``length`` tokens reads, averaged over the layers."""
+        if is_twin or not self.routed_layers:
             return length
         size, num_blocks = int(self.routing["block_size"]), int(self.routing["topk"])
         own = (length - 1) % size + 1
-        return min(length, (num_blocks - 1) * size + own)
+        routed = min(length, (num_blocks - 1) * size + own)
+        return length + (routed - length) * self.routed_layers / self.layers
 
     def scored(self, length: int, is_twin: bool) -> tuple[int, int]:
-        """(level 1's, level 2's) block keys that the last of ``length`` tokens is compared with: complete past blocks."""
-        if is_twin or self.routing["preset"] == "dense":
+        """(level 1's, a routed layer's) block keys that the last of ``length`` tokens is compared with: complete past ones."""
+        if is_twin or not self.routed_layers:
             return 0, 0
         blocks = (length - 1) // int(self.routing["block_size"])
         if self.routing["preset"] != "two_level":
@@ -169,10 +173,10 @@ class Geometry:
         tokens, (level_1, level_2) = self.attended(context + 1, is_twin), self.scored(context + 1, is_twin)
         route_width = int(self.routing.get("route_dim") or self.config["hidden_size"])
         cached = 2 * self.layers * self.heads * self.width * tokens * self._cache_bytes(is_twin)
-        scored = self.float_bytes * (self.layers * self.heads * self.width * level_2 + level_1 * route_width)
+        keys = self.routed_layers * self.heads * self.key_width * level_2
+        scored = self.float_bytes * (keys + level_1 * route_width)
         num_bytes = self.weight_bytes + cached + scored
-        per_layer = self.query_heads * self.width * (2 * tokens + level_2)
-        flops = 2 * (self.num_weights + self.layers * per_layer + level_1 * route_width)
+        flops = 2 * (self.num_weights + self._products(tokens, level_2) + level_1 * route_width)
         return Work(num_bytes, flops)
 
     def prefill(self, length: int, chunk: int, is_twin: bool) -> Work:
@@ -185,6 +189,10 @@ class Geometry:
         route_width = int(self.routing.get("route_dim") or self.config["hidden_size"])
         cached = sum(min((call + 1) * chunk, length) for call in range(calls)) * 2 * self.heads * self.width * self.layers
         num_bytes = calls * self.weight_bytes + cached * self._cache_bytes(is_twin)
-        per_layer = self.query_heads * self.width * (2 * attended + level_2)
         weights = length * (self.num_weights - head) + calls * head
-        return Work(num_bytes, 2 * (weights + self.layers * per_layer + level_1 * route_width))
+        return Work(num_bytes, 2 * (weights + self._products(attended, level_2) + level_1 * route_width))
+
+    def _products(self, tokens: float, blocks: int) -> float:
+        """Multiplications of queries in all layers: with ``tokens`` keys and values, with ``blocks`` keys of blocks."""
+        read = self.layers * self.width * 2 * tokens
+        return self.query_heads * (read + self.routed_layers * self.key_width * blocks)

@@ -82,8 +82,15 @@ class Side:
             if name.split(".")[1] == "block_key":
                 for head, blocks in enumerate(cache[0]):
                     keys = decode(state[name.replace("block_key", "key")][0, head], dtypes[name])
-                    blocks[:] = encode(keys.reshape(-1, size, keys.shape[-1]).mean(1), dtypes[name])
+                    blocks[:] = encode(self._pooled(keys.reshape(-1, size, keys.shape[-1]), random), dtypes[name])
         self._generation = self._start([*[0] * context, int(random.integers(self.bundle.vocab_size))], context)
+
+    def _pooled(self, blocks: NDArray[np.float32], random: np.random.Generator) -> NDArray[np.float32]:
+        """The blocks' keys [N, Dr] of keys [N, R, D]; a gate's are random, as its projection is in the graph alone."""
+        kind = (self.bundle.config.get("routing") or {}).get("key", "mean")
+        if kind == "bounds":
+            return np.concatenate([blocks.max(1), blocks.min(1)], axis=-1)
+        return blocks.mean(1) if kind == "mean" else random.standard_normal(blocks[:, 0].shape, dtype=np.float32)
 
     def _start(self, prompt: list[int], num_cached: int) -> Generation:
         """A generation of one row, of whose prompt ``num_cached`` tokens count as read."""

@@ -19,7 +19,12 @@ from bilevel.errors import BilevelError, MissingDependency, require
 COMMANDS = {
     "export": ("bilevel.export.cli.export", "PyTorch checkpoint to ONNX bundle"),
     "import": ("bilevel.export.cli.import_gguf", "GGUF file to checkpoint: weights, tokenizer, chat template"),
+    "route": ("bilevel.export.cli.route", "dense checkpoint to a routed one: calibration alone, or trained gates"),
     "check": ("bilevel.export.cli.check", "prove that a bundle computes what its checkpoint computes, routes included"),
+    "quality": (
+        "bilevel.runtime.cli.quality",
+        "what routing costs: hidden facts, copies, loss, beside dense and sink + window",
+    ),
     "kernels": ("bilevel.export.cli.kernels", "the library of GPU kernels for a bundle, for boards and GPUs; needs none"),
     "build": ("bilevel.export.cli.build", "an engine of TensorRT or TensorRT-RTX from a bundle"),
     "run": ("bilevel.runtime.cli.run", "generate text, streaming to the terminal"),
@@ -36,6 +41,7 @@ from a checkpoint to text:
   bilevel run my-bundle "Once upon a time"          text, on a machine that needs no PyTorch
   bilevel serve my-bundle                           the same for many users, over HTTP
   bilevel bench my-bundle                           what it costs on this machine, and what a dense model would cost
+  bilevel quality my-bundle                         what routing costs in quality on this model
   bilevel inspect my-bundle                         geometry, routing, files, memory per token
 
 bilevel COMMAND --help explains a command. Exit status: 0 success, 1 a check failed, 2 bad input, 130 interrupted.

@@ -21,7 +21,7 @@ from bilevel.runtime.generate.sampling import SamplingParams, TokenLogprobs
 class TokenRoutes:
     """What one generated token's last word read. candidates: blocks of level 1, ascending (empty without level 1).
 
-    blocks: int32 [layers, Hs, K2], -1 in the unused tail. experts: {layer: ids [k]}. position: the word's place in the text.
+    blocks: int32 [routed layers, Hs, K2], -1 in the unused tail. experts: {layer: ids [k]}. position: of the word in the text.
     """
 
     position: int

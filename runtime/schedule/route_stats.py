@@ -25,8 +25,9 @@ class RouteStats:
         assert bundle.graph.routes is not None
         routing, self._size = bundle.config.get("routing", {}), bundle.block_size
         self._init, self._local = int(routing.get("init_blocks", 1)), int(routing.get("local_blocks", 1))
-        num_layers, num_blocks = len(bundle.graph.routes.blocks), -(-capacity // self._size)
-        self.layers, self.expert_layers = range(num_layers), sorted(bundle.graph.routes.experts)
+        self.layers, self.expert_layers = bundle.graph.routes.layers, sorted(bundle.graph.routes.experts)
+        num_layers, num_blocks = len(self.layers), -(-capacity // self._size)
+        self._index = {layer: index for index, layer in enumerate(self.layers)}
         num_experts = int(bundle.config.get("experts", {}).get("num_experts", 0))
         self._read, self._visible = np.zeros(num_layers), 0.0
         self._chosen = np.zeros((num_layers, num_blocks))
@@ -51,7 +52,7 @@ class RouteStats:
                 np.add.at(self._experts[layer], ids[line, 0], 1.0)
 
     def _count(self, blocks: NDArray[np.int32], position: int) -> None:
-        """One word: blocks [layers, Hs, K]."""
+        """One word: blocks [routed layers, Hs, K]."""
         num_layers, num_heads = blocks.shape[:2]
         tokens = np.clip(position + 1 - blocks * self._size, 0, self._size)
         self._read += np.where(blocks >= 0, tokens, 0).sum((1, 2)) / num_heads
@@ -65,17 +66,17 @@ class RouteStats:
         np.add.at(self._chosen, (layer[is_choice], blocks[is_choice]), 1 / num_heads)
 
     def attended(self, layer: int) -> float:
-        """Tokens that a word reads, of those before and including it: 0 to 1."""
-        return float(self._read[layer] / self._visible) if self._visible else float("nan")
+        """Tokens that a word reads in a routed layer, of those before and including it: 0 to 1."""
+        return float(self._read[self._index[layer]] / self._visible) if self._visible else float("nan")
 
     def blocks_hit(self, layer: int) -> float:
         """Blocks that were chosen lately, of those that could have been: 0 to 1."""
         could = self._open > 1e-3
-        return float((self._chosen[layer][could] > 1e-6).mean()) if could.any() else float("nan")
+        return float((self._chosen[self._index[layer]][could] > 1e-6).mean()) if could.any() else float("nan")
 
     def entropy(self, layer: int) -> float:
         """Entropy of the chosen blocks over that of choosing evenly among those that could be chosen: 0 to about 1."""
-        return _ratio(_entropy(self._chosen[layer]), _entropy(self._open))
+        return _ratio(_entropy(self._chosen[self._index[layer]]), _entropy(self._open))
 
     def experts_hit(self, layer: int) -> float:
         """Experts that were used lately, of all: 0 to 1."""

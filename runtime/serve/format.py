@@ -37,7 +37,7 @@ def prompt_blocks(tokenizer: Tokenizer, prompt: Sequence[int], size: int) -> lis
 def routes_of(routes: TokenRoutes | None) -> dict[str, Any] | None:
     """What the last word of the context read when a token was chosen.
 
-    blocks: for each layer the blocks that any head read, ascending. candidates: level 1's. experts: {layer: ids}.
+    blocks: for each routed layer the blocks that any head read, ascending. candidates: level 1's. experts: {layer: ids}.
     """
     if routes is None:
         return None

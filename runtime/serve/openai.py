@@ -128,9 +128,11 @@ async def _events(service: Service, request: Request, asked: Sampling, answers: 
     # What is the same in the event of every token is written once: a fast model makes a thousand a second.
     head, _, tail = _event({**form.header, "choices": [0], **extra}).rpartition(b"0")
     if asked.routes:
-        size = service.scheduler.bundle.block_size
+        bundle = service.scheduler.bundle
+        size, routes = bundle.block_size, bundle.graph.routes
         blocks = [prompt_blocks(service.tokenizer, choice.job.prompt, size) for choice in answers.choices]
-        yield _event({**form.header, "choices": [], "block_size": size, "prompt_blocks": blocks})
+        layers = list(routes.layers) if routes else []
+        yield _event({**form.header, "choices": [], "block_size": size, "prompt_blocks": blocks, "routed_layers": layers})
     for choice in answers.choices:
         if (opening := form.opening(choice)) is not None:
             yield _event({**form.header, "choices": [opening], **extra})

@@ -32,6 +32,15 @@ MODELS: dict[str, tuple[Routing, dict[str, Any]]] = {
     ),
     "moba-R4-Hkv1": (Routing(preset="moba", block_size=4, topk=2), {"num_key_value_heads": 1}),
     "moba_gqa-R5": (Routing(preset="moba_gqa", block_size=5, topk=3), {"model_type": "llama"}),
+    "moba_gqa-R4-gate-dense0": (
+        Routing(preset="moba_gqa", block_size=4, topk=3, key="gate", dense_layers=(0,)),
+        {"rotary_dim": 6, "num_hidden_layers": 3, "nope_layers": (2,)},
+    ),
+    "two_level-R3-bounds-local2": (
+        Routing(block_size=3, coarse_topk=5, topk=3, key="bounds", coarse_local_blocks=2, dense_layers=(1,)),
+        {},
+    ),
+    "moba-R4-bounds": (Routing(preset="moba", block_size=4, topk=3, key="bounds"), {}),
     "dense-experts": (Routing(preset="dense", block_size=4), {"experts": EXPERTS, "tie_word_embeddings": True}),
 }
 ROUTED = [name for name in MODELS if not name.startswith("dense")]
@@ -175,7 +184,8 @@ def test_forward_keeping_every_block_equals_dense(name: str, length: int) -> Non
     routing = MODELS[name][0]
     wide = make_model(name, routing=Routing(**{**vars(routing), "coarse_topk": 30, "topk": 29}))
     dense = CausalLM(ModelConfig(**{**vars(wide.config), "routing": Routing(preset="dense")})).eval()
-    dense.load_state_dict({key: value for key, value in wide.state_dict().items() if "word_router" not in key})
+    routers = ("word_router", "block_keys")
+    dense.load_state_dict({key: value for key, value in wide.state_dict().items() if not any(r in key for r in routers)})
     ids = random_ids(2, length)
     torch.testing.assert_close(wide(ids), dense(ids), atol=1e-5, rtol=1e-5)
 
@@ -199,7 +209,11 @@ def test_word_router_definition(name: str) -> None:
     torch.testing.assert_close(trace.word_query, query)
     torch.testing.assert_close(trace.word_block_key[:, :, :complete], key[:, :, :complete])
     lengths = torch.tensor([0], dtype=torch.int32), torch.tensor([23], dtype=torch.int32)
-    forced = {"init_blocks": routing.init_blocks, "local_blocks": routing.local_blocks, "causal": 1}
+    forced = {
+        "init_blocks": routing.init_blocks,
+        "local_blocks": routing.coarse_local_blocks or routing.local_blocks,
+        "causal": 1,
+    }
     expected = reference.coarse_route(
         query, key, *lengths, block_size=routing.block_size, topk=routing.coarse_topk, num_selection_heads=1, **forced
     )
@@ -255,11 +269,12 @@ def test_moba_presets_equal_the_paper(preset: str, topk: int, num_key_value_head
 
 @pytest.mark.parametrize("name", MODELS)
 def test_forward_gradients_reach_every_weight(name: str) -> None:
-    """All but those of the choices themselves: a top-k passes no gradient to level 1's projection and the centroids."""
+    """All but those of the choices themselves: a top-k passes no gradient to level 1, to a gate and to the centroids."""
     model = make_model(name).train()
     F.cross_entropy(model(random_ids(2, 23)).flatten(0, 1), random_ids(2, 23).flatten()).backward()
     without = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
-    assert [key for key in without if not key.endswith(("word_router.proj.weight", "group_centroid"))] == []
+    choosers = ("word_router.", "group_centroid", ".block_keys.")
+    assert [key for key in without if not any(part in key for part in choosers)] == []
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 

@@ -28,6 +28,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "model_type": "qwen3",
     },
     "moba": {"routing": Routing(preset="moba", block_size=BLOCK_SIZE, topk=3, init_blocks=0), "tie_word_embeddings": True},
+    "gate": {"routing": Routing(preset="moba_gqa", block_size=BLOCK_SIZE, topk=3, key="gate", dense_layers=(0,))},
+    "bounds": {
+        "routing": Routing(
+            block_size=BLOCK_SIZE, coarse_topk=6, topk=3, key="bounds", coarse_local_blocks=2, route_dim=6, dense_layers=(1,)
+        )
+    },
     "dense": {"routing": Routing(preset="dense", block_size=BLOCK_SIZE)},
 }
 

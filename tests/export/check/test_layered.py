@@ -97,7 +97,7 @@ def test_choices_of_another_model_are_obeyed(exported: Exported) -> None:
 def test_small_weights_are_rounded_part_by_part(exported: Exported) -> None:
     checkpoint, text = exported("moba")[0], make_text([])
     model = load_model(checkpoint)
-    round_weights(model, "int4")
+    round_weights(model, "int4", model.config)
     layered = LayeredModel(Checkpoint(checkpoint), weights="int4")
     with torch.no_grad():
         expected = model(torch.from_numpy(text.ids[:1]))[0]

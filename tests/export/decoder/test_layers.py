@@ -34,6 +34,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "nope_layers": (2,),
         "qk_norm": "head",
     },
+    "gates beside dense layers": {
+        "num_hidden_layers": 4,
+        "routing": Routing(preset="moba_gqa", block_size=4, topk=3, key="gate", dense_layers=(1, 3)),
+    },
     "biases, bf16": {"routing": MOBA, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
     "dense, norm of all heads, some channels turn": {
         "routing": Routing(preset="dense", block_size=4),

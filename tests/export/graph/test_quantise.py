@@ -150,8 +150,9 @@ def test_products_compute_with_the_rounded_weight(tmp_path: Path, product: str, 
     assert np.abs(exact - original).max() <= {"int8": 0.02, "int4": 0.3}[weights] * scale
 
 
-def test_a_routers_own_product_and_the_table_stay(tmp_path: Path) -> None:
-    """What only a router reads stays fp32, a table that is also the head's weight stays beside the head's rounded copy."""
+@pytest.mark.parametrize("table", [None, 8])
+def test_a_routers_own_product_stays(tmp_path: Path, table: int | None) -> None:
+    """What only a router reads stays fp32. A table that is also the head's weight has the head's codes, or 8 bits."""
     weights = {
         "table": random(50, 40),
         "proj": random(40, 8),
@@ -169,13 +170,19 @@ def test_a_routers_own_product_and_the_table_stay(tmp_path: Path) -> None:
     ]
     register_schemas()  # as any export does: the checker then holds the nodes to the contract
     path = save(tmp_path / "model.onnx", nodes, weights)
-    report = quantise_graph(path, "int4")
+    report = quantise_graph(path, "int4", table=table)
     kinds = op_types(path)
     assert (kinds["q"], kinds["v"], kinds["logits"]) == ("MatMul", "MatMulNBits", "MatMulNBits")
-    assert report["quantised"] == 2
-    assert report["kept_fp32"] == {"router projections": 40 * 8 * 4, "token embedding": 50 * 40 * 4}
+    assert (kinds["e.padded"], kinds["e"]) == ("GatherBlockQuantized", "Slice")
+    assert report["quantised"] == 2 and report["table"] == (table or 4)
+    assert report["kept_fp32"] == {"router projections": 40 * 8 * 4}
     kept = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
-    assert (kept["table"] == weights["table"]).all() and (kept["proj"] == weights["proj"]).all()
+    assert (kept["proj"] == weights["proj"]).all() and "table" not in kept
+    rows = kept[f"table.rows.int{table or 4}.codes"]
+    if table is None:
+        assert rows.tobytes() == kept["table.transposed.int4.codes"].tobytes()
+    unpacked = run_rows(path, np.arange(50))
+    assert np.abs(unpacked - weights["table"]).max() <= (0.15 if table is None else 0.01) * np.abs(weights["table"]).max()
 
 
 @pytest.mark.parametrize(
@@ -212,6 +219,20 @@ def test_equal_graphs_give_equal_bytes(tmp_path: Path) -> None:
     assert contents[0] == contents[1] and sorted(contents[0]) == ["model.data", "model.onnx"]
 
 
+def run_rows(path: Path, ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """What the graph's table gives for ``ids``, by ONNX Runtime."""
+    model = onnx.load(path)
+    kept = [node for node in model.graph.node if node.output[0] in ("e", "e.padded")]
+    out = helper.make_tensor_value_info("e", onnx.TensorProto.FLOAT, None)
+    given = helper.make_tensor_value_info("ids", onnx.TensorProto.INT64, ["n"])
+    weights = [tensor for tensor in model.graph.initializer if tensor.name.startswith(("table", "e."))]
+    graph = helper.make_graph(kept, "rows", [given], [out], weights)
+    opsets = [opset for opset in model.opset_import if opset.domain in ("", "com.microsoft")]
+    part = helper.make_model(graph, opset_imports=opsets, ir_version=model.ir_version)
+    (rows,) = ort.InferenceSession(part.SerializeToString()).run(None, {"ids": ids})
+    return np.asarray(rows)
+
+
 # One bundle
 
 
@@ -220,7 +241,8 @@ def test_export_bundle_with_smaller_weights(exported: Exported, weights: str) ->
     folder = exported("two_level", weights)[1]
     bundle, plain = load_bundle(folder), load_bundle(exported("two_level")[1])
     assert bundle.weights["format"] == weights and plain.weights == {"format": "fp32"}
-    assert set(bundle.weights["kept_fp32"]) == {"norms and tables", "router projections", "token embedding"}
+    assert set(bundle.weights["kept_fp32"]) == {"norms and tables", "router projections"}
+    assert bundle.weights["table"] == 8, "level 1 compares its rows"
     kinds = list(op_types(folder / "model.onnx").values())
     assert kinds.count("MatMulNBits") == bundle.weights["quantised"] > 0
     # The word router's projection (used twice), an expert gate and its group centroids.
@@ -236,7 +258,7 @@ def test_inspect_shows_the_weights(exported: Exported, capsys: pytest.CaptureFix
     folder = exported("two_level", "int4")[1]
     assert main(["inspect", str(folder)]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert "format int4" in lines and "block 32" in lines and any(line.startswith("fp32: token embedding") for line in lines)
+    assert "format int4" in lines and "block 32" in lines and "table 8" in lines
     assert main(["inspect", "--json", str(folder)]) == 0
     assert json.loads(capsys.readouterr().out)["weights"] == load_bundle(folder).weights
 

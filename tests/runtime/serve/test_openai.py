@@ -219,6 +219,7 @@ def test_routes_name_the_blocks_of_the_prompt(exported: object) -> None:
         assert "".join(opening["prompt_blocks"][0]) == prompt
         num_prompt = len(Tokenizer.from_file(str(bundle / "tokenizer.json")).encode(prompt).ids)
         assert len(opening["prompt_blocks"][0]) == -(-num_prompt // size)
+        assert opening["routed_layers"] == list(range(len(chunks[0]["choices"][0]["routes"]["blocks"])))
         for place, chunk in enumerate(chunks):
             routes = chunk["choices"][0]["routes"]
             position = num_prompt - 1 + place

@@ -1,0 +1,185 @@
+"""Which layers stay dense, which keys and which budget, by what hidden facts and repeated passages cost in nats.
+
+A context is read once by the dense model; only the questions behind it are then asked again and again, with one layer after
+the other dense or routed. What is found so is judged anew by ``facts.evaluate``, where the context is read routed too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bilevel.config import ModelConfig, Routing
+from bilevel.errors import ConfigError
+from bilevel.export.route.facts import Score, answer_nats, pack, score
+from bilevel.export.route.rows import Case
+from bilevel.export.route.walk import Chooser, Choosers, Packed, Prefix, ask, make_choosers, read
+from bilevel.model import CausalLM
+
+_CONTENDERS = 6  # layers that are tried again after the first round
+Gates = Mapping[int, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One choice and what it scored, for the log."""
+
+    routing: Routing
+    score: Score
+
+
+@dataclass
+class Calibration:
+    """The choice, the share of the context's tokens that it reads, and everything that was tried."""
+
+    routing: Routing
+    share: float
+    dense: Score
+    tried: list[Tried] = field(default_factory=list)
+
+
+def share_read(routing: Routing, num_layers: int, context: int) -> float:
+    """The share of ``context`` tokens that a word behind them reads, over all layers."""
+    blocks = context / routing.block_size
+    dense = len(routing.dense_layers)
+    return (dense + (num_layers - dense) * min(1.0, routing.topk / blocks)) / num_layers
+
+
+def budget(share: float, num_layers: int, dense: int, context: int, block_size: int) -> int:
+    """The most blocks per routed layer that keep ``share`` where ``dense`` layers read everything; 0 or less: impossible."""
+    return int((share * num_layers - dense) / (num_layers - dense) * (context // block_size) + 1e-9)
+
+
+class Questioner:
+    """The questions of some cases behind contexts that the dense model has read."""
+
+    def __init__(self, model: CausalLM, cases: Sequence[Case]) -> None:
+        self.model = model
+        self._asked: list[tuple[Case, Packed, Prefix]] = []
+        for case in cases:
+            prefix = read(model, torch.from_numpy(case.context), {})
+            prefix.hidden = None
+            self._asked.append((case, pack(case), prefix))
+
+    def score(self, choosers: Choosers) -> Score:
+        """What the questions score with these choosers."""
+        return self.start(choosers)[0]
+
+    def start(self, choosers: Choosers) -> tuple[Score, list[list[Tensor]]]:
+        """The score, and each case's input of every layer."""
+        told, streams = [], list[list[Tensor]]()
+        for case, packed, prefix in self._asked:
+            streams.append([])
+            told += answer_nats(self.model, ask(self.model, prefix, packed, choosers, streams=streams[-1]), case, packed)
+        return score(told), streams
+
+    def change(self, choosers: Choosers, streams: list[list[Tensor]], layer: int, cases: int | None = None) -> Score:
+        """The score with choosers that differ from those of ``streams`` in ``layer`` alone. cases: of the first ones only."""
+        told = []
+        for (case, packed, prefix), inputs in list(zip(self._asked, streams, strict=True))[:cases]:
+            stream = ask(self.model, prefix, packed, choosers, start=(layer, inputs[layer]))
+            told += answer_nats(self.model, stream, case, packed)
+        return score(told)
+
+
+def rank_layers(
+    questioner: Questioner, choosers: dict[int, Chooser], count: int, on_stage: Callable[[str], None] = lambda stage: None
+) -> list[int]:
+    """The ``count`` layers that are most worth being dense: each next one lowers the nats most beside those before it.
+
+    All layers are tried on the first case alone, and the best of them on all cases.
+    """
+    chosen: list[int] = []
+    contenders = list(choosers)
+    for place in range(count):
+        current = {layer: each for layer, each in choosers.items() if layer not in chosen}
+        before, streams = questioner.start(current)
+
+        def ranked(layers: Sequence[int], cases: int | None = None) -> list[int]:
+            nats = {}
+            for layer in layers:
+                on_stage(f"dense layer {place + 1} of at most {count}: trying layer {layer} ({before.nats:.3f} nats now)")
+                without = {each: chooser for each, chooser in current.items() if each != layer}  # noqa: B023
+                nats[layer] = questioner.change(without, streams, layer, cases).nats  # noqa: B023
+            return sorted(layers, key=lambda layer: nats[layer])
+
+        if place == 0:
+            contenders = ranked(contenders, 1)[: _CONTENDERS + count]
+        contenders = ranked(contenders)
+        chosen.append(contenders[0])
+        contenders = contenders[1 : 1 + _CONTENDERS]
+    return chosen
+
+
+def calibrate(
+    model: CausalLM,
+    cases: Sequence[Case],
+    candidates: Sequence[Routing],
+    *,
+    share: float,
+    max_dense: int,
+    dense_layers: tuple[int, ...] | None = None,
+    gates: Gates | None = None,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> Calibration:
+    """The routing of least nats that reads at most ``share`` of the contexts' tokens.
+
+    candidates: kinds of keys and block sizes to choose among; the first one's layers are ranked, and all share its dense
+    layers. max_dense: most layers that may stay dense. dense_layers: these and no others. Raises ConfigError.
+    """
+    config, context = model.config, len(cases[0].context)
+    layers = config.num_hidden_layers
+    first = check_share(config, candidates[0], share, context, dense_layers)
+    usual = _with_budget(candidates[0], share, layers, min(max_dense, 2), context) or first
+    on_stage(f"reading {len(cases)} contexts of {context} tokens")
+    questioner = Questioner(model, cases)
+    if dense_layers is None:
+        ranked = rank_layers(questioner, make_choosers(config, usual, gates), max_dense, on_stage)
+        options = [tuple(ranked[:count]) for count in range(max_dense + 1)]
+    else:
+        options = [dense_layers]
+    tried: list[Tried] = []
+
+    def attempt(candidate: Routing, dense: tuple[int, ...]) -> None:
+        routing = _with_budget(candidate, share, layers, len(dense), context)
+        if routing is not None:
+            routing = dataclasses.replace(routing, dense_layers=tuple(sorted(dense)))
+            on_stage(f"trying {routing.key} keys, {routing.topk} blocks of {routing.block_size}, {len(dense)} dense layers")
+            tried.append(Tried(routing, questioner.score(make_choosers(config, routing, gates))))
+
+    for dense in options:
+        attempt(candidates[0], dense)
+    best = min(tried, key=lambda each: each.score.nats)
+    for candidate in candidates[1:]:
+        attempt(candidate, best.routing.dense_layers)
+    best = min(tried, key=lambda each: each.score.nats)
+    return Calibration(best.routing, share_read(best.routing, layers, context), questioner.score({}), tried)
+
+
+def check_share(
+    config: ModelConfig, candidate: Routing, share: float, context: int, dense_layers: tuple[int, ...] | None
+) -> Routing:
+    """The routing with the blocks that the share allows beside the dense layers (None: beside none). Raises ConfigError."""
+    named = dense_layers or ()
+    dataclasses.replace(config, routing=dataclasses.replace(candidate, dense_layers=named))  # which names what does not exist
+    routing = _with_budget(candidate, share, config.num_hidden_layers, len(named), context)
+    if routing is None:
+        least = candidate.init_blocks + candidate.local_blocks + 1
+        beside = f" beside {len(named)} dense ones" if named else ""
+        raise ConfigError(
+            f"--share {share} of {context} tokens is less than {least} blocks of {candidate.block_size} in every layer{beside}"
+            "; raise it, or give smaller blocks by --block-size"
+        )
+    return routing
+
+
+def _with_budget(routing: Routing, share: float, layers: int, dense: int, context: int) -> Routing | None:
+    """The routing with as many blocks as the share allows beside ``dense`` dense layers; None where that leaves no choice."""
+    topk = budget(share, layers, dense, context, routing.block_size) if dense < layers else 0
+    if topk <= routing.init_blocks + routing.local_blocks:
+        return None
+    return dataclasses.replace(routing, topk=topk, dense_layers=())

@@ -1,0 +1,175 @@
+"""``bilevel quality BUNDLE``: what routing costs in quality, on this model and this device."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bilevel.bundle.manifest import MANIFEST
+from bilevel.errors import BundleError, RequestError, require
+from bilevel.runtime.backend.select import add_backend_options
+from bilevel.runtime.quality.exams import TASKS
+from bilevel.runtime.quality.floors import FLOORS, check_floors, parse_floor
+from bilevel.runtime.quality.measure import Request, measure
+from bilevel.runtime.quality.model import SIDES
+
+MASS_SESSION = "bilevel.export.quality.session"  # needs PyTorch: loaded by its name, as commands are
+QUICK_FACTS = 8
+EPILOG = """\
+Questions are drawn from a seed, put in the bundle's chat template, and answered by the device's own runtime. An answer is right
+where greedy decoding gives exactly its tokens; beside that stands how surprised the model is by each of them, in nats.
+
+tasks:
+{tasks}
+sides:
+{sides}
+floors, each with the least value that passes:
+{floors}
+
+  bilevel quality my-bundle                                     tables
+  bilevel quality my-bundle --quick --floor needles=0.9         a quick look; exit status 1 where too few facts are found
+  bilevel quality my-bundle --lengths 1k,4k --json q.json --html q.html
+  bilevel quality my-bundle --checkpoint my-checkpoint          also the choice by true attention mass, in PyTorch
+
+Exit status: 0 no floor is missed, 1 one is, 2 it could not be measured.
+"""
+
+
+def _rows(texts: dict[str, str]) -> str:
+    return "\n".join(f"  {name:14}{text}" for name, text in texts.items())
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG.format(tasks=_rows(TASKS), sides=_rows(SIDES), floors=_rows(FLOORS))
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="folder written by bilevel export, with a tokenizer")
+    parser.add_argument(
+        "--against", metavar="DENSE", type=Path, help="a bundle to compare with (default: the bundle's own dense twin)"
+    )
+    parser.add_argument(
+        "--checkpoint", metavar="DIR", type=Path, help="the bundle's checkpoint: also measure the choice by true mass (PyTorch)"
+    )
+    parser.add_argument(
+        "--lengths", metavar="N,N", type=_lengths, default=(), help="tokens of a text, as in 1k,4k (default: 1k,2k,4k)"
+    )
+    parser.add_argument("--tasks", metavar="A,B", default=",".join(TASKS), help="which tasks (default: %(default)s)")
+    parser.add_argument("--facts", metavar="N", type=int, help="questions for each task and length (default: 24, quick: 8)")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="draws the questions (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="fewer questions, two lengths, less loss")
+    parser.add_argument("--text", metavar="FILE", type=Path, help="UTF-8 text to hide facts in (default: Python's help topics)")
+    parser.add_argument(
+        "--floor", metavar="NAME=VALUE", action="append", default=[], help="least value that passes; may be repeated"
+    )
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the whole report as JSON")
+    parser.add_argument("--html", metavar="FILE", type=Path, help="write one page with pictures")
+    add_backend_options(parser)
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="0: one per core (default: %(default)s)")
+    parser.add_argument("--no-verify", action="store_true", help="skip the comparison of sizes and hashes")
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    """``1k,4096`` as numbers."""
+    lengths = []
+    for part in text.split(","):
+        digits = part.strip().lower()
+        factor = 1024 if digits.endswith("k") else 1
+        digits = digits.removesuffix("k")
+        if not digits.isdecimal() or not int(digits):
+            raise argparse.ArgumentTypeError(f"{part!r} is no number of tokens; write for example 1k,4096")
+        lengths.append(int(digits) * factor)
+    return tuple(lengths)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measure and report; 1 where a floor is missed."""
+    request = _request(args)
+    for path in (args.json, args.html):
+        _check_place(path)
+    for name in ("onnxruntime", "tokenizers", "rich"):
+        require(name)
+    mass = importlib.import_module(MASS_SESSION).open_session if args.checkpoint is not None else None
+    console = require("rich.console").Console(stderr=True)
+    with console.status("starting") as status:
+        report = measure(request, _progress(lambda text: status.update(text)), mass)
+    from bilevel.runtime.quality.terminal import print_report
+
+    print_report(report)
+    if args.json is not None:
+        _write(args.json, report.to_json(indent=1) + "\n")
+    if args.html is not None:
+        from bilevel.runtime.quality.page import render_page
+
+        _write(args.html, render_page(report))
+    return 0 if report.passed else 1
+
+
+def _request(args: argparse.Namespace) -> Request:
+    """What was asked, checked as far as it can be before anything is opened."""
+    if args.bundle.is_dir() and not (args.bundle / MANIFEST).exists() and (args.bundle / "config.json").exists():
+        raise BundleError(f"{args.bundle} is a checkpoint, not a bundle; export it first: bilevel export {args.bundle} BUNDLE")
+    tasks = tuple(dict.fromkeys(name.strip() for name in args.tasks.split(",")))
+    for name in tasks:
+        if name not in TASKS:
+            raise RequestError(f"there is no task {name!r}; take {', '.join(TASKS)}")
+    facts = args.facts if args.facts is not None else QUICK_FACTS if args.quick else Request.facts
+    for name, value, least in (("facts", facts, 1), ("seed", args.seed, 0), ("threads", args.threads, 0)):
+        if value < least:
+            raise RequestError(f"--{name} {value} must be at least {least}")
+    floors = tuple(map(parse_floor, args.floor))
+    check_floors(floors, tasks)
+    return Request(
+        bundle=args.bundle,
+        against=args.against,
+        checkpoint=args.checkpoint,
+        lengths=args.lengths,
+        tasks=tasks,
+        facts=facts,
+        seed=args.seed,
+        quick=args.quick,
+        text=args.text,
+        floors=floors,
+        backend=args.backend,
+        library=args.library,
+        threads=args.threads,
+        verify=not args.no_verify,
+    )
+
+
+def _check_place(path: Path | None) -> None:
+    """Raise RequestError where a file could not be written, before the long work."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise RequestError(f"{path} cannot be written: " + ("it is a folder" if path.is_dir() else "its folder is not there"))
+
+
+def _write(path: Path, text: str) -> None:
+    """Write in one step."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _progress(show: Callable[[str], Any]) -> Callable[[str, float, float], None]:
+    """Tells what is done and about how long the rest will take."""
+    start = time.monotonic()
+
+    def update(what: str, done: float, total: float) -> None:
+        elapsed = time.monotonic() - start
+        left = f", about {remaining(elapsed, done, total)} left" if done else ""
+        show(f"{what} ({done / total:.0%}{left})")
+
+    return update
+
+
+def remaining(elapsed: float, done: float, total: float) -> str:
+    """What is left, at the pace so far, in words."""
+    seconds = elapsed * (total - done) / done
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,50 @@
+"""The dense layers of a routed model in an engine's graph: the same numbers from ordinary attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from bilevel.export.engine.dense_layers import say_as_attention
+from bilevel.export.graph.nodes import dense_nodes, routed_nodes
+from bilevel.export.graph.operator_geometry import read_requests
+from tests.export.engine.test_cache_writes import CAPACITY, read, run_calls
+
+Exported = Callable[..., tuple[Path, Path]]
+
+
+@pytest.mark.parametrize("preset, precision", [("gate", "fp32"), ("bounds", "fp32"), ("gate", "fp16")])
+def test_dense_layers_become_attention(preset: str, precision: str, exported: Exported) -> None:
+    """Rows of different lengths, padding and idle rows included; the routed layers stay what they are."""
+    model, manifest = read(exported(preset, "fp32", precision)[1])
+    expected = run_calls(model, CAPACITY, manifest.block_size, False)
+    before = [node.op_type for node in routed_nodes(model.graph)]
+    assert len(dense_nodes(model.graph)) == 1 and before.count("RoutedAttention") == 2
+    say_as_attention(model)
+    onnx.checker.check_model(model, full_check=True)
+    after = [node.op_type for node in routed_nodes(model.graph)]
+    assert after.count("RoutedAttention") == 1 and len(after) == len(before) - 1
+    assert [node.op_type for node in model.graph.node].count("Attention") == 1
+    tolerance = 1e-5 if precision == "fp32" else 5e-3
+    for got, wanted in zip(run_calls(model, CAPACITY, manifest.block_size, False), expected, strict=True):
+        np.testing.assert_allclose(got, wanted, atol=tolerance, rtol=tolerance)
+
+
+def test_routed_layers_are_left(exported: Exported) -> None:
+    model, _ = read(exported("two_level")[1])
+    before = model.SerializeToString()
+    assert dense_nodes(model.graph) == []
+    say_as_attention(model)
+    assert model.SerializeToString() == before
+
+
+def test_kernels_are_for_the_routed_layers_alone(exported: Exported) -> None:
+    """The routes of a dense layer are as wide as the cache: no kernel could be compiled for them."""
+    kept = [
+        geometry["K"] for op, geometry, _ in read_requests(exported("gate")[1] / "model.onnx") if op.name == "RoutedAttention"
+    ]
+    assert kept == [3]

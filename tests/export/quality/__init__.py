@@ -1,0 +1,1 @@
+"""Tests of export/quality: the choice by true attention mass."""
