@@ -37,7 +37,8 @@ An export that is interrupted leaves an existing bundle as it was.
 
 UNTRAINED = (
     "warning: unless {checkpoint} was trained with the routing section of its config.json, it forgets what was said far above "
-    "(SmolLM2-135M finds LOST); bilevel route {checkpoint} OUT chooses dense layers and keys that remember it"
+    "(SmolLM2-135M with 8 of 64 blocks in every layer: 1 to 3 of 32 hidden facts, dense 26); "
+    "bilevel route {checkpoint} OUT chooses dense layers and keys that remember it"
 )
 
 

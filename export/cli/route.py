@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from bilevel.errors import CheckpointError, RequestError, require
+
+_TELL_SECONDS = 10.0  # between lines of a log, where there is no terminal
 
 EPILOG = """\
 A dense model reads every earlier word at every step. This command finds out which blocks of words it can leave unread:
@@ -187,12 +190,15 @@ def _progress() -> Iterator[Any]:
     console = Console(stderr=True)
     with Progress(*columns, console=console, speed_estimate_period=300, transient=True) as progress:
         task = progress.add_task("starting", total=None, note="")
-        current = ""
+        current, told = "", -_TELL_SECONDS
 
         def stage(text: str) -> None:
-            nonlocal current
+            nonlocal current, told
             current = ""
             progress.update(task, description=text, total=None, note="")
+            if not console.is_terminal and time.monotonic() - told >= _TELL_SECONDS:
+                told = time.monotonic()
+                console.print(text, highlight=False)
 
         def advance(what: str, done: int, total: int, note: str) -> None:
             nonlocal current

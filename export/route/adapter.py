@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from bilevel.checkpoint import Checkpoint
@@ -88,7 +88,12 @@ def save_adapter(adapter: Adapter, folder: Path) -> None:
         if adapter.log:
             write_json(partial / LOG, adapter.log)
         if adapter.tensors():
-            save_file(adapter.tensors(), partial / GATES, metadata={"format": "pt"})
+            _write(adapter.tensors(), partial / GATES)
+
+
+def _write(tensors: dict[str, Tensor], path: Path) -> None:
+    """A file of safetensors that others may read too, unlike what its own writer makes."""
+    path.write_bytes(save(tensors, metadata={"format": "pt"}))
 
 
 def _any_model(adapter: Adapter) -> ModelConfig:
@@ -161,7 +166,7 @@ def merge(adapter: Adapter, checkpoint: Path, folder: Path, *, link: bool = Fals
             if [path.name for path in weights] == [single]:
                 names = {weights[0]: single.replace(".", "-00001-of-00002.")}
         listing = {entry.key: names[entry.file] for entry in stored.values()}
-        save_file(tensors, folder / GATES, metadata={"format": "pt"})
+        _write(tensors, folder / GATES)
         index = {"metadata": {}, "weight_map": {**listing, **dict.fromkeys(tensors, GATES)}}
         write_json(folder / (INDEX if weights[0].suffix == ".safetensors" else PICKLE_INDEX), index)
     for path, name in names.items():

@@ -133,7 +133,7 @@ def evaluation_case(
     facts: int = 16,
     passages: int = 4,
 ) -> Case:
-    """A context of ``length`` tokens with ``facts`` hidden facts at even distances, a question for each, and beginnings of
+    """A context of ``length`` tokens with up to ``facts`` hidden facts at even distances, a question for each, and beginnings of
     ``passages`` passages whose rest the context tells.
 
     Phrasings are none of training's. Four facts in a row share one, so that it does not tell which of them is asked for.
@@ -153,6 +153,7 @@ def evaluation_case(
         questions.append(Question(np.array([*encode(new.question), *answer]), len(answer), sources))
     ids.extend(filler.take(max(0, length - len(ids))))
     context = np.array(ids[:length])
+    questions = [each for each in questions if each.sources[-1] < length]  # a short context holds fewer
     for first in rng.integers(length * 3 // 4, size=passages).tolist():
         passage = context[first : first + _PASSAGE]
         rest = len(passage) * 2 // 3

@@ -47,7 +47,7 @@ def test_bounds(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     routing = load_config(out).routing
     assert routing.preset == "moba_gqa" and routing.key in ("bounds", "mean") and routing.block_size == 16
     log = json.loads((out / "log.json").read_text())
-    assert log["share"] <= 0.6 and log["judgement"]["routed"]["asked"] == 32 and len(log["calibration"]) > 1
+    assert log["share"] <= 0.6 and 8 < log["judgement"]["routed"]["asked"] <= 32 and len(log["calibration"]) > 1
     assert main(["route", str(base), str(out), *COMMON, "--text", text, "--json", "--key", "mean", "--force"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["routing"]["key"] == "mean" and told["share"] <= 0.6 and load_config(out).routing.key == "mean"

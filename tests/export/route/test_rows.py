@@ -57,6 +57,12 @@ def test_case(length: int) -> None:
     assert (np.diff(places) > length // 20).all()
 
 
+def test_short_context_holds_fewer_facts() -> None:
+    case = evaluation_case(DOCUMENTS, make_tokenizer(), 500, 0, 0, facts=16)
+    facts = [question for question in case.questions if question.is_fact]
+    assert 0 < len(facts) < 16 and all(question.sources[-1] < 500 for question in facts)
+
+
 def test_phrasings_are_apart() -> None:
     assert not set(TRAINING) & set(EVALUATION)
     rng = np.random.default_rng(0)
