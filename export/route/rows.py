@@ -133,8 +133,8 @@ def evaluation_case(
     facts: int = 16,
     passages: int = 4,
 ) -> Case:
-    """A context of ``length`` tokens with up to ``facts`` hidden facts at even distances, a question for each, and beginnings of
-    ``passages`` passages whose rest the context tells.
+    """A context of ``length`` tokens with up to ``facts`` hidden facts at even distances, a question for each, and beginnings
+    of ``passages`` passages whose rest the context tells.
 
     Phrasings are none of training's. Four facts in a row share one, so that it does not tell which of them is asked for.
     """
