@@ -30,6 +30,7 @@ from bilevel.export.route.rows import Case
 from bilevel.export.route.run import Options, Source, fast_precision, open_source, starting_routing
 from bilevel.export.route.run import Report as Stages
 from bilevel.export.route.walk import make_choosers
+from bilevel.folders import write_json
 
 SEED = 77  # of the cases: neither the training's nor the calibration's
 STRONGEST = 8  # heads that are listed
@@ -64,8 +65,10 @@ def routings(adapter: Adapter, num_layers: int, context: int, arm: Arm) -> list[
     return [dataclasses.replace(chosen, key=key) for key in arm.keys if key != "gate" or adapter.gates]
 
 
-def measure(source: Source, adapter: Adapter, cases: list[Case], routing: Routing) -> dict[str, Any]:
-    """One choice on some cases."""
+def measure(source: Source, adapter: Adapter, cases: list[Case], routing: Routing | None) -> dict[str, Any]:
+    """One choice on some cases; no routing: the dense model."""
+    if routing is None:
+        return {"key": "dense", "share": 1.0, **_rounded(dataclasses.asdict(evaluate(source.model, cases, {})))}
     choosers = make_choosers(source.config, routing, adapter.gates if routing.key == "gate" else None)
     kept = needles(source.model, cases[:1], choosers)
     return {
@@ -122,13 +125,12 @@ def main(arguments: list[str]) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
         for length in map(int, options.contexts.split(",")):
             cases = source.cases(length, SEED, options.cases, 16)
-            rows = [{"key": "dense", "share": 1.0, **_rounded(dataclasses.asdict(evaluate(source.model, cases, {})))}]
-            report["contexts"][str(length)] = rows
-            for arm in arms:
-                for routing in routings(adapter, source.config.num_hidden_layers, length, arm):
-                    rows.append(measure(source, adapter, cases, routing))
-                    print(length, json.dumps(rows[-1]), file=sys.stderr, flush=True)
-            (options.out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            chosen = [r for arm in arms for r in routings(adapter, source.config.num_hidden_layers, length, arm)]
+            rows = report["contexts"].setdefault(str(length), [])
+            for routing in (None, *chosen):
+                rows.append(measure(source, adapter, cases, routing))
+                print(length, json.dumps(rows[-1]), file=sys.stderr, flush=True)
+                write_json(options.out / "report.json", report)
         log = json.loads((options.adapter / LOG).read_text(encoding="utf-8"))
         if log.get("training"):
             draw(log, options.out / "curve.png")
