@@ -27,39 +27,54 @@ from bilevel.export.route.calibrate import budget, share_read
 from bilevel.export.route.facts import evaluate
 from bilevel.export.route.needles import needles
 from bilevel.export.route.rows import Case
-from bilevel.export.route.run import Options, Source, fast_precision, open_source
+from bilevel.export.route.run import Options, Source, fast_precision, open_source, starting_routing
 from bilevel.export.route.run import Report as Stages
 from bilevel.export.route.walk import make_choosers
+from bilevel.folders import write_json
 
 SEED = 77  # of the cases: neither the training's nor the calibration's
 STRONGEST = 8  # heads that are listed
 
 
-def parse_arm(text: str) -> tuple[float, tuple[int, ...]]:
-    """``0.22:7,17,18`` as (share, dense layers)."""
-    share, _, layers = text.partition(":")
-    return float(share), tuple(int(layer) for layer in layers.split(",") if layer)
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """What is measured: a share, the layers that stay dense under it, tokens per block (0: the adapter's), kinds of keys."""
+
+    share: float
+    dense: tuple[int, ...]
+    block_size: int = 0
+    keys: tuple[str, ...] = ("gate", "bounds", "mean")
+
+    @classmethod
+    def parse(cls, text: str) -> Arm:
+        """``0.22:7,17,18:16:gate,mean``, from the end of which parts may be left out."""
+        share, layers, size, keys = [*text.split(":"), "", "", ""][:4]
+        dense = tuple(int(layer) for layer in layers.split(",") if layer)
+        return cls(float(share), dense, int(size or 0), tuple(keys.split(",")) if keys else cls.keys)
 
 
-def routings(adapter: Adapter, num_layers: int, context: int, share: float, dense: tuple[int, ...]) -> dict[str, Routing]:
-    """The adapter's gates and both untrained keys with as many blocks as the share allows."""
-    topk = budget(share, num_layers, len(dense), context, adapter.routing.block_size)
-    least = adapter.routing.init_blocks + adapter.routing.local_blocks + 1
-    if topk < least:
+def routings(adapter: Adapter, num_layers: int, context: int, arm: Arm) -> list[Routing]:
+    """The kinds of keys with as many blocks as the share allows."""
+    base = starting_routing("gate", arm.block_size or adapter.routing.block_size)
+    topk = budget(arm.share, num_layers, len(arm.dense), context, base.block_size)
+    if topk <= base.init_blocks + base.local_blocks:
         raise ConfigError(
-            f"{share} of {context} tokens leaves {topk} blocks beside {len(dense)} dense layers; give fewer layers"
+            f"{arm.share} of {context} tokens leaves {topk} blocks beside {len(arm.dense)} dense layers; give fewer layers"
         )
-    chosen = dataclasses.replace(adapter.routing, topk=topk, dense_layers=dense)
-    return {key: dataclasses.replace(chosen, key=key) for key in ("gate", "bounds", "mean") if key != "gate" or adapter.gates}
+    chosen = dataclasses.replace(base, topk=topk, dense_layers=arm.dense)
+    return [dataclasses.replace(chosen, key=key) for key in arm.keys if key != "gate" or adapter.gates]
 
 
-def measure(source: Source, adapter: Adapter, cases: list[Case], routing: Routing) -> dict[str, Any]:
-    """One choice on some cases."""
+def measure(source: Source, adapter: Adapter, cases: list[Case], routing: Routing | None) -> dict[str, Any]:
+    """One choice on some cases; no routing: the dense model."""
+    if routing is None:
+        return {"key": "dense", "share": 1.0, **_rounded(dataclasses.asdict(evaluate(source.model, cases, {})))}
     choosers = make_choosers(source.config, routing, adapter.gates if routing.key == "gate" else None)
     kept = needles(source.model, cases[:1], choosers)
     return {
         "key": routing.key,
         "blocks": routing.topk,
+        "block_size": routing.block_size,
         "dense_layers": routing.dense_layers,
         "share": round(share_read(routing, source.config.num_hidden_layers, len(cases[0].context)), 4),
         **_rounded(dataclasses.asdict(evaluate(source.model, cases, choosers))),
@@ -75,23 +90,19 @@ def _rounded(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def draw(log: dict[str, Any], path: Path) -> None:
-    """Recall and needle mass of held-out rows, and the loss, against updates."""
+    """Recall and needle mass of held-out rows against updates; a single update's loss depends on its rows' lengths too much."""
     lines = log["training"]
-    figure, left = pyplot.subplots(figsize=(7, 4))
-    updates = [line["update"] for line in lines]
-    left.plot(updates, [line["recall"] for line in lines], label="recall of attention peaks")
-    left.plot(updates, [line["needle"] for line in lines], label="answers' blocks, by their peaks")
-    left.set_xlabel("updates")
-    left.set_ylabel("share chosen, held-out rows, 5 free blocks")
-    right = left.twinx()
-    trained = [line for line in lines if "loss" in line]
-    right.plot([line["update"] for line in trained], [line["loss"] for line in trained], "k:", label="loss")
-    right.set_ylabel("loss (nats)")
-    handles = [*left.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
-    left.legend(handles, [str(handle.get_label()) for handle in handles], loc="center right")
-    left.grid(alpha=0.3)
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for name, label in (("recall", "of the attention's peaks"), ("needle", "of the answers' blocks, weighted by their peaks")):
+        axes.plot([line["update"] for line in lines], [line[name] for line in lines], label=label)
+    axes.set_xlabel("updates")
+    axes.set_ylabel("share that the gates choose, held-out rows")
+    axes.set_ylim(0, 1)
+    axes.legend(loc="lower right")
+    axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def main(arguments: list[str]) -> int:
@@ -100,7 +111,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("adapter", type=Path, metavar="ADAPTER")
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--contexts", default="4096,8192", help="tokens (default 4096,8192)")
-    parser.add_argument("--arm", action="append", metavar="SHARE:LAYERS", help="a share and its dense layers; repeatable")
+    parser.add_argument("--arm", action="append", metavar="SHARE[:LAYERS[:SIZE[:KEYS]]]", help="a share; repeatable")
     parser.add_argument("--cases", type=int, default=2, help="contexts of 16 hidden facts each (default 2)")
     parser.add_argument("--fp32", action="store_true", help="not bfloat16, where that is faster")
     options = parser.parse_args(arguments)
@@ -109,18 +120,17 @@ def main(arguments: list[str]) -> int:
         longest = max(int(length) for length in options.contexts.split(","))
         precision = torch.float32 if options.fp32 else fast_precision()
         source = open_source(options.base, Options(context=longest), precision, Stages())
-        arms = [parse_arm(arm) for arm in options.arm or ()] or [(0.22, adapter.routing.dense_layers)]
+        arms = [Arm.parse(arm) for arm in options.arm or ()] or [Arm(0.22, adapter.routing.dense_layers)]
         report: dict[str, Any] = {"precision": str(precision).removeprefix("torch."), "contexts": {}}
         options.out.mkdir(parents=True, exist_ok=True)
         for length in map(int, options.contexts.split(",")):
             cases = source.cases(length, SEED, options.cases, 16)
-            rows = [{"key": "dense", "share": 1.0, **_rounded(dataclasses.asdict(evaluate(source.model, cases, {})))}]
-            report["contexts"][str(length)] = rows
-            for share, dense in arms:
-                for routing in routings(adapter, source.config.num_hidden_layers, length, share, dense).values():
-                    rows.append(measure(source, adapter, cases, routing))
-                    print(length, json.dumps(rows[-1]), file=sys.stderr, flush=True)
-            (options.out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            chosen = [r for arm in arms for r in routings(adapter, source.config.num_hidden_layers, length, arm)]
+            rows = report["contexts"].setdefault(str(length), [])
+            for routing in (None, *chosen):
+                rows.append(measure(source, adapter, cases, routing))
+                print(length, json.dumps(rows[-1]), file=sys.stderr, flush=True)
+                write_json(options.out / "report.json", report)
         log = json.loads((options.adapter / LOG).read_text(encoding="utf-8"))
         if log.get("training"):
             draw(log, options.out / "curve.png")

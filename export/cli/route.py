@@ -64,7 +64,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--context", type=int, default=4096, metavar="N", help="tokens of the texts to calibrate on (default 4096)"
     )
-    parser.add_argument("--block-size", type=int, metavar="N", help="tokens per block (default: calibrated; 64 for gates)")
+    parser.add_argument("--block-size", type=int, metavar="N", help="tokens per block (default: calibrated)")
     parser.add_argument(
         "--words",
         type=float,

@@ -168,6 +168,11 @@ def calibrate(
     for candidate in candidates[1:]:
         attempt(candidate, best.routing.dense_layers)
     best = min(tried, key=lambda each: each.score.nats)
+    if (best.routing.key, best.routing.block_size) != (candidates[0].key, candidates[0].block_size):
+        for dense in options:
+            if set(dense) != set(best.routing.dense_layers):
+                attempt(best.routing, dense)
+        best = min(tried, key=lambda each: each.score.nats)
     return Calibration(best.routing, share_read(best.routing, layers, context), questioner.score({}), tried)
 
 

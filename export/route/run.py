@@ -147,7 +147,7 @@ def route(checkpoint: Path, work: Path, options: Options, report: Report | None 
     else:
         source, stack, log = _trained(checkpoint, work, options, report)
         gates = {layer: stack.state(layer) for layer in stack.layers}
-        found = _calibrated(source, options, [stack.config.routing], gates, report)
+        found = _calibrated(source, options, _candidates(options), gates, report)
     routing, words, level = found.routing, dict[str, torch.Tensor](), None
     if options.words is not None:
         report.stage("weighing words for level 1")
@@ -179,13 +179,16 @@ def _section(routing: Routing) -> dict[str, Any]:
 
 
 def _candidates(options: Options) -> list[Routing]:
-    """Kinds of keys and sizes of blocks to choose among, the first of which ranks the layers."""
+    """Kinds of keys and sizes of blocks to choose among, the first of which ranks the layers.
+
+    Gates that were trained on blocks of 64 choose smaller ones well too (SmolLM2: better, for the same number of tokens).
+    """
     sizes = (options.block_size,) if options.block_size else (64, 32, 16)
-    keys = (options.key,) if options.key else ("bounds", "mean")
-    return [_routing(key, size) for size in sizes for key in keys]
+    keys = (options.key,) if options.key else ("gate",) if options.method == "gate" else ("bounds", "mean")
+    return [starting_routing(key, size) for size in sizes for key in keys]
 
 
-def _routing(key: str, block_size: int) -> Routing:
+def starting_routing(key: str, block_size: int) -> Routing:
     """Local blocks: at least the word's own and the one before it, and at least 48 tokens."""
     local = 1 + max(1, -(-48 // block_size))
     return Routing(preset="moba_gqa", key=key, block_size=block_size, local_blocks=local)
@@ -214,7 +217,7 @@ def _trained(checkpoint: Path, work_folder: Path, options: Options, report: Repo
     """Gates for every layer, trained as far as the plan says; goes on where an earlier run was killed."""
     precision = Work.precision_of(work_folder) or str(fast_precision()).removeprefix("torch.")
     source = open_source(checkpoint, options, getattr(torch, precision), report)
-    routing = dataclasses.replace(_routing("gate", options.block_size or 64), topk=8)
+    routing = dataclasses.replace(starting_routing("gate", options.block_size or 64), topk=8)
     _check(source, options, routing)
     config = dataclasses.replace(source.config, routing=routing)
     longest = source.config.max_position_embeddings
