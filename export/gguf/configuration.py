@@ -1,199 +1,201 @@
-"""GGUF metadata -> ``config.json``, and every stored tensor -> its place in the checkpoint. All is settled before a weight is
-read."""
+"""GGUF metadata -> ``config.json``. All is settled before a weight is read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 from bilevel.errors import CheckpointError
 from bilevel.export.gguf.architectures import (
     ARCHITECTURES,
-    BIASES,
-    EMBEDDING,
     HANDLED,
-    HEAD,
-    LAYER,
-    MLP_BIASES,
+    NOT_IMPORTED,
     OPTIONAL,
-    OUTER,
     REQUIRED,
-    ROPE_FACTORS,
-    ROPE_SCALING,
+    SOFTMAX,
     Architecture,
-    Stored,
-    sizes,
 )
-from bilevel.export.gguf.dequantise import read_rows
-from bilevel.export.gguf.header import CONVERT, GgufFile, GgufTensor
+from bilevel.export.gguf.header import CONVERT, GgufFile
+from bilevel.export.gguf.placement import Placed, place
+from bilevel.export.gguf.rope import FOLDER, KEYS, exact_float, rope_scaling
+from bilevel.export.gguf.tensors import EMBEDDING, HEAD
 
 _IDS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
 _NEUTRAL: tuple[Any, ...] = (0, False, None, "", [], "none")  # a feature that is stored and switched off
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-
-
-@dataclass(frozen=True)
-class Placed:
-    """A stored tensor and its place. heads: how many heads its rows are interleaved by, 0 where they lie as they should."""
-
-    source: GgufTensor
-    name: str
-    heads: int
+_WINDOW = "attention.sliding_window"
 
 
 def make_config(file: GgufFile) -> tuple[dict[str, Any], list[Placed]]:
     """The checkpoint's ``config.json`` (without ``dtype``) and its tensors. Raises CheckpointError naming what cannot be
     honoured."""
     name = file.value("general.architecture", str)
-    if name not in ARCHITECTURES:
-        raise CheckpointError(
-            f"{file.path} holds the architecture {name!r}, and {', '.join(ARCHITECTURES)} are imported; "
-            "give one of these, or the model's own folder in Hugging Face's format"
-        )
-    architecture = ARCHITECTURES[name]
+    architecture = _architecture(file, name)
     config: dict[str, Any] = {
         "architectures": [architecture.class_name],
         "model_type": architecture.model_type,
         "hidden_act": "silu",
+        **architecture.constant,
     }
     config |= _scalars(file, name, architecture)
-    config |= {"head_dim": _head_size(file, name, config)}
-    config |= _flags(file, architecture) | _rope(file, name, config)
+    unused = _further_layers(file, name, config)
+    config["num_hidden_layers"] -= unused
+    experts = {**_experts(file, name, architecture, config), "unused": unused}
+    config |= _flags(file, architecture, config)
+    config |= _heads(file, name, architecture, config)
+    config |= _rope(file, name, architecture, config) | _window(file, name, architecture, config)
     _refuse_unknown(file, name, architecture)
     for key, target in _IDS.items():
         if (index := file.value(f"tokenizer.ggml.{key}", int, -1)) >= 0:
             config[target] = index
-    placed = list(_place(file, architecture, config))
+    if step := architecture.no_rope_every:
+        config["no_rope_layer_interval"] = step
+        config["no_rope_layers"] = [int((index + 1) % step != 0) for index in range(config["num_hidden_layers"])]
+    placed = list(place(file, architecture, config, experts))
     config["vocab_size"] = file.tensors[EMBEDDING].shape[0]
     if (stated := file.metadata.get(f"{name}.vocab_size", config["vocab_size"])) != config["vocab_size"]:
         raise CheckpointError(
             f"{file.path} gives {name}.vocab_size={stated}, but {EMBEDDING} has {config['vocab_size']}; {CONVERT}"
         )
-    return config, placed
+    return architecture.derive(config), placed
 
 
-def exact_float(value: float) -> float:
-    """The shortest decimal that is the same 32-bit number: what was 1e-05 before it was stored in GGUF is 1e-05 again."""
-    return float(str(np.float32(value)))
+def _architecture(file: GgufFile, name: str) -> Architecture:
+    if name in ARCHITECTURES:
+        return ARCHITECTURES[name]
+    if name in NOT_IMPORTED:
+        raise CheckpointError(
+            f"{file.path} holds the architecture {name!r}, which is not imported: {NOT_IMPORTED[name]}; "
+            f"give one of {', '.join(ARCHITECTURES)}"
+        )
+    raise CheckpointError(
+        f"{file.path} holds the architecture {name!r}, and {', '.join(ARCHITECTURES)} are imported; "
+        "give one of these, or the model's own folder in Hugging Face's format"
+    )
 
 
 def _scalars(file: GgufFile, name: str, architecture: Architecture) -> dict[str, Any]:
-    """The keys of the tables REQUIRED, OPTIONAL and ``architecture.keys``."""
+    """The keys of the tables REQUIRED, OPTIONAL, ``architecture.keys`` and ``architecture.optional``."""
     values: dict[str, Any] = {}
-    for key, target in (REQUIRED | dict(architecture.keys)).items():
-        values[target] = file.value(f"{name}.{key}", (int, float))
-    for key, (target, default) in OPTIONAL.items():
-        values[target] = file.value(f"{name}.{key}", (int, float), values[default] if isinstance(default, str) else default)
+    for key, target in {**REQUIRED, **architecture.keys}.items():
+        kinds = int if key.endswith(("count", "length")) else (int, float)
+        values[target] = file.value(f"{name}.{key}", kinds)
+        if not 0 < values[target] < math.inf:
+            raise CheckpointError(f"{file.path} gives {name}.{key}={values[target]}, which must be greater than 0; {CONVERT}")
+    for key, (target, default) in {**OPTIONAL, **architecture.optional}.items():
+        fallback = values[default] if isinstance(default, str) else default
+        value = file.value(f"{name}.{key}", (int, float) if type(fallback) is float else type(fallback), fallback)
+        values[target] = (value or fallback) if key in architecture.optional else value
+        if not (0 < value < math.inf or (key in architecture.optional and value == 0)):
+            raise CheckpointError(f"{file.path} gives {name}.{key}={value}, which must be greater than 0; {CONVERT}")
     return {key: exact_float(value) if isinstance(value, float) else value for key, value in values.items()}
 
 
-def _head_size(file: GgufFile, name: str, config: Mapping[str, Any]) -> int:
-    """Channels of a head; queries, values and the rotary turn must cover the same."""
+def _further_layers(file: GgufFile, name: str, config: Mapping[str, Any]) -> int:
+    """How many layers behind the last one predict further tokens; llama.cpp counts them among the blocks."""
+    count: int = file.value(f"{name}.nextn_predict_layers", int, 0)
+    if not 0 <= count < config["num_hidden_layers"]:
+        raise CheckpointError(
+            f"{file.path} gives {name}.nextn_predict_layers={count} of {config['num_hidden_layers']} blocks; {CONVERT}"
+        )
+    return count
+
+
+def _experts(file: GgufFile, name: str, architecture: Architecture, config: Mapping[str, Any]) -> dict[str, int]:
+    """The sizes e, x and s (see :mod:`bilevel.export.gguf.tensors`), and lead, how many layers have no experts."""
+    layers = config["num_hidden_layers"]
+    if not architecture.gate:
+        return {"e": 0, "x": 0, "s": 0, "lead": layers}
+    gate = file.value(f"{name}.expert_gating_func", int, 0)
+    # GLM's files and those of a softmax may leave it out.
+    if gate != architecture.gate and (gate or (architecture.gate != SOFTMAX and name != "glm4moe")):
+        raise CheckpointError(
+            f"{file.path} gives {name}.expert_gating_func={gate}, and experts of {name} are chosen by {architecture.gate} "
+            f"(1 softmax, 2 sigmoid); {FOLDER}"
+        )
+    count, used = file.value(f"{name}.expert_count", int), config["num_experts_per_tok"]
+    groups, kept = config.get("n_group", 1), config.get("topk_group", 1)
+    lead = config.get("first_k_dense_replace", 0)
+    for wrong, said in (
+        (used > count, f"expert_used_count={used} of expert_count={count}"),
+        (
+            count % groups or kept > groups,
+            f"expert_group_count={groups} and expert_group_used_count={kept} for {count} experts",
+        ),
+        (groups > 1 and count // groups < 2, f"expert_group_count={groups}, which leaves groups of one expert"),
+        (kept * (count // groups) < used, f"expert_used_count={used}, more than {kept} of {groups} groups hold"),
+        (lead > layers, f"leading_dense_block_count={lead} of {layers} layers"),
+    ):
+        if wrong:
+            raise CheckpointError(f"{file.path} gives {name}.{said}; {CONVERT}")
+    shared = config.get("n_shared_experts", config.get("num_shared_experts", 0))
+    size = config.get("moe_intermediate_size", config["intermediate_size"])
+    return {"e": count, "x": size, "s": shared * config.get("moe_shared_expert_intermediate_size", size), "lead": lead}
+
+
+def _flags(file: GgufFile, architecture: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the tensors that are there say."""
+    layers = range(config["num_hidden_layers"])
+    flags = {
+        key: any(f"blk.{index}.{tensor}" in file.tensors for index in layers) for key, tensor in architecture.flags.items()
+    }
+    return {"tie_word_embeddings": HEAD not in file.tensors, **flags}
+
+
+def _heads(file: GgufFile, name: str, architecture: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Channels of a head, and the share of them that positions turn; queries and values must have as many."""
     default = config["hidden_size"] // config["num_attention_heads"]
     size: int = file.value(f"{name}.attention.key_length", int, default)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if (other := file.value(f"{name}.{key}", int, size)) != size:
-            raise CheckpointError(
-                f"{file.path} gives {name}.{key}={other} for heads of {size} channels, and other sizes than the head's are not "
-                "imported; give the model's own folder in Hugging Face's format"
-            )
-    return size
+    values: dict[str, Any] = {"head_dim": size}
+    turned: int = file.value(f"{name}.rope.dimension_count", int, size)
+    if architecture.partial_rotary and 0 < turned <= size and turned % 2 == 0:
+        share = turned / size
+        # The product that readers form of it must not be rounded below the whole number.
+        values["partial_rotary_factor"] = share if int(size * share) == turned else math.nextafter(share, 2.0)
+    elif turned != size:
+        raise _other_size(file, f"{name}.rope.dimension_count", turned, size)
+    if (other := file.value(f"{name}.attention.value_length", int, size)) != size:
+        raise _other_size(file, f"{name}.attention.value_length", other, size)
+    return values
 
 
-def _flags(file: GgufFile, architecture: Architecture) -> dict[str, Any]:
-    """What the tensors that are there say."""
-    flags: dict[str, Any] = {"tie_word_embeddings": HEAD not in file.tensors}
-    if not architecture.biases:
-        flags |= {"attention_bias": "blk.0.attn_q.bias" in file.tensors, "mlp_bias": "blk.0.ffn_down.bias" in file.tensors}
-    return flags
+def _other_size(file: GgufFile, key: str, value: int, size: int) -> CheckpointError:
+    return CheckpointError(
+        f"{file.path} gives {key}={value} for heads of {size} channels, and other sizes than the head's are not "
+        f"imported; {FOLDER}"
+    )
 
 
-def _rope(file: GgufFile, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """``rope_scaling``: from metadata (linear), or recognised in the table of factors that llama.cpp stores for Llama 3.1."""
-    kind = file.value(f"{name}.rope.scaling.type", str, "none")
-    if kind == "linear" and ROPE_FACTORS not in file.tensors:
-        return {
-            "rope_scaling": {"rope_type": "linear", "factor": exact_float(file.value(f"{name}.rope.scaling.factor", float))}
-        }
-    if kind != "none":
+def _rope(file: GgufFile, name: str, architecture: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
+    # Granite's switch for positions, which other architectures only print.
+    if name.startswith("granite") and not file.value(f"{name}.rope.scaling.finetuned", bool, True):
         raise CheckpointError(
-            f"{file.path} gives {name}.rope.scaling.type={kind!r}, and none and linear are imported; "
-            "give the model's own folder in Hugging Face's format"
+            f"{file.path} gives {name}.rope.scaling.finetuned=False, by which Granite has no positions, and models without "
+            f"them are not imported; {FOLDER}"
         )
-    if ROPE_FACTORS not in file.tensors:
+    turned = int(config["head_dim"] * config.get("partial_rotary_factor", 1.0))
+    return rope_scaling(file, name, {**config, "rotated_channels": turned}, architecture.factors)
+
+
+def _window(file: GgufFile, name: str, architecture: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A sliding window, where the architecture's models have one; only one that nothing slides out of is imported."""
+    if not architecture.windows:
         return {}
-    tensor = file.tensors[ROPE_FACTORS]
-    stored = read_rows(file, tensor, 0, tensor.num_rows).reshape(-1)
-    scaling = {"rope_type": "llama3", "factor": round(float(stored.max()), 4), **_LLAMA3}
-    expected = llama3_factors(config["head_dim"], config["rope_theta"], scaling)
-    if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=1e-5):
+    size, length = file.value(f"{name}.{_WINDOW}", int, 0), config["max_position_embeddings"]
+    if 0 < size < length:
         raise CheckpointError(
-            f"{file.path} stores in {ROPE_FACTORS} frequencies other than those of Llama 3.1 ({_LLAMA3}), and no others are "
-            "recognised; give the model's own folder in Hugging Face's format"
+            f"{file.path} gives {name}.{_WINDOW}={size} below its context length {length}, and windows are not implemented; "
+            f"set {name}.context_length to {size}, up to which nothing slides out of the window (gguf-set-metadata of the gguf "
+            "package)"
         )
-    return {"rope_scaling": scaling}
-
-
-def llama3_factors(head_size: int, theta: float, scaling: Mapping[str, Any]) -> np.ndarray:
-    """What each rotary frequency is divided by in Llama 3.1: fp64 [head_size / 2]."""
-    wavelengths = 2 * np.pi * theta ** (np.arange(0, head_size, 2) / head_size)
-    cycles = scaling["original_max_position_embeddings"] / wavelengths  # in the context that the model was first trained on
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    smooth = np.clip((cycles - low) / (high - low), 0.0, 1.0)
-    factors: np.ndarray = 1 / ((1 - smooth) / scaling["factor"] + smooth)
-    return factors
+    return {"sliding_window": size or None}
 
 
 def _refuse_unknown(file: GgufFile, name: str, architecture: Architecture) -> None:
-    known = {f"{name}.{key}" for key in (*REQUIRED, *OPTIONAL, *architecture.keys, *HANDLED, *ROPE_SCALING)}
+    known = {*REQUIRED, *OPTIONAL, *architecture.keys, *architecture.optional, *HANDLED, *KEYS}
+    known |= {_WINDOW} if architecture.windows else set()
     for key, value in file.metadata.items():
-        if key.startswith(f"{name}.") and key not in known and value not in _NEUTRAL:
+        if key.startswith(f"{name}.") and key.removeprefix(f"{name}.") not in known and value not in _NEUTRAL:
             raise CheckpointError(
-                f"{file.path} gives {key}={str(value)[:60]}, which is not imported and may change the result; "
-                "give the model's own folder in Hugging Face's format"
+                f"{file.path} gives {key}={str(value)[:60]}, which is not imported and may change the result; {FOLDER}"
             )
-
-
-def _tables(file: GgufFile, architecture: Architecture, config: dict[str, Any]) -> Iterator[tuple[str, Stored]]:
-    """Every tensor that the model has: its name in the file, and what it is."""
-    layer = {**LAYER, **architecture.layer}
-    biases = architecture.biases or ("qkvo" if config["attention_bias"] else "")
-    layer |= {key: stored for key, stored in BIASES.items() if stored.name.removeprefix("self_attn.")[0] in biases}
-    layer |= MLP_BIASES if config.get("mlp_bias") else {}
-    for key, stored in OUTER.items():
-        if key != HEAD or not config["tie_word_embeddings"]:
-            yield key, stored
-    for index in range(config["num_hidden_layers"]):
-        for key, stored in layer.items():
-            yield f"blk.{index}.{key}", Stored(f"model.layers.{index}.{stored.name}", stored.shape, stored.heads)
-
-
-def _place(file: GgufFile, architecture: Architecture, config: dict[str, Any]) -> Iterator[Placed]:
-    """Both sides of the ledger must agree: every tensor of the model is stored, with its shape, and nothing else is."""
-    if EMBEDDING not in file.tensors:
-        raise CheckpointError(f"{file.path} lacks the tensor {EMBEDDING}; {CONVERT}")
-    if architecture.no_rope_every:
-        step = architecture.no_rope_every
-        config["no_rope_layer_interval"] = step
-        config["no_rope_layers"] = [int((index + 1) % step != 0) for index in range(config["num_hidden_layers"])]
-    size = sizes(config, file.tensors[EMBEDDING].shape[0])
-    heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
-    left = set(file.tensors) - {ROPE_FACTORS}
-    for name, stored in _tables(file, architecture, config):
-        if name not in left:
-            raise CheckpointError(f"{file.path} lacks the tensor {name}, which its metadata calls for; {CONVERT}")
-        left.remove(name)
-        tensor, shape = file.tensors[name], tuple(size[letter] for letter in stored.shape)
-        if tensor.shape != shape:
-            raise CheckpointError(
-                f"{file.path} stores {name} as {list(tensor.shape)}, and its metadata call for {list(shape)}; {CONVERT}"
-            )
-        yield Placed(tensor, stored.name, heads[stored.heads] if stored.heads and architecture.permuted else 0)
-    if left:
-        raise CheckpointError(
-            f"{file.path} stores {min(left)} ({len(left)} such tensors), for which the architecture has no place; "
-            "give the model's own folder in Hugging Face's format"
-        )

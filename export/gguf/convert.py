@@ -14,9 +14,10 @@ from gguf import GGMLQuantizationType
 from gguf.quants import quantize
 
 from bilevel.errors import CheckpointError
-from bilevel.export.gguf.configuration import Placed, make_config
+from bilevel.export.gguf.configuration import make_config
 from bilevel.export.gguf.dequantise import read_chunks
-from bilevel.export.gguf.header import GgufFile, read_gguf
+from bilevel.export.gguf.parts import read_parts
+from bilevel.export.gguf.placement import Placed, Rows
 from bilevel.export.gguf.tokenizer import make_tokenizer
 from bilevel.folders import replacing
 
@@ -48,7 +49,7 @@ def import_gguf(
         raise CheckpointError(f"dtype={dtype!r} is unknown; the types are {', '.join(DTYPES)}")
     check_target(folder, force)
     on_stage(f"reading the head of {path}")
-    file = read_gguf(path)
+    file = read_parts(path)
     config, placed = make_config(file)
     tokenizer, tokenizer_config, ends = make_tokenizer(file)
     if len(tokenizer.get_vocab()) > config["vocab_size"]:
@@ -66,10 +67,11 @@ def import_gguf(
         _write_json(partial / "tokenizer_config.json", tokenizer_config)
         tokenizer.save(str(partial / "tokenizer.json"))
         with (partial / "model.safetensors").open("wb") as output:
-            _write_weights(file, placed, output, dtype, on_stage)
+            _write_weights(placed, output, dtype, on_stage)
         size = (partial / "model.safetensors").stat().st_size
-    count = sum(int(np.prod(each.source.shape)) for each in placed)
-    kinds = Counter(each.source.kind for each in placed)
+    count = sum(int(np.prod(each.shape)) for each in placed)
+    sources = {rows.source.name: rows.source.kind for each in placed for rows in each.rows}
+    kinds = Counter(sources.values())
     return ImportReport(folder, config, count, size, dict(kinds.most_common()))
 
 
@@ -89,7 +91,7 @@ def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _write_weights(file: GgufFile, placed: list[Placed], output: BinaryIO, dtype: str, on_stage: Callable[[str], None]) -> None:
+def _write_weights(placed: list[Placed], output: BinaryIO, dtype: str, on_stage: Callable[[str], None]) -> None:
     """A safetensors file in the order of ``placed``: the length of its head, the head (names, types, shapes, places), the
     weights.
 
@@ -99,17 +101,19 @@ def _write_weights(file: GgufFile, placed: list[Placed], output: BinaryIO, dtype
     head: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for each in placed:
-        begin, end = end, end + width * int(np.prod(each.source.shape))
-        head[each.name] = {"dtype": name, "shape": list(each.source.shape), "data_offsets": [begin, end]}
+        begin, end = end, end + width * int(np.prod(each.shape))
+        head[each.name] = {"dtype": name, "shape": list(each.shape), "data_offsets": [begin, end]}
     text = json.dumps(head, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     output.write(len(text).to_bytes(8, "little") + text)
     for number, each in enumerate(placed, start=1):
-        on_stage(f"weights: tensor {number} of {len(placed)}, {each.source.name}")
-        output.writelines(_rounded(file, each, weights, dtype).data for weights in read_chunks(file, each.source, each.heads))
+        on_stage(f"weights: tensor {number} of {len(placed)}, {each.name}")
+        for rows in each.rows:
+            chunks = read_chunks(rows.source, rows.heads, rows.start, rows.stop)
+            output.writelines(_rounded(rows, weights, dtype).data for weights in chunks)
 
 
-def _rounded(file: GgufFile, placed: Placed, weights: np.ndarray, dtype: str) -> np.ndarray:
+def _rounded(rows: Rows, weights: np.ndarray, dtype: str) -> np.ndarray:
     """fp32 weights as they are stored. Raises CheckpointError where one is too large for fp16."""
     if dtype == "bf16":
         rounded: np.ndarray = quantize(weights, GGMLQuantizationType.BF16)
@@ -120,6 +124,6 @@ def _rounded(file: GgufFile, placed: Placed, weights: np.ndarray, dtype: str) ->
         half = weights.astype(np.float16)
     if not np.isfinite(half).all():
         raise CheckpointError(
-            f"{file.path} holds weights too large for fp16 in {placed.source.name}; import it as fp32 or bf16"
+            f"{rows.source.path} holds weights too large for fp16 in {rows.source.name}; import it as fp32 or bf16"
         )
     return half

@@ -10,15 +10,15 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from bilevel.errors import CheckpointError
-from bilevel.export.gguf.header import GgufFile, GgufTensor
+from bilevel.export.gguf.header import GgufTensor
 
 _CHUNK = 1 << 21  # weights at a time: 8 MB in fp32, a few times that in between
 
 
-def read_rows(file: GgufFile, tensor: GgufTensor, start: int, stop: int, heads: int = 0) -> np.ndarray:
+def read_rows(tensor: GgufTensor, start: int, stop: int, heads: int = 0) -> np.ndarray:
     """Rows ``start`` to ``stop`` as fp32 [rows, last axis]; ``heads``: put rows back that are interleaved by that many
     heads."""
-    with file.path.open("rb") as handle:
+    with tensor.path.open("rb") as handle:
         handle.seek(tensor.offset + start * tensor.row_bytes)
         stored = np.fromfile(handle, np.uint8, (stop - start) * tensor.row_bytes).reshape(stop - start, tensor.row_bytes)
     if heads:
@@ -29,21 +29,26 @@ def read_rows(file: GgufFile, tensor: GgufTensor, start: int, stop: int, heads: 
     return weights
 
 
-def read_chunks(file: GgufFile, tensor: GgufTensor, heads: int = 0) -> Iterator[np.ndarray]:
-    """A tensor's rows in order, as fp32, some at a time. Raises CheckpointError for NaN and infinite weights."""
+def read_chunks(tensor: GgufTensor, heads: int = 0, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+    """Rows ``start`` to ``stop`` (None: all) in order, as fp32, some at a time. Raises CheckpointError for NaN and infinite
+    weights.
+
+    heads: by how many heads those rows are interleaved.
+    """
+    stop = tensor.num_rows if stop is None else stop
     if heads and len(tensor.shape) == 1:
-        values = read_rows(file, tensor, 0, 1).reshape(heads, -1, 2)
+        values = read_rows(tensor, 0, 1).reshape(heads, -1, 2)
         chunks: Iterator[np.ndarray] = iter([values.swapaxes(1, 2).reshape(-1)])
     else:
         rows = max(1, _CHUNK // tensor.shape[-1])
-        per_head = tensor.num_rows // heads if heads else 1
+        per_head = (stop - start) // heads if heads else 1
         rows = max(1, rows // per_head) * per_head  # whole heads
         chunks = (
-            read_rows(file, tensor, start, stop, (stop - start) // per_head if heads else 0)
-            for start in range(0, tensor.num_rows, rows)
-            for stop in (min(start + rows, tensor.num_rows),)
+            read_rows(tensor, first, last, (last - first) // per_head if heads else 0)
+            for first in range(start, stop, rows)
+            for last in (min(first + rows, stop),)
         )
     for weights in chunks:
         if not np.isfinite(weights).all():
-            raise CheckpointError(f"{file.path} holds NaN or infinite weights in {tensor.name}; the model is not usable")
+            raise CheckpointError(f"{tensor.path} holds NaN or infinite weights in {tensor.name}; the model is not usable")
         yield weights

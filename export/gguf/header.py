@@ -33,9 +33,10 @@ READABLE = (
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One stored tensor. shape: as PyTorch orders axes (ggml's reversed). offset: of its first byte in the file; row_bytes:
-    of a row."""
+    """One stored tensor. shape: as PyTorch orders axes (ggml's reversed). offset: of its first byte in the file ``path``;
+    row_bytes: of a row."""
 
+    path: Path
     name: str
     kind: str
     shape: tuple[int, ...]
@@ -53,7 +54,10 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """What a GGUF file says about itself. metadata: arrays are lists; 32-bit floats are Python floats of the same value."""
+    """What a GGUF file says about itself; of a model in parts, all parts' tensors.
+
+    metadata: arrays are lists; 32-bit floats are Python floats of the same value.
+    """
 
     path: Path
     metadata: dict[str, Any]
@@ -82,7 +86,10 @@ def _short(value: Any) -> str:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Read the head of a GGUF file. Raises CheckpointError for what is truncated, damaged, or stored in an unreadable type."""
+    """Read the head of one GGUF file, be it a model or a part of one.
+
+    Raises CheckpointError for what is truncated, damaged, or stored in an unreadable type.
+    """
     path = Path(path)
     with path.open("rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
@@ -90,9 +97,6 @@ def read_gguf(path: Path) -> GgufFile:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as contents:
             reader = _Reader(path, contents)
             metadata, tensors = reader.head()
-    parts = metadata.get("split.count", 1)
-    if parts not in (0, 1):
-        raise CheckpointError(f"{path} is one of {parts} parts; join them first with llama.cpp's: llama-gguf-split --merge")
     return GgufFile(path, metadata, tensors)
 
 
@@ -189,7 +193,7 @@ class _Reader:
             raise CheckpointError(
                 f"{self.path} stores {name} in rows of {shape[-1]}, no multiple of {block}; download it again"
             )
-        tensor = GgufTensor(name, known[kind].name, shape, offset, shape[-1] // block * block_bytes)
+        tensor = GgufTensor(self.path, name, known[kind].name, shape, offset, shape[-1] // block * block_bytes)
         end = offset + tensor.num_rows * tensor.row_bytes
         if end > len(self.contents):
             raise CheckpointError(

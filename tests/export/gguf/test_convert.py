@@ -18,9 +18,9 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from bilevel.checkpoint import load_model
 from bilevel.errors import CheckpointError
-from bilevel.export.gguf.configuration import exact_float
 from bilevel.export.gguf.convert import import_gguf
 from bilevel.export.gguf.header import read_gguf
+from bilevel.export.gguf.rope import exact_float
 from tests import ROOT
 from tests.support.gguf_files import MODELS, byte_level_vocabulary, make_model, model_metadata, write_gguf, write_model
 

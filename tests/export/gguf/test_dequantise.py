@@ -13,7 +13,7 @@ import pytest
 
 from bilevel.errors import CheckpointError
 from bilevel.export.gguf.dequantise import _CHUNK, read_chunks, read_rows
-from bilevel.export.gguf.header import READABLE, GgufFile, GgufTensor
+from bilevel.export.gguf.header import READABLE, GgufTensor
 
 F = np.float32
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -177,7 +177,7 @@ DEFINITIONS: dict[str, tuple[Callable[[bytes], list[np.float32]], tuple[int, ...
 }
 
 
-def stored_tensor(path: Path, kind: str, shape: tuple[int, ...], seed: int = 0) -> tuple[GgufFile, GgufTensor, bytes]:
+def stored_tensor(path: Path, kind: str, shape: tuple[int, ...], seed: int = 0) -> tuple[GgufTensor, bytes]:
     """Random blocks in a file, their fp16 numbers finite."""
     draw = np.random.default_rng(seed)
     size, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
@@ -190,8 +190,8 @@ def stored_tensor(path: Path, kind: str, shape: tuple[int, ...], seed: int = 0) 
     for at in DEFINITIONS[kind][1]:
         blocks[:, at : at + 2] = draw.standard_normal((count, 1)).astype(np.float16).view(np.uint8)
     path.write_bytes(b"head" + blocks.tobytes())
-    tensor = GgufTensor("t", kind, shape, 4, shape[-1] // size * width)
-    return GgufFile(path, {}, {"t": tensor}), tensor, blocks.tobytes()
+    tensor = GgufTensor(path, "t", kind, shape, 4, shape[-1] // size * width)
+    return tensor, blocks.tobytes()
 
 
 def test_every_readable_type_has_a_definition() -> None:
@@ -200,39 +200,39 @@ def test_every_readable_type_has_a_definition() -> None:
 
 @pytest.mark.parametrize("kind", READABLE)
 def test_equals_the_definition(kind: str, tmp_path: Path) -> None:
-    file, tensor, stored = stored_tensor(tmp_path / "t", kind, (3, 512))
+    tensor, stored = stored_tensor(tmp_path / "t", kind, (3, 512))
     definition, _ = DEFINITIONS[kind]
     _, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     blocks = [stored[begin : begin + width] for begin in range(0, len(stored), width)]
     expected = np.array([value for block in blocks for value in definition(block)], F).reshape(3, 512)
-    assert np.array_equal(read_rows(file, tensor, 0, 3), expected)
-    assert np.array_equal(read_rows(file, tensor, 1, 2), expected[1:2])
+    assert np.array_equal(read_rows(tensor, 0, 3), expected)
+    assert np.array_equal(read_rows(tensor, 1, 2), expected[1:2])
 
 
 @pytest.mark.parametrize("heads, rows", [(1, 8), (2, 4), (4, 6)])
 def test_interleaved_rows_are_put_back(heads: int, rows: int, tmp_path: Path) -> None:
     """Rows 2i and 2i+1 of a head in the file are its rows i and i + D/2."""
-    file, tensor, _ = stored_tensor(tmp_path / "t", "Q8_0", (heads * rows, 32))
-    stored = read_rows(file, tensor, 0, heads * rows)
+    tensor, _ = stored_tensor(tmp_path / "t", "Q8_0", (heads * rows, 32))
+    stored = read_rows(tensor, 0, heads * rows)
     expected = np.empty_like(stored)
     for head in range(heads):
         for i in range(rows // 2):
             expected[head * rows + i] = stored[head * rows + 2 * i]
             expected[head * rows + i + rows // 2] = stored[head * rows + 2 * i + 1]
-    assert np.array_equal(np.concatenate(list(read_chunks(file, tensor, heads))), expected)
+    assert np.array_equal(np.concatenate(list(read_chunks(tensor, heads))), expected)
 
 
 @pytest.mark.parametrize("heads", [0, 3])
 def test_a_tensor_of_several_chunks(heads: int, tmp_path: Path) -> None:
     rows = 3 * (_CHUNK // 4096 // 2)
-    file, tensor, _ = stored_tensor(tmp_path / "t", "Q4_0", (rows, 4096))
-    chunks = list(read_chunks(file, tensor, heads))
+    tensor, _ = stored_tensor(tmp_path / "t", "Q4_0", (rows, 4096))
+    chunks = list(read_chunks(tensor, heads))
     assert len(chunks) > 1
-    assert np.array_equal(np.concatenate(chunks), read_rows(file, tensor, 0, rows, heads))
+    assert np.array_equal(np.concatenate(chunks), read_rows(tensor, 0, rows, heads))
 
 
 def test_infinite_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "t").write_bytes(b"head" + struct.pack("<4f", 1, 2, float("inf"), 4))
-    tensor = GgufTensor("blk.0.attn_q.weight", "F32", (1, 4), 4, 16)
+    tensor = GgufTensor(tmp_path / "t", "blk.0.attn_q.weight", "F32", (1, 4), 4, 16)
     with pytest.raises(CheckpointError, match=r"NaN or infinite weights in blk\.0\.attn_q\.weight; the model is not usable"):
-        list(read_chunks(GgufFile(tmp_path / "t", {}, {}), tensor))
+        list(read_chunks(tensor))
