@@ -102,7 +102,7 @@ class Generator:
             )
             for index, (tokens, setting) in enumerate(zip(ids, settings, strict=True))
         ]
-        texts = [TextAssembler(self.tokenizer, setting.stop) for setting in settings]
+        texts = [TextAssembler(self.tokenizer, setting.stop, tokens) for setting, tokens in zip(settings, ids, strict=True)]
         caches = self.session.allocate(len(rows), bundle.round_up(limit))
         return Generation(rows, texts, caches, chunk, start, on_progress, cancel)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from bilevel.errors import BundleError, RequestError, require
-
-_REPLACEMENT = "\ufffd"  # what decoding gives for bytes that are not (yet) a character
+from bilevel.runtime.generate.pieces import Pieces, read_pieces
+from bilevel.runtime.generate.streams import Stream, WindowStream, open_stream
 
 
 def decode_utf8(data: bytes, source: str) -> str:
@@ -43,10 +43,11 @@ class BundleTokenizer:
         # A prompt is never cut or padded, whatever the tokenizer was trained with.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self.pieces: Pieces | None = read_pieces(self._tokenizer)
 
-    def encode(self, text: str) -> list[int]:
-        """See ``Tokenizer.encode``."""
-        return list(self._tokenizer.encode(text).ids)
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """See ``Tokenizer.encode``. add_special_tokens: False for a text that already holds them, as a rendered chat does."""
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """See ``Tokenizer.decode``."""
@@ -68,38 +69,17 @@ class NoTokenizer:
 class Detokenizer:
     """Token ids to text, piece by piece; the pieces joined are ``decode`` of all ids.
 
-    A character may be spread over several tokens. Text is held back while it ends in U+FFFD, which the next token may turn
-    into a character. Only the tokens since the last whole character are decoded again, behind those of the piece before
-    them, because some decoders treat the start of a text differently.
+    A character may be spread over several tokens, so text is held back until it is certain. prompt: the ids that the text
+    stands behind: prompt and pieces joined are ``decode`` of all of them, and the first piece keeps its space.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._context: list[int] = []
-        self._pending: list[int] = []
-        self._num_emitted = 0  # characters of decode(context + pending) that are out
-
-    def push(self, token: int) -> str:
-        """The text that ``token`` completes."""
-        self._pending.append(token)
-        text = self._tokenizer.decode(self._context + self._pending)
-        # A character has at most 4 bytes, so at most 3 replacements can still change.
-        num_open = min(3, len(text) - len(text.rstrip(_REPLACEMENT)))
-        piece = self._emit(text, len(text) - num_open)
-        if piece and not num_open:
-            self._context, self._pending = self._pending, []
-            self._num_emitted = len(self._tokenizer.decode(self._context))
-        return piece
-
-    def flush(self) -> str:
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
+        pieces: Pieces | None = getattr(tokenizer, "pieces", None)
+        stream: Stream = WindowStream(tokenizer.decode, prompt) if pieces is None else open_stream(pieces, prompt)
+        self.push: Callable[[int], str] = stream.push
+        """The text that a token completes."""
+        self.flush: Callable[[], str] = stream.flush
         """What was held back, as it is."""
-        text = self._tokenizer.decode(self._context + self._pending)
-        return self._emit(text, len(text))
-
-    def _emit(self, text: str, end: int) -> str:
-        piece = text[self._num_emitted : end]
-        self._num_emitted = max(self._num_emitted, end)
-        return piece
 
 
 class StopFilter:
@@ -143,13 +123,13 @@ class TextAssembler:
     """One row's text, put together from its tokens, and why it ended: the only place where stop texts and ends of tokens meet.
 
     text: what is certain so far. finish_reason: None while the text goes on; then "eos", "stop" (a stop text), "length" or
-    whatever ``end`` was given.
+    whatever ``end`` was given. prompt: the ids that the text stands behind.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), prompt: Sequence[int] = ()) -> None:
         self.text = ""
         self.finish_reason: str | None = None
-        self._detokenizer = Detokenizer(tokenizer)
+        self._detokenizer = Detokenizer(tokenizer, prompt)
         self._filter = StopFilter(stops)
 
     def push(self, token: int, finish_reason: str | None = None) -> str:
