@@ -19,7 +19,7 @@
     config                    the contents of config.json
     block_size                R; a cache's capacity is a multiple of it
     limits                    {"max_positions": tokens a row may hold, "prefill_chunk": most tokens of one call}
-    tokens                    {"bos": id or null, "eos": [ids]}
+    tokens                    {"bos": id or null, "eos": [ids]}, and optional "eos_sources": {id: [who says that it ends texts]}
     operators                 {operator: version}, those of ``bilevel.contract`` that the graph uses
     graph.file, graph.opset   the ONNX file and its opset
     graph.inputs, .outputs    [{"name", "dtype", "shape"}]; a size is a number or one of batch, new_tokens, capacity and
@@ -46,7 +46,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -65,6 +65,7 @@ from bilevel.bundle.manifest import (
 from bilevel.bundle.tensors import PRECISIONS
 from bilevel.errors import BundleError
 from bilevel.folders import file_sha256
+from bilevel.sections import Section
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,7 @@ class Bundle:
     files: Mapping[str, FileRecord]
     checks: tuple[Mapping[str, Any], ...]
     ignored_keys: tuple[str, ...] = ()
+    eos_sources: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
     def dense_twin(self) -> Bundle:
         """This bundle with the dense twin's graph in the place of its own. Raises BundleError where it has none."""
@@ -169,7 +171,14 @@ def read_manifest(path: str | Path) -> Bundle:
         files=files,
         checks=tuple(manifest.get("checks", list)),
         ignored_keys=tuple(map(str, manifest.get("ignored_keys", list, default=[]))),
+        eos_sources=_eos_sources(manifest),
     )
+
+
+def _eos_sources(manifest: Section) -> dict[int, tuple[str, ...]]:
+    """Who says of each end token that it is one; empty in bundles that do not tell."""
+    listed = manifest.get("tokens.eos_sources", dict, default={})
+    return {token: tuple(map(str, listed.get(str(token)) or ())) for token in manifest.numbers("tokens.eos")}
 
 
 def load_bundle(path: str | Path, verify: bool = True) -> Bundle:

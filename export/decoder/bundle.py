@@ -6,7 +6,6 @@ when complete: an interrupted export leaves what was there before.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import onnx
 import torch
 
 import bilevel
+from bilevel.bundle.chat import additional_files
 from bilevel.bundle.manifest import MANIFEST, FileRecord, write_manifest
 from bilevel.bundle.tensors import ONNX_DTYPES
 from bilevel.checkpoint import load_model
@@ -27,6 +27,7 @@ from bilevel.errors import ExportError
 from bilevel.export.decoder.decoder import route_outputs, save_decoder, state_tensors
 from bilevel.export.decoder.dense_twin import dense_config, save_dense_twin
 from bilevel.export.decoder.dense_twin_kv8 import cache_ranges, save_int8_cache
+from bilevel.export.decoder.end_tokens import end_tokens
 from bilevel.export.graph.nodes import routed_nodes
 from bilevel.export.graph.precision import PRECISIONS, TWIN_PRECISIONS, check_precision
 from bilevel.export.graph.quantise import check_format, quantise_graph, table_bits
@@ -82,7 +83,7 @@ def export_bundle(
     if prefill_chunk < 1:
         raise ExportError(f"prefill_chunk={prefill_chunk} must be at least 1")
     config = _load_config(checkpoint, ignore_keys)
-    tokenizer, end_tokens = _read_tokenizer(checkpoint), _end_tokens(checkpoint, config)
+    tokenizer, ends = _read_tokenizer(checkpoint), end_tokens(checkpoint, config)
     on_stage(f"loading {checkpoint}")
     model = load_model(checkpoint, dtype=getattr(torch, PRECISIONS[precision]), ignore=ignore_keys)
     with replacing(bundle, ExportError) as folder:
@@ -91,7 +92,7 @@ def export_bundle(
         for name, contents in tokenizer.items():
             (folder / name).write_bytes(contents)
         write_json(folder / "config.json", config_to_dict(config))
-        manifest = _manifest(graphs[GRAPH_FILE], config, end_tokens, prefill_chunk)
+        manifest = _manifest(graphs[GRAPH_FILE], config, ends, prefill_chunk)
         if TWIN_FILE in graphs:
             twin = graphs[TWIN_FILE]
             manifest["dense_twin"] = {**_ports(TWIN_FILE, twin, dense_config(config)), "operators": _versions(twin)}
@@ -160,19 +161,8 @@ def _read_tokenizer(checkpoint: Path) -> dict[str, bytes]:
             f"{checkpoint} holds no tokenizer.json, which the runtime reads; write it with transformers: "
             "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
-    return {name: (checkpoint / name).read_bytes() for name in _TOKENIZER_FILES if (checkpoint / name).is_file()}
-
-
-def _end_tokens(checkpoint: Path, config: ModelConfig) -> list[int]:
-    """Ids that end a text: the generation config's where there is one (Hugging Face lists more there), else the model's."""
-    path = checkpoint / "generation_config.json"
-    try:
-        listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-    except (ValueError, AttributeError):
-        raise ExportError(f"{path} is not valid JSON; write it anew or delete it") from None
-    if listed is None:
-        return list(config.eos_token_ids)
-    return list(listed) if isinstance(listed, list) else [listed]
+    files = {name: checkpoint / name for name in _TOKENIZER_FILES} | additional_files(checkpoint)
+    return {name: path.read_bytes() for name, path in files.items() if path.is_file()}
 
 
 def describe_file(path: Path) -> dict[str, Any]:
@@ -209,14 +199,18 @@ def _versions(graph: onnx.ModelProto) -> dict[str, int]:
     return {name: BY_NAME[name].version for name in sorted({node.op_type for node in routed_nodes(graph.graph)})}
 
 
-def _manifest(graph: onnx.ModelProto, config: ModelConfig, end_tokens: list[int], prefill_chunk: int) -> dict[str, Any]:
+def _manifest(graph: onnx.ModelProto, config: ModelConfig, ends: dict[int, list[str]], prefill_chunk: int) -> dict[str, Any]:
     """``bundle.json`` without its format, ``files``, ``precision``, ``weights`` and ``dense_twin``."""
     return {
         "created_by": {"bilevel": bilevel.__version__, "torch": torch.__version__, "onnx": onnx.__version__},
         "config": config_to_dict(config),
         "block_size": config.routing.block_size,
         "limits": {"max_positions": config.max_position_embeddings, "prefill_chunk": prefill_chunk},
-        "tokens": {"bos": config.bos_token_id, "eos": end_tokens},
+        "tokens": {
+            "bos": config.bos_token_id,
+            "eos": list(ends),
+            "eos_sources": {str(token): sources for token, sources in ends.items()},
+        },
         "operators": _versions(graph),
         "graph": {**_ports(GRAPH_FILE, graph, config), "opset": ONNX_OPSET},
         "checks": [],

@@ -63,6 +63,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
             "prefill_chunk": bundle.prefill_chunk,
         },
         "tokens": {"bos": bundle.bos, "eos": list(bundle.eos)},
+        "eos_sources": {str(token): list(sources) for token, sources in bundle.eos_sources.items()},
         "graph": {"file": bundle.graph.file, "opset": bundle.opset, "num_states": len(bundle.graph.state)},
         "operators": dict(bundle.graph.operators),
         "state_bytes": {
@@ -132,7 +133,9 @@ def _sections(facts: dict[str, Any]) -> list[Section]:
                 *((GEOMETRY[key], str(value)) for key, value in facts["model"].items()),
                 ("precision", facts["precision"]),
                 *_rows(facts["limits"]),
-                *((f"{key} token", _text(value)) for key, value in facts["tokens"].items()),
+                ("bos token", _text(facts["tokens"]["bos"])),
+                ("eos token", _text(facts["tokens"]["eos"])),
+                *((f"eos {token}", ", ".join(sources)) for token, sources in facts["eos_sources"].items() if sources),
             ],
         ),
         ("weights", _weight_rows(facts["weights"])),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bilevel.errors import BundleError, RequestError, require
+from bilevel.runtime.generate.literal import LiteralEncoder, encode_apart
 from bilevel.runtime.generate.pieces import Pieces, read_pieces
 from bilevel.runtime.generate.streams import Stream, WindowStream, open_stream
 
@@ -44,14 +45,42 @@ class BundleTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.pieces: Pieces | None = read_pieces(self._tokenizer)
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        self.added_names = tuple(each.content for each in added)
+        self.special_names = tuple(each.content for each in added if each.special)
+        self._literal: dict[str, LiteralEncoder] = {}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """See ``Tokenizer.encode``. add_special_tokens: False for a text that already holds them, as a rendered chat does."""
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
+    def encode_rendered(self, text: str, seam: str, mark: str) -> list[int]:
+        """Token ids of a rendered chat, no special tokens added.
+
+        seam: a character that breaks the names of tokens which are to be text, and is no part of it. mark: one more that
+        ``text`` does not hold.
+        """
+        if seam not in text:
+            return self.encode(text, add_special_tokens=False)
+        if mark not in self._literal:
+            self._literal = {mark: LiteralEncoder(require("tokenizers"), self._tokenizer.to_str(), mark)}
+        ids = self._literal[mark].encode(text, seam)
+        return encode_apart(self.encode, text.split(seam)) if ids is None else ids
+
     def decode(self, ids: Sequence[int]) -> str:
         """See ``Tokenizer.decode``."""
         return str(self._tokenizer.decode(list(ids)))
+
+
+class RenderedEncoder:
+    """Encodes what a chat template wrote, to which no special tokens are added."""
+
+    def __init__(self, tokenizer: BundleTokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of the text as it stands."""
+        return self._tokenizer.encode(text, add_special_tokens=False)
 
 
 class NoTokenizer:

@@ -64,11 +64,12 @@ class Prompt:
 class Wording:
     """How a text and a question become a prompt: in the model's chat template where it has one.
 
-    form: what is done, in words.
+    form: what is done, in words. is_chat: whether the chat template writes the prompt.
     """
 
     def __init__(self, render: Callable[[list[dict[str, str]]], str] | None, form: str) -> None:
         self._render, self.form = render, form
+        self.is_chat = render is not None
 
     def __call__(self, text: str, question: str, lead: str) -> str:
         """The prompt up to where the answer begins."""

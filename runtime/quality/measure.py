@@ -15,7 +15,7 @@ from bilevel.runtime.backend.onnx import OnnxSession
 from bilevel.runtime.backend.select import AUTO, open_session
 from bilevel.runtime.backend.session import Session
 from bilevel.runtime.bench.report import describe_machine
-from bilevel.runtime.generate.text import BundleTokenizer
+from bilevel.runtime.generate.text import BundleTokenizer, RenderedEncoder
 from bilevel.runtime.quality.exams import LOSS, TASKS, Exam, load_wording
 from bilevel.runtime.quality.filler import load_filler
 from bilevel.runtime.quality.floors import AskedFloor, judge
@@ -83,9 +83,9 @@ def measure(
     start = time.perf_counter()
     bundle = load_bundle(request.bundle, request.verify)
     lengths = _lengths(request, bundle)
-    source = Source(
-        BundleTokenizer(bundle.tokenizer_path), load_wording(bundle.folder), load_filler(request.text), request.seed
-    )
+    tokenizer, wording = BundleTokenizer(bundle.tokenizer_path), load_wording(bundle.folder)
+    rendered = RenderedEncoder(tokenizer) if wording.is_chat else None
+    source = Source(tokenizer, wording, load_filler(request.text), request.seed, rendered)
     exams = list(_draw(source, request, lengths))
     run = _Run(request, exams, on_progress)
     sides = _sides(request, bundle, lengths, run.notes, mass)

@@ -23,12 +23,21 @@ _SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "
 
 @dataclass(frozen=True)
 class Source:
-    """What exams are made from; every exam draws from a stream of its own, so that plans share what they have in common."""
+    """What exams are made from; every exam draws from a stream of its own, so that plans share what they have in common.
+
+    rendered: what encodes a prompt that the chat template wrote, which holds its special tokens already; None: encoder.
+    """
 
     encoder: Encoder
     wording: Wording
     filler: Filler
     seed: int
+    rendered: Encoder | None = None
+
+    @property
+    def asking(self) -> Encoder:
+        """What encodes questions."""
+        return self.encoder if self.rendered is None else self.rendered
 
     def rng(self, task: str, length: int, index: int) -> random.Random:
         """The stream of one exam."""
@@ -106,7 +115,7 @@ def _needles(source: Source, length: int, index: int, count: int) -> Exam:
             whole = source.wording(text, fact.question, fact.lead)
             place = start + fact.statement.index(fact.number) + max(whole.find(text), 0)
             prompts.append(Prompt(whole, f" {fact.number}", (place, place + len(fact.number))))
-        return make_exam(source.encoder, NEEDLES, length, prompts)
+        return make_exam(source.asking, NEEDLES, length, prompts)
 
     return fit(build, len(pieces), f"{length} tokens are too few for a hidden fact and its question")
 
@@ -128,7 +137,7 @@ def _pairs(source: Source, length: int, index: int, count: int) -> Exam:
             whole = source.wording(text, question, f"{key}:")
             place = whole.index(f"{key}: {value}") + len(key) + 2
             prompts.append(Prompt(whole, f" {value}", (place, place + len(value))))
-        return make_exam(source.encoder, PAIRS, length, prompts)
+        return make_exam(source.asking, PAIRS, length, prompts)
 
     return fit(build, len(pairs), f"{length} tokens are too few for {count} pairs and a question")
 
@@ -154,7 +163,7 @@ def _copy(source: Source, length: int, index: int, count: int) -> Exam:
         for (start, rest), begins in zip(strings, starts, strict=True):
             place = begins + len(start)
             prompts.append(Prompt(f"{text}\n\n{start}", rest, (place, place + len(rest))))
-        return make_exam(source.encoder, COPY, length, prompts)
+        return make_exam(source.asking, COPY, length, prompts)
 
     return fit(build, len(pieces), f"{length} tokens are too few for a rare string")
 

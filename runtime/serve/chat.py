@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import datetime
+import functools
 import json
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 from jinja2.exceptions import SecurityError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from bilevel.errors import BundleError
+from bilevel.bundle.chat import DEFAULT, compile_template, read_sources
+from bilevel.runtime.generate.literal import MARKS
+from bilevel.runtime.generate.text import BundleTokenizer
 from bilevel.runtime.serve.errors import ApiError
+
+Messages = Sequence[Mapping[str, Any]]
+_OWN = ("messages", "add_generation_prompt", "tools", "raise_exception", "strftime_now")  # no client's to set
 
 
 class _Refusal(TemplateError):
@@ -24,27 +30,113 @@ def _refuse(message: str) -> None:
 
 
 class ChatTemplate:
-    """How a model wants its turns written. Raises BundleError when the template is no valid Jinja.
+    """How a model wants its turns written. Raises BundleError when a template is no valid Jinja.
 
-    Templates come with models, from anywhere: they see the messages and the special tokens, and Python's insides are closed.
+    source: the template; None where none stands for all of them. special: the special tokens' texts. named: more, by name.
     """
 
-    def __init__(self, source: str, special: dict[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-        environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.datetime.now().strftime(form)}
-        try:
-            self._template = environment.from_string(source)
-        except TemplateError as error:
-            raise BundleError(f"the chat template is not valid ({error}); mend it and export again") from None
-        self._special = special
+    def __init__(self, source: str | None, special: Mapping[str, str], named: Mapping[str, str] | None = None) -> None:
+        self._sources = {**(named or {}), **({} if source is None else {DEFAULT: source})}
+        self._templates = {name: compile_template(text, _refuse) for name, text in self._sources.items()}
+        self._special = dict(special)
 
-    def render(self, messages: list[dict[str, str]]) -> str:
-        """The prompt that these messages make. Raises ApiError: 400 where the template refuses them, 500 where it fails."""
+    def render(
+        self, messages: Messages, name: str | None = None, settings: Mapping[str, Any] | None = None, seam: str = ""
+    ) -> str:
+        """The prompt that these messages make.
+
+        name: of the template (None: the default one). settings: more that it sees (a request's ``chat_template_kwargs``). seam:
+        what breaks markers in contents (``encode``). Raises ApiError: 400 where the template refuses or loses messages, 500
+        where it fails.
+        """
+        name = self._find(name)
+        settings = self._checked(settings or {})
+        kept = self._whole(messages, name, settings)
+        if seam:
+            # A template may have written a seam as JSON's escape of it.
+            return self._render(kept, name, settings).replace(json.dumps(seam)[1:-1], seam)
+        return self._render(kept, name, settings)
+
+    def encode(
+        self,
+        messages: Messages,
+        tokenizer: BundleTokenizer,
+        name: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of the prompt. No special token is added to the template's own, and what contents hold of them is text.
+
+        The contents' special tokens are broken by a character that no text has; ``BundleTokenizer.encode_rendered`` joins them
+        again without taking them for tokens. So nobody forges a turn, and other contents are encoded as ever.
+        """
+        known = json.dumps([messages, settings], ensure_ascii=False, default=str) + self._sources[self._find(name)]
+        free = [mark for mark in MARKS if mark not in known]
+        if len(free) < 2:
+            raise ApiError(400, "the messages hold Unicode's noncharacters U+FDD0 to U+FDEF; leave them out", param="messages")
+        seam, mark = free[:2]
+        strict, loose = self._markers(tokenizer, self._find(name))
+        broken = [
+            {key: value if key == "role" else _broken(value, seam, strict if each["role"] == "assistant" else loose)
+             for key, value in each.items()}
+            for each in messages
+        ]  # fmt: skip
+        text = self.render(broken, name, _broken(dict(settings or {}), seam, loose), seam)
+        return tokenizer.encode_rendered(text, seam, mark)
+
+    def _find(self, name: str | None) -> str:
+        if name is None:
+            name = DEFAULT if DEFAULT in self._templates or len(self._templates) > 1 else next(iter(self._templates))
+        if name not in self._templates:
+            known = ", ".join(map(repr, sorted(self._templates)))
+            raise ApiError(400, f"chat_template={name[:60]!r} is none of this model's: {known}", param="chat_template")
+        return name
+
+    def _checked(self, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        if taken := next((key for key in settings if key in _OWN or key in self._special), None):
+            raise ApiError(
+                400, f"chat_template_kwargs.{taken} is the server's to give; leave it out", param="chat_template_kwargs"
+            )
+        return settings
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019 - lives as long as the server
+    def _markers(self, tokenizer: BundleTokenizer, name: str) -> tuple[re.Pattern[str] | None, re.Pattern[str] | None]:
+        """What contents may not hold as tokens: in answers the special tokens, elsewhere also those that the template writes.
+
+        Whitespace that a vocabulary has as added tokens is no marker.
+        """
+        special = {*tokenizer.special_names, *self._special.values()}
+        written = {each for each in tokenizer.added_names if each.strip() and each in self._sources[name]}
+        return _starts(special), _starts(special | written)
+
+    def _whole(self, messages: Messages, name: str, settings: Mapping[str, Any]) -> Messages:
+        """The messages in roles that the template writes. Raises ApiError for one that it would leave out."""
+        if "developer" not in self._sources[name]:
+            messages = [_as_system(each) for each in messages]
+        lost = self._lost(messages, name, settings)
+        if lost is not None and messages[lost]["role"] == "developer":
+            messages = [_as_system(each) for each in messages]
+            lost = self._lost(messages, name, settings)
+        if lost is not None:
+            role = messages[lost]["role"]
+            raise ApiError(
+                400, f"the model's chat template leaves out message {lost}, of the role {role!r}; give it another role",
+                param=f"messages.{lost}",
+            )  # fmt: skip
+        return messages
+
+    def _lost(self, messages: Messages, name: str, settings: Mapping[str, Any]) -> int | None:
+        """The first message that the template would leave out: rendered with short contents that can be told apart."""
+        probe = [{**each, "content": f"zq{place}qz"} if each.get("content") else each for place, each in enumerate(messages)]
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, tools=None, **self._special)
+            text = self._render(probe, name, settings)
+        except ApiError:
+            return None  # the messages themselves will say why
+        return next((place for place, each in enumerate(probe) if each.get("content") and each["content"] not in text), None)
+
+    def _render(self, messages: Messages, name: str, settings: Mapping[str, Any]) -> str:
+        given = {"messages": messages, "add_generation_prompt": True, "tools": None, **self._special, **settings}
+        try:
+            return str(self._templates[name].render(**given))
         except _Refusal as error:
             raise ApiError(400, f"the model's chat template refuses these messages: {error}", param="messages") from None
         except SecurityError:
@@ -53,19 +145,28 @@ class ChatTemplate:
             raise ApiError(500, f"the model's chat template failed on these messages ({type(error).__name__})") from None
 
 
+def _as_system(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {**message, "role": "system"} if message["role"] == "developer" else message
+
+
+def _starts(names: set[str]) -> re.Pattern[str] | None:
+    """Finds the first character of each of ``names``, of those too that overlap; None where there are none to find."""
+    listed = sorted((re.escape(name) for name in names if len(name) > 1), key=len, reverse=True)
+    return re.compile(rf"(?=(?:{'|'.join(listed)}))(.)", re.DOTALL) if listed else None
+
+
+def _broken(value: Any, seam: str, starts: re.Pattern[str] | None) -> Any:
+    """``value`` with a seam in each marker that its texts hold."""
+    if starts is None:
+        return value
+    if isinstance(value, str):
+        return starts.sub(rf"\1{seam}", value)
+    if isinstance(value, Mapping):
+        return {_broken(key, seam, starts): _broken(each, seam, starts) for key, each in value.items()}
+    return [_broken(each, seam, starts) for each in value] if isinstance(value, list) else value
+
+
 def find_template(folder: Path) -> ChatTemplate | None:
-    """The template among a bundle's tokenizer files (chat_template.jinja, or in tokenizer_config.json), or None."""
-    settings = folder / "tokenizer_config.json"
-    try:
-        config: dict[str, Any] = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-    except ValueError as error:
-        raise BundleError(f"{settings} is not valid JSON ({error}); make the bundle anew with bilevel export") from None
-    path = folder / "chat_template.jinja"
-    source = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
-    if isinstance(source, list):  # several, by name
-        source = next((each.get("template") for each in source if each.get("name") == "default"), None)
-    if not isinstance(source, str):
-        return None
-    tokens = {name: value.get("content") if isinstance(value, dict) else value for name, value in config.items()}
-    special = {name: value for name, value in tokens.items() if name.endswith("_token") and isinstance(value, str)}
-    return ChatTemplate(source, special)
+    """The templates among a bundle's tokenizer files (``bilevel.bundle.chat``), or None. Raises BundleError."""
+    sources = read_sources(folder)
+    return ChatTemplate(None, sources.special, sources.templates) if sources.templates else None

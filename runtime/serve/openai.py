@@ -52,11 +52,10 @@ async def chat(request: Request) -> Response:
     service: Service = request.app.state.service
     asked: ChatRequest = validated(ChatRequest, await service.body(request))
     service.check_model(asked.model)
-    if service.template is None:
-        raise ApiError(400, "this model has no chat template; use /v1/completions", param="messages")
     if asked.top_logprobs is not None and not asked.logprobs:
         raise ApiError(400, f"top_logprobs={asked.top_logprobs} goes with logprobs=true; give both", param="top_logprobs")
-    prompt = await service.encode(service.template.render([message.as_template_input() for message in asked.messages]))
+    messages = [message.as_template_input() for message in asked.messages]
+    prompt = await service.encode_chat(messages, asked.chat_template, asked.chat_template_kwargs)
     num_logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
     answers = _submit(service, request, asked, [prompt], asked.max_completion_tokens or asked.max_tokens, num_logprobs)
     kind = "chat.completion.chunk" if asked.stream else "chat.completion"

@@ -113,7 +113,7 @@ class TextFormat(Strict):
 
 
 class ChatRequest(Sampling):
-    """POST /v1/chat/completions."""
+    """POST /v1/chat/completions. chat_template: the name of one of the model's. chat_template_kwargs: what it sees besides."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
@@ -121,6 +121,8 @@ class ChatRequest(Sampling):
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     response_format: TextFormat | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class TensorParameters(Strict):

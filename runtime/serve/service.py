@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from bilevel.runtime.generate.text import Tokenizer
+from bilevel.runtime.generate.text import BundleTokenizer
 from bilevel.runtime.schedule.scheduler import Scheduler
 from bilevel.runtime.serve.chat import ChatTemplate
 from bilevel.runtime.serve.errors import ApiError
@@ -36,7 +36,7 @@ class Service:
 
     name: str
     scheduler: Scheduler
-    tokenizer: Tokenizer
+    tokenizer: BundleTokenizer
     backend: str
     template: ChatTemplate | None = None
     keys: Keys | None = None
@@ -73,6 +73,14 @@ class Service:
         if len(prompt) < _LONG_TEXT:
             return self.tokenizer.encode(prompt)
         return await asyncio.to_thread(self.tokenizer.encode, prompt)
+
+    async def encode_chat(self, messages: list[dict[str, Any]], name: str | None, settings: dict[str, Any] | None) -> list[int]:
+        """Token ids of a conversation, as ``ChatTemplate.encode`` gives them. Raises ApiError where there is no template."""
+        template = self.template
+        if template is None:
+            raise ApiError(400, "this model has no chat template; use /v1/completions", param="messages")
+        # Beside the server's loop: the first content that names a special token has a second tokenizer made.
+        return await asyncio.to_thread(template.encode, messages, self.tokenizer, name, settings)
 
     def model_card(self) -> dict[str, Any]:
         """The model as /v1/models lists it."""
