@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from bilevel.errors import BundleError, RequestError, require
 from bilevel.runtime.generate.literal import LiteralEncoder, encode_apart
 from bilevel.runtime.generate.pieces import Pieces, read_pieces
+from bilevel.runtime.generate.stops import StopFilter
 from bilevel.runtime.generate.streams import Stream, WindowStream, open_stream
 
 
@@ -45,9 +46,9 @@ class BundleTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.pieces: Pieces | None = read_pieces(self._tokenizer)
-        added = self._tokenizer.get_added_tokens_decoder().values()
-        self.added_names = tuple(each.content for each in added)
-        self.special_names = tuple(each.content for each in added if each.special)
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.added_names = tuple(each.content for each in added.values())
+        self.special: dict[int, str] = {token: each.content for token, each in added.items() if each.special}
         self._literal: dict[str, LiteralEncoder] = {}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -66,6 +67,12 @@ class BundleTokenizer:
             self._literal = {mark: LiteralEncoder(require("tokenizers"), self._tokenizer.to_str(), mark)}
         ids = self._literal[mark].encode(text, seam)
         return encode_apart(self.encode, text.split(seam)) if ids is None else ids
+
+    def bytes_of(self, token: int) -> bytes:
+        """A token's own bytes, which need not be whole characters: a special token's name, none where the id is unknown."""
+        if token in self.special:
+            return self.special[token].encode()
+        return self.decode([token]).encode() if self.pieces is None else self.pieces.bytes_of(token)
 
     def decode(self, ids: Sequence[int]) -> str:
         """See ``Tokenizer.decode``."""
@@ -111,43 +118,6 @@ class Detokenizer:
         """What was held back, as it is."""
 
 
-class StopFilter:
-    """Text up to the first stop text, found across pieces; what may begin a stop text is held back.
-
-    The match that ends first counts (of those, the one that starts first), so the result does not depend on how the text is
-    cut into pieces.
-    """
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stops)
-        self._held = ""
-        self.is_stopped = False
-
-    def push(self, text: str) -> str:
-        """The text that is certain not to belong to a stop text."""
-        if self.is_stopped:
-            return ""
-        held = self._held + text
-        matches = [(start + len(stop), start) for stop in self._stops if (start := held.find(stop)) >= 0]
-        if matches:
-            self.is_stopped, self._held = True, ""
-            return held[: min(matches)[1]]
-        cut = len(held) - self._num_open(held)
-        self._held = held[cut:]
-        return held[:cut]
-
-    def flush(self) -> str:
-        """What was held back, when no more text follows."""
-        held, self._held = self._held, ""
-        return held
-
-    def _num_open(self, text: str) -> int:
-        """Length of the longest end of ``text`` that begins a stop text."""
-        longest = max((len(stop) - 1 for stop in self._stops), default=0)
-        lengths = range(min(longest, len(text)), 0, -1)
-        return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)
-
-
 class TextAssembler:
     """One row's text, put together from its tokens, and why it ended: the only place where stop texts and ends of tokens meet.
 
@@ -159,7 +129,8 @@ class TextAssembler:
         self.text = ""
         self.finish_reason: str | None = None
         self._detokenizer = Detokenizer(tokenizer, prompt)
-        self._filter = StopFilter(stops)
+        self._special: Mapping[int, str] = getattr(tokenizer, "special", {}) if stops else {}
+        self._filter = StopFilter(stops, self._special.values())
 
     def push(self, token: int, finish_reason: str | None = None) -> str:
         """The text that ``token`` makes certain. finish_reason: why it is the row's last token, None where it is not.
@@ -169,6 +140,8 @@ class TextAssembler:
         if finish_reason == "eos":
             return self.end(finish_reason)
         piece = self._filter.push(self._detokenizer.push(token))
+        if token in self._special:
+            piece += self._filter.push(self._special[token], is_hidden=True)
         self.text += piece
         if self._filter.is_stopped:
             self.finish_reason = "stop"

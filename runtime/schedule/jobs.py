@@ -50,6 +50,10 @@ class TokenEvent:
 class TextJob:
     """One text to generate, in token ids. client: whose turn it is in the queue. num_logprobs: None for none at all.
 
+    scores_prompt: the log-probabilities of its tokens, from the second on, are wanted too. They are in prompt_logprobs before
+    the first event comes; the prompt is then read token by token, beside the other rows' generation. generates: False ends the
+    job where its prompt has been read ("length", without a token).
+
     receive: a function for the job's events, which the scheduler only passes on with them. Times are those of
     time.perf_counter.
     """
@@ -60,6 +64,9 @@ class TextJob:
     stream: int = 0
     num_logprobs: int | None = None
     wants_routes: bool = False
+    scores_prompt: bool = False
+    generates: bool = True
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     receive: Any = None
     submitted: float = field(default_factory=time.perf_counter)
     started: float | None = None

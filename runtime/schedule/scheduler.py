@@ -162,11 +162,11 @@ class Scheduler:
         self._outbox += self._drop_cancelled()
         self._admit()
         active = self._slots.active
-        decoding = [row for row in active if row.num_pending == 1]
+        decoding = [row for row in active if self._takes_one(row)]
         if len(decoding) < len(active):
             self._deliver()  # what is there does not wait until a piece of a prompt is read
             self._outbox += self._guarded(self._prefill, [self._next_reader()], len(decoding))
-            decoding = [row for row in self._slots.active if row.num_pending == 1]
+            decoding = [row for row in self._slots.active if self._takes_one(row)]
         if decoding:
             self._outbox += self._guarded(self._decode, decoding)
         is_urgent = any(event.finish_reason is not None or event.is_first for event in self._outbox)
@@ -204,7 +204,8 @@ class Scheduler:
         return shared < length + self.bundle.block_size
 
     def _enter(self, job: TextJob) -> None:
-        source, length = self._slots.longest_prefix(job.prompt)
+        # Of a prompt that is scored every token is read again: what it is worth is not kept.
+        source, length = (0, 0) if job.scores_prompt else self._slots.longest_prefix(job.prompt)
         target = self._slots.choose(source, length)
         if target != source and length:
             self._caches.copy_prefix(source, target, length)
@@ -220,9 +221,13 @@ class Scheduler:
             self._views[first, count] = self._caches.rows(first, count)
         return self._views[first, count]
 
+    def _takes_one(self, row: Row) -> bool:
+        """Whether the row reads one token a step: its last, or each of a prompt that is scored."""
+        return row.num_pending == 1 or self._jobs[row].scores_prompt
+
     def _next_reader(self) -> Row:
         """The row whose prompt is read next: they take turns."""
-        reading = [row for row in self._slots.active if row.num_pending > 1]
+        reading = [row for row in self._slots.active if not self._takes_one(row)]
         row = next((row for row in reading if row.index > self._turn), reading[0])
         self._turn = row.index
         return row
@@ -255,16 +260,28 @@ class Scheduler:
         for row in rows:
             line = row.index - first
             routes = token_routes(view.routes, row, line) if self._jobs[row].wants_routes else None
-            events.append(self._extend(row, logits[line], routes))
+            event = self._score(row, logits[line]) if row.num_pending else self._extend(row, logits[line], routes)
+            events += [] if event is None else [event]
         seconds = time.perf_counter() - start
         self._pacer.record_decode(seconds)
         if self._observer is not None:
             self._observer.decoded(rows, first, view.routes, seconds)
         return events
 
+    def _score(self, row: Row, logits: RowLogits) -> TokenEvent | None:
+        """The log-probability of the prompt's next token; the job's end where it was the last and nothing is generated."""
+        job = self._jobs[row]
+        logprobs = log_probabilities(logits, job.prompt[row.num_cached], job.num_logprobs or 0)
+        if not math.isfinite(logprobs.chosen):
+            return self._end(job, row, "error", "the model returned logits that are not finite")
+        job.prompt_logprobs.append(logprobs)
+        return None if job.generates or row.num_pending > 1 else self._end(job, row, "length")
+
     def _extend(self, row: Row, logits: RowLogits, routes: TokenRoutes | None) -> TokenEvent:
         """Choose the row's next token from logits [vocab]."""
         job = self._jobs[row]
+        if not job.generates:
+            return self._end(job, row, "length")
         try:
             token = row.extend(logits)
         except BilevelError as error:

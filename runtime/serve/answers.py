@@ -52,10 +52,10 @@ class AnswerChoice:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one token added to a choice."""
+    """What one token added to a choice. token: None where nothing was to be generated."""
 
     choice: AnswerChoice
-    token: int
+    token: int | None
     text: str
     finish_reason: str | None
     logprobs: TokenLogprobs | None
@@ -108,6 +108,8 @@ class Answers:
         if choice.finish_reason is not None:
             return None  # it ended at a stop text; the scheduler learned of it a token later
         if event.token is None:
+            if event.finish_reason == "length":  # it asked for no token
+                return Piece(choice, None, choice.assembler.end("length"), "length", None, None)
             if event.finish_reason == "cancelled":
                 raise ApiError(503, "the server stopped before this answer was complete; ask again", code="shutting_down")
             raise ApiError(500, event.error or "the server failed on this request; its log says why")

@@ -104,7 +104,7 @@ class ChatTemplate:
 
         Whitespace that a vocabulary has as added tokens is no marker.
         """
-        special = {*tokenizer.special_names, *self._special.values()}
+        special = {*tokenizer.special.values(), *self._special.values()}
         written = {each for each in tokenizer.added_names if each.strip() and each in self._sources[name]}
         return _starts(special), _starts(special | written)
 

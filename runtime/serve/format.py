@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from bilevel.runtime.generate.sampling import TokenLogprobs
-from bilevel.runtime.generate.text import Detokenizer, Tokenizer
+from bilevel.runtime.generate.text import BundleTokenizer, Detokenizer
 from bilevel.runtime.schedule.jobs import TokenRoutes
 from bilevel.runtime.serve.answers import AnswerChoice, Piece
 
@@ -25,7 +26,7 @@ def usage(choices: Sequence[AnswerChoice], per_prompt: int) -> dict[str, Any]:
     }
 
 
-def prompt_blocks(tokenizer: Tokenizer, prompt: Sequence[int], size: int) -> list[str]:
+def prompt_blocks(tokenizer: BundleTokenizer, prompt: Sequence[int], size: int) -> list[str]:
     """The text of each block of ``size`` tokens of a prompt; a character that two blocks share is in the second."""
     detokenizer, texts = Detokenizer(tokenizer), [""] * -(-len(prompt) // size)
     for place, token in enumerate(prompt):
@@ -49,7 +50,7 @@ def routes_of(routes: TokenRoutes | None) -> dict[str, Any] | None:
 class Format:
     """One endpoint's JSON. header: what every object of one answer begins with."""
 
-    def __init__(self, tokenizer: Tokenizer, header: dict[str, Any]) -> None:
+    def __init__(self, tokenizer: BundleTokenizer, header: dict[str, Any]) -> None:
         self.tokenizer, self.header = tokenizer, header
 
     def opening(self, choice: AnswerChoice) -> dict[str, Any] | None:
@@ -64,46 +65,89 @@ class Format:
         """A whole answer."""
         raise NotImplementedError
 
-    def word(self, token: int) -> str:
-        """One token's text by itself."""
-        return self.tokenizer.decode([token]) or f"<token {token}>"
+
+@dataclass(frozen=True)
+class _Scored:
+    """One token with what it is worth (None: the first of a prompt) and its text."""
+
+    token: int
+    text: str
+    logprobs: TokenLogprobs | None
 
 
 class CompletionFormat(Format):
-    """/v1/completions."""
+    """/v1/completions. echo: answers begin with the prompt."""
+
+    def __init__(self, tokenizer: BundleTokenizer, header: dict[str, Any], echo: bool = False) -> None:
+        super().__init__(tokenizer, header)
+        self._echo = echo
+        self._lengths: dict[AnswerChoice, int] = {}  # characters of each choice that were streamed
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
+        is_first = piece.choice not in self._lengths
+        prompt = self._prompt(piece.choice) if is_first else []
+        text = "".join(each.text for each in prompt) + piece.text
+        # Several pieces may have come at once, so the choice's own text may be further on.
+        offset = self._lengths.get(piece.choice, 0)
+        self._lengths[piece.choice] = offset + len(text)
         choice: dict[str, Any] = {
             "index": piece.choice.index,
-            "text": piece.text,
-            "logprobs": self._logprobs([piece], len(piece.choice.text) - len(piece.text)),
+            "text": text,
+            "logprobs": self._logprobs(piece.choice, prompt, [piece], offset),
             "finish_reason": _REASONS[piece.finish_reason],
         }
         return choice if piece.routes is None else {**choice, "routes": routes_of(piece.routes)}
 
     def choice(self, choice: AnswerChoice, pieces: list[Piece], with_routes: bool) -> dict[str, Any]:
+        prompt = self._prompt(choice)
         content: dict[str, Any] = {
             "index": choice.index,
-            "text": choice.text,
-            "logprobs": self._logprobs(pieces, 0),
+            "text": "".join(each.text for each in prompt) + choice.text,
+            "logprobs": self._logprobs(choice, prompt, pieces, 0),
             "finish_reason": _REASONS[choice.finish_reason],
         }
         return {**content, "routes": [routes_of(piece.routes) for piece in pieces]} if with_routes else content
 
-    def _logprobs(self, pieces: list[Piece], offset: int) -> dict[str, Any] | None:
-        if not pieces or pieces[0].logprobs is None:
+    def _prompt(self, choice: AnswerChoice) -> list[_Scored]:
+        """The prompt's tokens, where they are to be shown."""
+        if not self._echo:
+            return []
+        stream, prompt = Detokenizer(self.tokenizer), choice.job.prompt
+        texts = [stream.push(token) for token in prompt]
+        texts[-1] += stream.flush()
+        logprobs = [None, *choice.job.prompt_logprobs] if choice.job.scores_prompt else [None] * len(prompt)
+        return list(map(_Scored, prompt, texts, logprobs))
+
+    def _logprobs(self, choice: AnswerChoice, prompt: list[_Scored], pieces: list[Piece], offset: int) -> dict[str, Any] | None:
+        if choice.job.num_logprobs is None:
             return None
-        logprobs = [piece.logprobs for piece in pieces if piece.logprobs is not None]
+        scored = prompt + [_Scored(each.token, each.text, each.logprobs) for each in pieces if each.token is not None]
         offsets = []
-        for piece in pieces:
+        for each in scored:
             offsets.append(offset)
-            offset += len(piece.text)
+            offset += len(each.text)
         return {
-            "tokens": [self.word(piece.token) for piece in pieces],
-            "token_logprobs": [each.chosen for each in logprobs],
-            "top_logprobs": [{self.word(token): value for token, value in reversed(each.top)} for each in logprobs],
+            "tokens": [self._word(each.token) for each in scored],
+            "token_logprobs": [each.logprobs and each.logprobs.chosen for each in scored],
+            "top_logprobs": [each.logprobs and self._top(each.logprobs) for each in scored],
             "text_offset": offsets,
         }
+
+    def _word(self, token: int) -> str:
+        """One token's text by itself; its bytes, written as OpenAI's endpoint did, where they are no characters."""
+        data = self.tokenizer.bytes_of(token)
+        try:
+            return data.decode() or f"token_id:{token}"
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    def _top(self, logprobs: TokenLogprobs) -> dict[str, float]:
+        """The best tokens, best first; of two that look alike the second is named by its id, so that none is missing."""
+        named: dict[str, float] = {}
+        for token, value in logprobs.top:
+            word = self._word(token)
+            named[f"token_id:{token}" if word in named else word] = value
+        return named
 
 
 class ChatFormat(Format):
@@ -133,12 +177,19 @@ class ChatFormat(Format):
     def _logprobs(self, pieces: list[Piece]) -> dict[str, Any] | None:
         if not pieces or pieces[0].logprobs is None:
             return None
-        return {"content": [self._entry(piece.token, piece.logprobs) for piece in pieces if piece.logprobs], "refusal": None}
+        return {
+            "content": [self._entry(each.token, each.logprobs) for each in pieces if each.token is not None and each.logprobs],
+            "refusal": None,
+        }
 
     def _entry(self, token: int, logprobs: TokenLogprobs) -> dict[str, Any]:
         top = [self._named(each, value) for each, value in logprobs.top]
         return {**self._named(token, logprobs.chosen), "top_logprobs": top}
 
     def _named(self, token: int, value: float) -> dict[str, Any]:
-        word = self.word(token)
-        return {"token": word, "logprob": value, "bytes": list(word.encode())}
+        data = self.tokenizer.bytes_of(token)
+        return {
+            "token": data.decode("utf-8", "replace") or f"token_id:{token}",
+            "logprob": value,
+            "bytes": list(data) or None,
+        }

@@ -42,8 +42,8 @@ async def complete(request: Request) -> Response:
     asked: CompletionRequest = validated(CompletionRequest, await service.body(request))
     service.check_model(asked.model)
     prompts = [await service.encode(prompt) for prompt in _prompts(asked.prompt)]
-    answers = _submit(service, request, asked, prompts, asked.max_tokens or 16, asked.logprobs)
-    form = CompletionFormat(service.tokenizer, _header("cmpl", "text_completion", service))
+    answers = _submit(service, request, asked, prompts, 16 if asked.max_tokens is None else asked.max_tokens, asked.logprobs)
+    form = CompletionFormat(service.tokenizer, _header("cmpl", "text_completion", service), echo=bool(asked.echo))
     return await _answer(service, request, asked, answers, form)
 
 
@@ -84,15 +84,17 @@ def _submit(
         raise ApiError(
             400, f"routes=true: {why} that runs this model does not give its routes; leave routes out", param="routes"
         )
-    client = service.client(request)
+    client, echo = service.client(request), isinstance(asked, CompletionRequest) and bool(asked.echo)
     jobs = [
         TextJob(
             prompt,
-            asked.params(check_budget(len(prompt), max_tokens, service.scheduler.row_tokens)),
+            asked.params(check_budget(len(prompt), max_tokens or None, service.scheduler.row_tokens)),
             client=client,
             stream=stream,
             num_logprobs=logprobs,
             wants_routes=asked.routes,
+            scores_prompt=echo and logprobs is not None,
+            generates=max_tokens != 0,
         )
         for prompt in prompts
         for stream in range(count)

@@ -46,7 +46,7 @@ class Sampling(Strict):
     top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = 0
     repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = 1.0
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS)] | None = None
+    stop: StopText | Literal[""] | Annotated[list[StopText], Field(max_length=MOST_STOPS)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = 1
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -69,19 +69,19 @@ class Sampling(Strict):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """The stop texts."""
-        if self.stop is None:
+        """The stop texts; none where an empty text was given."""
+        if not self.stop:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
 class CompletionRequest(Sampling):
-    """POST /v1/completions."""
+    """POST /v1/completions. echo: the answer begins with the prompt, whose tokens have log-probabilities too."""
 
     prompt: str | Annotated[list[Token], Field(min_length=1)] | Annotated[list[str] | list[list[Token]], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = 16
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
-    echo: Literal[False] | None = False
+    echo: bool | None = False
     best_of: Literal[1] | None = None
     suffix: Literal[""] | None = None
 

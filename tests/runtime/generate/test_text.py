@@ -135,6 +135,38 @@ def test_stop_filter_holds_back_only_what_may_begin_a_stop() -> None:
     assert stop_filter.flush() == "E"
 
 
+@pytest.mark.parametrize(
+    ("stops", "expected"),
+    [
+        (["<x>"], "ab"),  # a special token's name
+        (["b<x>c"], "a"),  # which may stand in the middle
+        (["b<x>d", "bc"], "a"),  # other stop texts are looked for in what is shown
+        (["cd"], "ab"),
+        (["<x>c", "d"], "ab"),
+        (["<y>"], "abcd"),
+        (["<x"], "abcd"),  # no whole name, and the text does not show it
+    ],
+)
+def test_stop_texts_that_name_special_tokens(stops: list[str], expected: str) -> None:
+    def run(pieces: list[tuple[str, bool]]) -> str:
+        stop_filter = StopFilter(stops, ["<x>", "<y>"])
+        return "".join(stop_filter.push(text, hidden) for text, hidden in pieces) + stop_filter.flush()
+
+    assert run([("ab", False), ("<x>", True), ("cd", False)]) == expected
+    assert run([("a", False), ("b", False), ("<x>", True), ("c", False), ("d", False)]) == expected
+
+
+def test_a_special_tokens_name_ends_the_text(tokenizer: BundleTokenizer) -> None:
+    ids = [*tokenizer.encode("ab"), *tokenizer.encode("<pad>"), *tokenizer.encode("cd")]
+    for stops, text in ((["<pad>"], "ab"), (["b<pad>c"], "a"), ([], "abcd")):
+        assembler = TextAssembler(tokenizer, stops)
+        for token in ids:
+            if assembler.finish_reason is None:
+                assembler.push(token)
+        assembler.finish_reason or assembler.end("length")
+        assert (assembler.text, assembler.finish_reason) == (text, "stop" if stops else "length")
+
+
 def test_a_stop_text_inside_split_characters_ends_the_text(tokenizer: BundleTokenizer) -> None:
     assembler, pieces = TextAssembler(tokenizer, ["字"]), []
     for token in tokenizer.encode("漢字かな"):
