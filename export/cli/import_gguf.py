@@ -10,7 +10,7 @@ from pathlib import Path
 from bilevel.errors import CheckpointError, require
 
 EPILOG = """\
-MODEL.gguf is a file of llama.cpp (one file; parts are joined with llama-gguf-split --merge). CHECKPOINT is the folder to
+MODEL.gguf is a file of llama.cpp, of a model in parts the first (name-00001-of-00003.gguf). CHECKPOINT is the folder to
 write, in Hugging Face's format: config.json, model.safetensors, tokenizer.json, tokenizer_config.json with the chat template,
 and generation_config.json. The weights are those that llama.cpp computes with: dequantised, not rounded again.
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,8 @@ from transformers import AutoConfig
 
 from bilevel.checkpoint import load_model
 from bilevel.export.gguf.convert import import_gguf
+from bilevel.export.gguf.dequantise import read_rows
+from bilevel.export.gguf.header import GgufTensor
 from tests.bilevel.families.definitions import save_bailing, save_minicpm
 from tests.bilevel.families.released import LONGROPE, MODELS, YARN, Released, make
 from tests.support.decoding import random_ids
@@ -120,3 +123,25 @@ def test_a_family_that_transformers_lacks(family: Any, arch: str, changes: dict[
     stored = json.loads((checkpoint / "config.json").read_text())
     for key in ("scale_emb", "scale_depth", "dim_model_base", "routed_scaling_factor", "n_group", "partial_rotary_factor"):
         assert stored.get(key) == config.get(key), key
+
+
+def test_quantised_experts_are_read_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every expert of a stack is what the gguf package makes of its rows, and no more than its rows are read at once."""
+    monkeypatch.setitem(
+        MODELS, "gguf-wide", Released("Olmoe", {"num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 64})
+    )
+    config, weights = released_files(make("gguf-wide"))
+    reads: list[int] = []
+
+    def recording(tensor: GgufTensor, start: int, stop: int, heads: int = 0) -> np.ndarray:
+        reads.append((stop - start) * tensor.shape[-1])
+        return read_rows(tensor, start, stop, heads)
+
+    monkeypatch.setattr("bilevel.export.gguf.dequantise.read_rows", recording)
+    checkpoint = imported(tmp_path, "olmoe", config, weights, "Q8_0")
+    q8 = gguf.GGMLQuantizationType.Q8_0
+    expected = {
+        key: array if array.ndim == 1 else gguf.dequantize(gguf.quantize(array, q8), q8) for key, array in weights.items()
+    }
+    assert_equal_weights(checkpoint, expected)
+    assert max(reads) == weights["model.embed_tokens.weight"].size and reads.count(64 * 32) == 2 * 6 * 3

@@ -27,11 +27,17 @@ Encode = Callable[[str], list[int]]
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 _APOSTROPHES = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LING = (
+    r"'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]|\s+(?!\S)|\s+"
+)
 PATTERNS = {
     "gpt-2": [_GPT2],
     "smollm": [r"\p{N}", _GPT2],
     "default": [r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"],
     "qwen2": [rf"{_APOSTROPHES}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}"],
+    "glm4": [rf"{_APOSTROPHES}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}"],
+    "bailingmoe2": [_LING],
     "llama-bpe": [rf"{_APOSTROPHES}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}"],
 }
 
@@ -140,7 +146,7 @@ def differing(first: Encode, second: Encode, texts: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("pre", ["gpt-2", "qwen2", "llama-bpe", "tekken"])
+@pytest.mark.parametrize("pre", ["gpt-2", "qwen2", "llama-bpe", "tekken", "gpt-4o"])
 def test_byte_level_ids_equal_those_of_transformers(pre: str, count: int, tmp_path: Path) -> None:
     metadata = byte_level_vocabulary(pre)
     texts = [*random_texts(count), "<|im_start|>user\nHi <tool_call> <|im_end|>\n"]
