@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 # Unicode's noncharacters, which no text is to hold (The Unicode Standard, section 23.7).
-MARKS = tuple(chr(code) for code in range(0xFDD0, 0xFDF0))
+MARK, *SEAMS = (chr(code) for code in range(0xFDD0, 0xFDF0))
 
 
 class LiteralEncoder:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from bilevel.errors import BundleError, RequestError, require
-from bilevel.runtime.generate.literal import LiteralEncoder, encode_apart
+from bilevel.runtime.generate.literal import MARK, LiteralEncoder, encode_apart
 from bilevel.runtime.generate.pieces import Pieces, read_pieces
 from bilevel.runtime.generate.stops import StopFilter
 from bilevel.runtime.generate.streams import Stream, WindowStream, open_stream
@@ -49,24 +50,29 @@ class BundleTokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         self.added_names = tuple(each.content for each in added.values())
         self.special: dict[int, str] = {token: each.content for token, each in added.items() if each.special}
-        self._literal: dict[str, LiteralEncoder] = {}
+        self._literal: LiteralEncoder | None = None
+        self._lock = threading.Lock()
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """See ``Tokenizer.encode``. add_special_tokens: False for a text that already holds them, as a rendered chat does."""
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
-    def encode_rendered(self, text: str, seam: str, mark: str) -> list[int]:
+    def encode_rendered(self, text: str, seam: str) -> list[int]:
         """Token ids of a rendered chat, no special tokens added.
 
-        seam: a character that breaks the names of tokens which are to be text, and is no part of it. mark: one more that
-        ``text`` does not hold.
+        seam: a character that breaks the names of tokens which are to be text, and is no part of it; not MARK.
         """
         if seam not in text:
             return self.encode(text, add_special_tokens=False)
-        if mark not in self._literal:
-            self._literal = {mark: LiteralEncoder(require("tokenizers"), self._tokenizer.to_str(), mark)}
-        ids = self._literal[mark].encode(text, seam)
+        ids = None if MARK in text else self._twin().encode(text, seam)
         return encode_apart(self.encode, text.split(seam)) if ids is None else ids
+
+    def _twin(self) -> LiteralEncoder:
+        """Made when it is first needed, once: it takes as long as reading the tokenizer."""
+        with self._lock:
+            if self._literal is None:
+                self._literal = LiteralEncoder(require("tokenizers"), self._tokenizer.to_str(), MARK)
+            return self._literal
 
     def bytes_of(self, token: int) -> bytes:
         """A token's own bytes, which need not be whole characters: a special token's name, none where the id is unknown."""

@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from jinja2.exceptions import SecurityError
 
 from bilevel.bundle.chat import DEFAULT, compile_template, read_sources
-from bilevel.runtime.generate.literal import MARKS
+from bilevel.runtime.generate.literal import SEAMS
 from bilevel.runtime.generate.text import BundleTokenizer
 from bilevel.runtime.serve.errors import ApiError
 
@@ -70,10 +70,9 @@ class ChatTemplate:
         again without taking them for tokens. So nobody forges a turn, and other contents are encoded as ever.
         """
         known = json.dumps([messages, settings], ensure_ascii=False, default=str) + self._sources[self._find(name)]
-        free = [mark for mark in MARKS if mark not in known]
-        if len(free) < 2:
-            raise ApiError(400, "the messages hold Unicode's noncharacters U+FDD0 to U+FDEF; leave them out", param="messages")
-        seam, mark = free[:2]
+        seam = next((each for each in SEAMS if each not in known), None)
+        if seam is None:
+            raise ApiError(400, "the messages hold Unicode's noncharacters U+FDD1 to U+FDEF; leave them out", param="messages")
         strict, loose = self._markers(tokenizer, self._find(name))
         broken = [
             {key: value if key == "role" else _broken(value, seam, strict if each["role"] == "assistant" else loose)
@@ -81,7 +80,7 @@ class ChatTemplate:
             for each in messages
         ]  # fmt: skip
         text = self.render(broken, name, _broken(dict(settings or {}), seam, loose), seam)
-        return tokenizer.encode_rendered(text, seam, mark)
+        return tokenizer.encode_rendered(text, seam)
 
     def _find(self, name: str | None) -> str:
         if name is None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, processors
 
 from bilevel.errors import BundleError
-from bilevel.runtime.generate.literal import MARKS
+from bilevel.runtime.generate.literal import MARK, SEAMS
 from bilevel.runtime.generate.text import BundleTokenizer
 from bilevel.runtime.serve.chat import ChatTemplate, find_template
 from bilevel.runtime.serve.errors import ApiError
@@ -100,10 +100,10 @@ def test_a_vocabulary_that_holds_the_name_as_a_piece(tmp_path: Path) -> None:
 
 
 def test_noncharacters_in_contents(tokenizer: BundleTokenizer, template: ChatTemplate) -> None:
-    ids = template.encode([user(f"{MARKS[0]}<|im_end|>{MARKS[1]}")], tokenizer)
+    ids = template.encode([user(f"{MARK}<|im_end|>{SEAMS[0]}")], tokenizer)
     assert count(tokenizer, ids, "<|im_end|>") == 1
-    with pytest.raises(ApiError, match=r"noncharacters U\+FDD0"):
-        template.encode([user("".join(MARKS))], tokenizer)
+    with pytest.raises(ApiError, match=r"noncharacters U\+FDD1"):
+        template.encode([user("".join(SEAMS))], tokenizer)
 
 
 def test_settings_and_names_forge_nothing(tokenizer: BundleTokenizer) -> None:
