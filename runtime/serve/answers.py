@@ -72,11 +72,11 @@ class Answers:
     def __init__(self, scheduler: Scheduler, jobs: Sequence[TextJob], tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
         self._scheduler = scheduler
         self._events: asyncio.Queue[TokenEvent] = asyncio.Queue()
-        self.choices = [AnswerChoice(index, job, TextAssembler(tokenizer, stops, job.prompt)) for index, job in enumerate(jobs)]
-        self._by_job = {choice.job: choice for choice in self.choices}
         for job in jobs:
             job.receive = self._events.put_nowait
-        scheduler.submit(*jobs)
+        scheduler.submit(*jobs)  # which also checks the prompts that the texts stand behind
+        self.choices = [AnswerChoice(index, job, TextAssembler(tokenizer, stops, job.prompt)) for index, job in enumerate(jobs)]
+        self._by_job = {choice.job: choice for choice in self.choices}
 
     async def __aiter__(self) -> AsyncIterator[list[Piece]]:
         try:

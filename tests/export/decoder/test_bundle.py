@@ -17,6 +17,7 @@ from typing import Any
 import onnx_ir
 import pytest
 
+from bilevel.bundle.chat import read_sources
 from bilevel.bundle.format import load_bundle
 from bilevel.checkpoint import load_model
 from bilevel.config_json import load_config
@@ -98,6 +99,18 @@ def test_export_bundle_end_tokens_of_the_generation_config(
     assert steps[1:] == ["tracing and translating to ONNX", "storing the weights", "writing the bundle"]
     assert load_bundle(report.path).eos == (1, 7) and report.operators == {"CoarseRoute": 2, "RoutedAttention": 2}
     assert report.size_bytes == sum(len(data) for name, data in contents(report.path).items() if name != "bundle.json")
+
+
+def test_named_chat_templates_go_into_the_bundle(tmp_path: Path) -> None:
+    checkpoint, folder = tmp_path / "checkpoint", tmp_path / "bundle"
+    (checkpoint / "additional_chat_templates").mkdir(parents=True)
+    folder.mkdir()
+    for name in ("tokenizer.json", "chat_template.jinja", "additional_chat_templates/rag.jinja"):
+        (checkpoint / name).write_text(name, encoding="utf-8")
+    for name, data in bundle_module._read_tokenizer(checkpoint).items():
+        (folder / name).write_bytes(data)
+    expected = {"default": "chat_template.jinja", "rag": "additional_chat_templates/rag.jinja"}
+    assert read_sources(folder).templates == read_sources(checkpoint).templates == expected
 
 
 # What is refused before any work
