@@ -103,8 +103,6 @@ def main(args: argparse.Namespace) -> int:
         checkpoint_folder(args.checkpoint, args.bundle, status.update) as checkpoint,
         merged(args.adapter, checkpoint, args.ignore_key) as routed,
     ):
-        if is_untrained(routed):
-            console.print(UNTRAINED.format(checkpoint=args.checkpoint), style="yellow", markup=False, soft_wrap=True)
         report = export_bundle(
             routed,
             args.bundle,
@@ -115,6 +113,8 @@ def main(args: argparse.Namespace) -> int:
             ignore_keys=args.ignore_key,
             on_stage=status.update,
         )
+        if is_untrained(routed):
+            console.print(UNTRAINED.format(checkpoint=args.checkpoint), style="yellow", markup=False, soft_wrap=True)
         repository = None
         if args.triton_repository is not None:
             from bilevel.export.decoder.triton_repository import write_repository
