@@ -82,11 +82,11 @@ def save_checkpoint(folder: Path, preset: str = "two_level") -> Path:
 
 
 def edit_config(checkpoint: Path, **changes: Any) -> None:
-    """Change config.json in place; a section (routing=..., experts=...) is updated, not replaced."""
+    """Change config.json in place; a section (routing=..., experts=...) is updated or begun."""
     path = checkpoint / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     for key, value in changes.items():
-        config[key] = {**config[key], **value} if isinstance(value, dict) else value
+        config[key] = {**config.get(key, {}), **value} if isinstance(value, dict) else value
     path.write_text(json.dumps(config), encoding="utf-8")
 
 
