@@ -15,7 +15,8 @@ from bilevel.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_SKIPPED = {"site-packages", "dist-packages", "encodings"}  # what is installed, and tables of numbers
+# What is installed, tables of numbers, and the text that ``bilevel quality`` hides its facts in.
+_SKIPPED = {"site-packages", "dist-packages", "encodings", "pydoc_data"}
 _LARGEST = 1 << 20  # bytes of one file that are read
 _LEAST = 400  # characters: shorter files say too little
 
