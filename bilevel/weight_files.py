@@ -72,6 +72,8 @@ class _Safetensors:
 
     def get_tensor(self, key: str) -> Tensor:
         entry = self._header[key]
+        if (dtype := _TORCH_DTYPES.get(entry["dtype"])) is None:
+            raise CheckpointError(f"{key} is stored as {entry['dtype']}; bilevel reads float weights only: write it as F32")
         first, end = entry["data_offsets"]
         content = torch.empty(end - first, dtype=torch.uint8)
         view, done = content.numpy().data, 0
@@ -80,7 +82,7 @@ class _Safetensors:
             if not (count := self._plain.readinto(view[done:])):
                 raise OSError(f"it ends within {key}")
             done += count
-        return content.view(_TORCH_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        return content.view(dtype).reshape(entry["shape"])
 
 
 class _Pickle:

@@ -113,7 +113,7 @@ def main(args: argparse.Namespace) -> int:
             ignore_keys=args.ignore_key,
             on_stage=status.update,
         )
-        if is_untrained(routed):
+        if args.adapter is None and is_untrained(routed):
             console.print(UNTRAINED.format(checkpoint=args.checkpoint), style="yellow", markup=False, soft_wrap=True)
         repository = None
         if args.triton_repository is not None:

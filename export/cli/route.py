@@ -105,7 +105,7 @@ def main(args: argparse.Namespace) -> int:
     from bilevel.export.route.run import Options, route, summary
     from bilevel.export.route.work import Work
 
-    check_target(args.out, args.force)
+    check_target(args.out, args.force, args.checkpoint)
     options = Options(
         method=args.method,
         text=tuple(args.text),

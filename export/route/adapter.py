@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -35,6 +36,7 @@ from bilevel.weight_files import CONFIG, INDEX, PICKLE, PICKLE_INDEX, WEIGHTS, o
 ADAPTER, GATES, LOG = "adapter.json", "gates.safetensors", "log.json"
 FORMAT = 1
 _WORDS = "model.word_router."
+_GATE = re.compile(r"model\.layers\.(\d+)\.self_attn\.block_keys\.(.+)")
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
 _PROBE = "model.layers.0.self_attn.k_proj"  # small, and changed by every kind of training
 
@@ -132,8 +134,9 @@ def _read_tensors(path: Path) -> tuple[dict[int, dict[str, Tensor]], dict[str, T
             if key.startswith(_WORDS):
                 words[key.removeprefix(_WORDS)] = file.get_tensor(key).float()
                 continue
-            layer, name = key.removeprefix("model.layers.").split(".self_attn.block_keys.")
-            gates.setdefault(int(layer), {})[name] = file.get_tensor(key).float()
+            if not (found := _GATE.fullmatch(key)):
+                raise CheckpointError(f"{path} holds {key}, which is no gate's; make the adapter anew with: bilevel route")
+            gates.setdefault(int(found[1]), {})[found[2]] = file.get_tensor(key).float()
     return gates, words
 
 
@@ -213,8 +216,12 @@ def is_untrained(checkpoint: Path) -> bool:
     return not routing.is_dense and bare and not (checkpoint / LOG).is_file()
 
 
-def check_target(folder: Path, force: bool) -> None:
-    """Refuse a folder that would be lost. Raises CheckpointError."""
+def check_target(folder: Path, force: bool, checkpoint: Path | None = None) -> None:
+    """Refuse a folder that would be lost, the checkpoint that is read above all. Raises CheckpointError."""
+    if checkpoint is not None and checkpoint.resolve().is_relative_to(folder.resolve()):
+        raise CheckpointError(
+            f"{folder} is or holds the checkpoint that is read, which would be lost; name another folder for OUT"
+        )
     if not folder.exists():
         return
     if not force:

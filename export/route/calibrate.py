@@ -103,7 +103,7 @@ def rank_layers(
             contenders = _ordered(questioner, current, start, contenders, 1, title, on_stage)[: _CONTENDERS + count]
         contenders = _ordered(questioner, current, start, contenders, None, title, on_stage)
         chosen.append(contenders[0])
-        contenders = contenders[1 : 1 + _CONTENDERS]
+        contenders = contenders[1 : max(1 + _CONTENDERS, count - place)]
     return chosen
 
 

@@ -138,16 +138,19 @@ def route(checkpoint: Path, work: Path, options: Options, report: Report | None 
     """The adapter that routes the dense model in ``checkpoint``. ``work``: the folder of a run that trains."""
     report = report or Report()
     started = time.monotonic()
+    largest = max(each.block_size for each in _candidates(options))
+    whole = dataclasses.replace(options, context=options.context - options.context % largest)  # of blocks
     if options.method == "bounds":
         source = open_source(checkpoint, options, fast_precision(), report)
-        _check(source, options, _candidates(options)[0])
-        found = _calibrated(source, options, _candidates(options), None, report)
+        _check(source, whole, _candidates(options)[0])
+        found = _calibrated(source, whole, _candidates(options), None, report)
         gates: dict[int, dict[str, torch.Tensor]] = {}
         log: dict[str, Any] = {}
     else:
         source, stack, log = _trained(checkpoint, work, options, report)
         gates = {layer: stack.state(layer) for layer in stack.layers}
-        found = _calibrated(source, options, _candidates(options), gates, report)
+        found = _calibrated(source, whole, _candidates(options), gates, report)
+    options = whole
     routing, words, level = found.routing, dict[str, torch.Tensor](), None
     if options.words is not None:
         report.stage("weighing words for level 1")
@@ -200,10 +203,9 @@ def _check(source: Source, options: Options, candidate: Routing) -> None:
 
 
 def _calibrated(source: Source, options: Options, candidates: Sequence[Routing], gates: Any, report: Report) -> Calibration:
-    length = options.context - options.context % max(each.block_size for each in candidates)
     return calibrate(
         source.model,
-        source.cases(length, options.seed, 2, 12),
+        source.cases(options.context, options.seed, 2, 12),
         candidates,
         share=options.share,
         max_dense=max(1, round(source.config.num_hidden_layers * _MAX_DENSE / 30)),
@@ -221,7 +223,8 @@ def _trained(checkpoint: Path, work_folder: Path, options: Options, report: Repo
     _check(source, options, routing)
     config = dataclasses.replace(source.config, routing=routing)
     longest = source.config.max_position_embeddings
-    lengths = tuple(length for length in _LENGTHS if length <= longest) or (longest - longest % routing.block_size,)
+    lengths = tuple(length for length in _LENGTHS if length <= longest) or (longest,)
+    lengths = tuple(length - length % routing.block_size for length in lengths)
     digest = hashlib.sha256("".join(source.training).encode()).hexdigest()
     plan = Plan(
         base=source.base["sha256"], texts=digest, seed=options.seed, rows=options.rows, lengths=lengths, words=_WORDS,

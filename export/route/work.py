@@ -65,6 +65,10 @@ class Work:
                         f"{folder} holds an unfinished run with another {name} ({before.get(name)}, now {value}); "
                         "give the options of then, or remove the folder to begin anew"
                     )
+        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise CheckpointError(
+                f"{folder}, where a run keeps its progress, holds something else; move it away, or name another OUT"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, stored)
 

@@ -145,3 +145,44 @@ def test_routed_already(base: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "exists; choose another folder or replace it with --force" in capsys.readouterr().err
     assert main(["route", str(tmp_path / "gone"), str(tmp_path / "again")]) == 2
     assert "is no folder; give a checkpoint" in capsys.readouterr().err
+
+
+def test_sizes_that_do_not_divide(base: Path, tmp_path: Path) -> None:
+    """Texts are cut to whole blocks, in calibration, training and judgement."""
+    text = ["--text", str(base.with_name("text"))]
+    odd = ["--context", "700", "--share", "0.6", "--block-size", "24"]
+    assert (
+        main(
+            [
+                "route",
+                str(base),
+                str(tmp_path / "bounds"),
+                *odd,
+                *text,
+                "--adapter",
+                "--dense-layers",
+                "none",
+                "--key",
+                "bounds",
+            ]
+        )
+        == 0
+    )
+    assert json.loads((tmp_path / "bounds" / "log.json").read_text())["context"] == 696
+    assert (
+        main(["route", str(base), str(tmp_path / "gate"), *odd, *text, "--method", "gate", "--rows", "2", "--passes", "1"]) == 0
+    )
+
+
+def test_nothing_of_the_users_is_lost(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither the model that is read, nor what happens to lie where a run would keep its progress."""
+    for out in (base, base.parent):
+        assert main(["route", str(base), str(out), *COMMON, "--adapter", "--force"]) == 2
+        assert "which would be lost; name another folder" in capsys.readouterr().err
+    work = tmp_path / "out.work"
+    work.mkdir()
+    (work / "thesis.txt").write_text("years of work")
+    text = ["--text", str(base.with_name("text"))]
+    assert main(["route", str(base), str(tmp_path / "out"), *GATE, *text]) == 2
+    assert "holds something else; move it away" in capsys.readouterr().err
+    assert (work / "thesis.txt").read_text() == "years of work"

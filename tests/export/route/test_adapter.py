@@ -238,3 +238,18 @@ def test_released_gates_of_another_size(tmp_path: Path) -> None:
     (tmp_path / "seer" / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"holds no tensors model\.layers\.N"), merged(tmp_path / "seer", base):
         pass
+
+
+@pytest.mark.parametrize(
+    "name, tensor, message",
+    [
+        ("foo", torch.zeros(2), "holds foo, which is no gate's"),
+        ("model.word_router.proj.weight", torch.zeros(2).long(), "stored as I64"),
+    ],
+)
+def test_a_file_of_other_tensors(name: str, tensor: Tensor, message: str, tmp_path: Path) -> None:
+    base = save_checkpoint(tmp_path / "base")
+    save_adapter(make_adapter(base), tmp_path / "adapter")
+    save_file({name: tensor}, tmp_path / "adapter" / "gates.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        load_adapter(tmp_path / "adapter")
