@@ -53,11 +53,18 @@ def read_sources(folder: Path) -> ChatSources:
     files = {file.removeprefix(_PREFIX).removesuffix(_SUFFIX): path for file, path in additional_files(folder).items()}
     if (folder / MAIN_FILE).is_file():
         files[DEFAULT] = folder / MAIN_FILE
-    found |= {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+    found |= {name: _read_text(path) for name, path in files.items()}
     tokens = {name: value.get("content") if isinstance(value, dict) else value for name, value in config.items()}
     special = {name: value for name, value in tokens.items() if name.endswith("_token") and isinstance(value, str)}
     templates = {name: text for name, text in found.items() if isinstance(name, str) and isinstance(text, str)}
     return ChatSources(templates, special)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise BundleError(f"{path} is not UTF-8; write it anew and export again") from None
 
 
 def compile_template(source: str, refuse: Callable[[str], None]) -> Any:

@@ -178,7 +178,10 @@ def read_manifest(path: str | Path) -> Bundle:
 def _eos_sources(manifest: Section) -> dict[int, tuple[str, ...]]:
     """Who says of each end token that it is one; empty in bundles that do not tell."""
     listed = manifest.get("tokens.eos_sources", dict, default={})
-    return {token: tuple(map(str, listed.get(str(token)) or ())) for token in manifest.numbers("tokens.eos")}
+    for value in listed.values():
+        if not isinstance(value, list) or not all(isinstance(source, str) for source in value):
+            raise manifest.wrong("tokens.eos_sources", listed, "lists of texts by token")
+    return {token: tuple(listed.get(str(token), ())) for token in manifest.numbers("tokens.eos")}
 
 
 def load_bundle(path: str | Path, verify: bool = True) -> Bundle:

@@ -34,7 +34,10 @@ def end_tokens(checkpoint: Path, config: ModelConfig) -> dict[int, list[str]]:
 def _named(checkpoint: Path, config: ModelConfig) -> list[tuple[str, list[Any]]]:
     """(source, ids), in order."""
     listed = _read(checkpoint / "generation_config.json").get("eos_token_id")
-    special, ids = _vocabulary(_read(checkpoint / "tokenizer.json"))
+    try:
+        special, ids = _vocabulary(_read(checkpoint / "tokenizer.json"))
+    except (AttributeError, IndexError, KeyError, TypeError):
+        raise ExportError(f"{checkpoint / 'tokenizer.json'} is no tokenizer's; write it anew with transformers") from None
     named: list[tuple[str, list[Any]]] = [
         ("config.json", list(config.eos_token_ids)),
         ("generation_config.json", listed if isinstance(listed, list) else [] if listed is None else [listed]),

@@ -182,8 +182,10 @@ class WindowStream:
         num_open = num_space or min(3, len(text) - len(text.rstrip(REPLACEMENT)))
         piece = self._emit(text, len(text) - num_open)
         if (piece and not num_open) or len(self._pending) >= 4 * _CONTEXT:
-            self._context, self._pending = self._pending[-2 * _CONTEXT :], []
-            self._num_emitted = len(self._decode(self._context)) - num_open
+            context = self._pending[-2 * _CONTEXT :]
+            num_emitted = len(self._decode(context)) - num_open
+            if num_emitted >= 0:  # else what is held back is longer than the context: a run of spaces goes on
+                self._context, self._pending, self._num_emitted = context, [], num_emitted
         return piece
 
     def flush(self) -> str:

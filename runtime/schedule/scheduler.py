@@ -197,7 +197,7 @@ class Scheduler:
     def _is_ready(self, job: TextJob) -> bool:
         """Whether waiting would not save reading: not while a prompt is being read that begins like this one."""
         reading = [row for row in self._slots.active if row.num_pending > 1]
-        if not reading:
+        if job.scores_prompt or not reading:  # a prompt that is scored is read in any case
             return True
         _, length = self._slots.longest_prefix(job.prompt)
         shared = max(common_prefix(row.prompt_ids, job.prompt[:-1]) for row in reading)

@@ -70,7 +70,7 @@ class ChatTemplate:
         again without taking them for tokens. So nobody forges a turn, and other contents are encoded as ever.
         """
         known = json.dumps([messages, settings], ensure_ascii=False, default=str) + self._sources[self._find(name)]
-        seam = next((each for each in SEAMS if each not in known), None)
+        seam = next((each for each in SEAMS if each not in known and json.dumps(each)[1:-1] not in known), None)
         if seam is None:
             raise ApiError(400, "the messages hold Unicode's noncharacters U+FDD1 to U+FDEF; leave them out", param="messages")
         strict, loose = self._markers(tokenizer, self._find(name))
@@ -135,7 +135,7 @@ class ChatTemplate:
     def _render(self, messages: Messages, name: str, settings: Mapping[str, Any]) -> str:
         given = {"messages": messages, "add_generation_prompt": True, "tools": None, **self._special, **settings}
         try:
-            return str(self._templates[name].render(**given))
+            return str(self._templates[name].render(given))
         except _Refusal as error:
             raise ApiError(400, f"the model's chat template refuses these messages: {error}", param="messages") from None
         except SecurityError:

@@ -106,7 +106,11 @@ class CompletionFormat(Format):
             "logprobs": self._logprobs(choice, prompt, pieces, 0),
             "finish_reason": _REASONS[choice.finish_reason],
         }
-        return {**content, "routes": [routes_of(piece.routes) for piece in pieces]} if with_routes else content
+        return (
+            {**content, "routes": [routes_of(piece.routes) for piece in pieces if piece.token is not None]}
+            if with_routes
+            else content
+        )
 
     def _prompt(self, choice: AnswerChoice) -> list[_Scored]:
         """The prompt's tokens, where they are to be shown."""
@@ -172,7 +176,11 @@ class ChatFormat(Format):
             "logprobs": self._logprobs(pieces),
             "finish_reason": _REASONS[choice.finish_reason],
         }
-        return {**content, "routes": [routes_of(piece.routes) for piece in pieces]} if with_routes else content
+        return (
+            {**content, "routes": [routes_of(piece.routes) for piece in pieces if piece.token is not None]}
+            if with_routes
+            else content
+        )
 
     def _logprobs(self, pieces: list[Piece]) -> dict[str, Any] | None:
         if not pieces or pieces[0].logprobs is None:

@@ -215,3 +215,10 @@ def test_moved_bundle_still_opens(folder: Path, tmp_path_factory: pytest.TempPat
     elsewhere = tmp_path_factory.mktemp("ümlaut folder") / "bundle"
     shutil.copytree(folder, elsewhere)
     assert OnnxSession.open(elsewhere).bundle.vocab_size == VOCAB_SIZE
+
+
+@pytest.mark.parametrize("sources", [{"1": 5}, {"1": "config.json"}, {"1": [2]}])
+def test_sources_of_ends_that_are_none(folder: Path, sources: dict[str, object]) -> None:
+    edit_manifest(folder, lambda manifest: manifest["tokens"].update(eos_sources=sources))
+    with pytest.raises(BundleError, match="eos_sources"):
+        load_bundle(folder, verify=False)

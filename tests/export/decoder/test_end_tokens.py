@@ -85,3 +85,18 @@ def test_an_end_that_is_no_token(tmp_path: Path, config: ModelConfig, listed: An
     (tmp_path / "generation_config.json").write_text("[]", encoding="utf-8")
     with pytest.raises(ExportError, match="is not valid JSON; write it anew or delete it"):
         end_tokens(tmp_path, config)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"added_tokens": [{"id": 1}]},
+        {"added_tokens": [{"content": "x"}]},
+        {"model": {"vocab": [1]}},
+        {"model": {"vocab": None}},
+    ],
+)
+def test_a_file_that_is_no_tokenizers(tmp_path: Path, config: ModelConfig, damage: dict[str, Any]) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps(damage), encoding="utf-8")
+    with pytest.raises(ExportError, match=r"tokenizer\.json is no tokenizer's"):
+        end_tokens(tmp_path, config)

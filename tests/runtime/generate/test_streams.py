@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -119,3 +119,19 @@ def test_a_tokens_own_bytes_joined_are_the_text(pair: Pair, ids: list[int]) -> N
     text = pair[0].decode(ids)
     if "\ufffd" not in text and not text.startswith("##"):  # a text that begins inside a word shows it
         assert joined.endswith(text) and len(joined) - len(text) <= 1  # the start of a whole text may lose a space
+
+
+@pytest.mark.parametrize("text", ["a" + "\n" * 60 + "b", " " * 40 + "x", "a\n" * 40 + " " * 70, "a" + " " * 33])
+def test_long_runs_of_spaces_by_any_decoder(text: str) -> None:
+    """A decoder of no known kind: what is held back may be longer than the window."""
+
+    class Letters:
+        def encode(self, text: str) -> list[int]:
+            return [ord(letter) for letter in text]
+
+        def decode(self, ids: Sequence[int]) -> str:
+            return "".join(map(chr, ids))
+
+    tokenizer = Letters()
+    stream = Detokenizer(tokenizer, [])  # type: ignore[arg-type]
+    assert "".join([*(stream.push(token) for token in tokenizer.encode(text)), stream.flush()]) == text

@@ -202,3 +202,20 @@ def test_the_file_counts_before_the_settings(tmp_path: Path) -> None:
     template = find_template(write(tmp_path, {"chat_template": "old"}, chat_template="new{{ messages[0].content }}"))
     assert template is not None and template.render([user("x")]) == "newx"
     assert find_template(tmp_path / "none") is None
+
+
+def test_an_escape_in_contents_is_kept(tokenizer: BundleTokenizer, template: ChatTemplate) -> None:
+    """What breaks markers apart is taken out again, however a template wrote it; the user's own letters are not."""
+    content = "Write \\\\ufdd1 for it, or \\ufdd2."
+    plain = tokenizer.encode_rendered(template.render([user(content)]), SEAMS[0])
+    assert template.encode([user(content)], tokenizer) == plain
+
+
+def test_a_template_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff{{ messages }}")
+    with pytest.raises(BundleError, match=r"chat_template\.jinja is not UTF-8"):
+        find_template(tmp_path)
+
+
+def test_a_setting_of_any_name(template: ChatTemplate) -> None:
+    assert template.render([user("hello")], None, {"self": 1}) == template.render([user("hello")])
