@@ -53,7 +53,7 @@ def _add_mask(make: Replacement) -> None:
 
 
 def _add_attention(make: Replacement) -> None:
-    """Attention in fp32, as in a dense model's graph; each query head beside the key head that it reads."""
+    """Attention in fp32; ONNX groups the query heads that share a key head as we do."""
     q, k, v, *_ = make.node.input
     wide = [make.add("Cast", x, to=TensorProto.FLOAT) for x in (q, k, v)]
     out = make.add("Attention", *wide, _MASK, scale=make.attributes["scale"])
