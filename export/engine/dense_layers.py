@@ -17,7 +17,10 @@ _MASK, _IDLE = "every_block.mask", "every_block.idle"
 
 
 def say_as_attention(model: onnx.ModelProto) -> None:
-    """Replace, in ``model``, every RoutedAttention that reads all there is by ONNX's Attention with a mask."""
+    """Replace, in ``model``, every RoutedAttention that reads all there is by products and a softmax behind a mask.
+
+    Not by ONNX's Attention: TensorRT-RTX 1.7 has no kernel for a mask in fp32, and TensorRT before 10.14 none at all.
+    """
     graph = model.graph
     dense = {node.name for node in dense_nodes(graph)}
     nodes, has_mask = Nodes(), False
@@ -53,9 +56,19 @@ def _add_mask(make: Replacement) -> None:
 
 
 def _add_attention(make: Replacement) -> None:
-    """Attention in fp32; ONNX groups the query heads that share a key head as we do."""
+    """softmax(q k^T scale) v in fp32, the query heads of a key head side by side; a word that is padding gives 0."""
     q, k, v, *_ = make.node.input
+    group, last = make.constant("group", [2], np.int64), make.constant("rest", [-1], np.int64)
+    scale = make.constant(f"scale.{make.attributes['scale']}", make.attributes["scale"], np.float32)
+    nothing, lowest = (
+        make.constant("nothing", 0.0, np.float32),
+        make.constant("lowest", float(np.finfo(np.float32).min), np.float32),
+    )
     wide = [make.add("Cast", x, to=TensorProto.FLOAT) for x in (q, k, v)]
-    out = make.add("Attention", *wide, _MASK, scale=make.attributes["scale"])
-    nothing = make.constant("nothing", 0.0, np.float32)
+    parts = [make.add("Shape", x, start=first, end=end) for x, first, end in ((q, 0, 1), (k, 1, 2), (q, 2, 4))]
+    grouped = make.add("Reshape", wide[0], make.add("Concat", *parts[:2], last, parts[2], axis=0))  # [B, Hkv, G, L, D]
+    keys = make.add("Transpose", make.add("Unsqueeze", wide[1], group), perm=[0, 1, 2, 4, 3])
+    scores = make.add("Mul", make.add("MatMul", grouped, keys), scale)
+    weights = make.add("Softmax", make.add("Where", make.add("Unsqueeze", _MASK, group), scores, lowest), axis=-1)
+    out = make.add("Reshape", make.add("MatMul", weights, make.add("Unsqueeze", wide[2], group)), make.add("Shape", q))
     make.add("CastLike", make.add("Where", _IDLE, nothing, out), q, outputs=make.node.output)

@@ -53,7 +53,7 @@ def lower_operators(model: onnx.ModelProto, flavour: Flavour) -> None:
     graph = model.graph
     if not has_attention(flavour) and any(node.op_type == "Attention" for node in graph.node):
         raise EngineError(
-            f"{flavour.backend} {flavour.version_text} has no attention, which dense layers need; install TensorRT 10.14 "
+            f"{flavour.backend} {flavour.version_text} has no attention, which this dense model needs; install TensorRT 10.14 "
             "or newer"
         )
     if has_opset_23(flavour):
