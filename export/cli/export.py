@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from bilevel.errors import require
-from bilevel.export.cli.source import checkpoint_folder
+from bilevel.export.decoder.source import checkpoint_folder
 from bilevel.export.graph.precision import PRECISIONS, check_precision
 
 EPILOG = """\

@@ -1,24 +1,28 @@
-"""``bilevel quality BUNDLE``: what routing costs in quality, on this model and this device."""
+"""``bilevel quality BUNDLE|CHECKPOINT``: what routing costs in quality, on this model and this device."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from bilevel.bundle.manifest import MANIFEST
-from bilevel.errors import BundleError, RequestError, require
+from bilevel.errors import RequestError, require
 from bilevel.runtime.backend.select import add_backend_options
 from bilevel.runtime.quality.exams import TASKS
 from bilevel.runtime.quality.floors import FLOORS, check_floors, parse_floor
 from bilevel.runtime.quality.measure import Request, measure
 from bilevel.runtime.quality.model import SIDES
 
-MASS_SESSION = "bilevel.export.quality.session"  # needs PyTorch: loaded by its name, as commands are
+# These need PyTorch: loaded by their names, as commands are.
+MASS_SESSION, SUBJECT = "bilevel.export.quality.session", "bilevel.export.quality.subject"
+ADAPTER = "bilevel.export.route.adapter"
 QUICK_FACTS = 8
 EPILOG = """\
 Questions are drawn from a seed, put in the bundle's chat template, and answered by the device's own runtime. An answer is right
@@ -35,6 +39,7 @@ floors, each with the least value that passes:
   bilevel quality my-bundle --quick --floor needles=0.9         a quick look; exit status 1 where too few facts are found
   bilevel quality my-bundle --lengths 1k,4k --json q.json --html q.html
   bilevel quality my-bundle --checkpoint my-checkpoint          also the choice by true attention mass, in PyTorch
+  bilevel quality my-checkpoint --adapter my-adapter            a checkpoint: exported, measured, true mass included (PyTorch)
 
 Exit status: 0 no floor is missed, 1 one is, 2 it could not be measured.
 """
@@ -48,12 +53,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG.format(tasks=_rows(TASKS), sides=_rows(SIDES), floors=_rows(FLOORS))
-    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="folder written by bilevel export, with a tokenizer")
     parser.add_argument(
-        "--against", metavar="DENSE", type=Path, help="a bundle to compare with (default: the bundle's own dense twin)"
+        "bundle", metavar="BUNDLE", type=Path, help="folder written by bilevel export, or what it takes; with a tokenizer"
+    )
+    parser.add_argument(
+        "--against",
+        metavar="DENSE",
+        type=Path,
+        help="a bundle or checkpoint to compare with (default: the bundle's own dense twin)",
     )
     parser.add_argument(
         "--checkpoint", metavar="DIR", type=Path, help="the bundle's checkpoint: also measure the choice by true mass (PyTorch)"
+    )
+    parser.add_argument(
+        "--adapter", metavar="DIR", type=Path, help="what bilevel route learned for the checkpoint that is named"
     )
     parser.add_argument(
         "--lengths", metavar="N,N", type=_lengths, default=(), help="tokens of a text, as in 1k,4k (default: 1k,2k,4k)"
@@ -93,10 +106,11 @@ def main(args: argparse.Namespace) -> int:
         _check_place(path)
     for name in ("onnxruntime", "tokenizers", "rich"):
         require(name)
-    mass = importlib.import_module(MASS_SESSION).open_session if args.checkpoint is not None else None
     console = require("rich.console").Console(stderr=True)
-    with console.status("starting") as status:
-        report = measure(request, _progress(lambda text: status.update(text)), mass)
+    with ExitStack() as folders, console.status("starting") as status:
+        request = _opened(request, args.adapter, folders, status.update)
+        mass = importlib.import_module(MASS_SESSION).open_session if request.checkpoint is not None else None
+        report = measure(request, _progress(status.update), mass)
     # The files first: whatever becomes of the terminal, long work is not lost.
     if args.json is not None:
         _write(args.json, report.to_json(indent=1) + "\n")
@@ -112,8 +126,10 @@ def main(args: argparse.Namespace) -> int:
 
 def _request(args: argparse.Namespace) -> Request:
     """What was asked, checked as far as it can be before anything is opened."""
-    if args.bundle.is_dir() and not (args.bundle / MANIFEST).exists() and (args.bundle / "config.json").exists():
-        raise BundleError(f"{args.bundle} is a checkpoint, not a bundle; export it first: bilevel export {args.bundle} BUNDLE")
+    if args.adapter is not None and args.checkpoint is None and _is_bundle(args.bundle):
+        raise RequestError(f"--adapter {args.adapter} belongs to a checkpoint; name the bundle's with --checkpoint DIR")
+    if args.checkpoint is not None and not _is_bundle(args.bundle):
+        raise RequestError(f"{args.bundle} is a checkpoint itself; leave out --checkpoint {args.checkpoint}")
     tasks = tuple(dict.fromkeys(name.strip() for name in args.tasks.split(",")))
     for name in tasks:
         if name not in TASKS:
@@ -140,6 +156,34 @@ def _request(args: argparse.Namespace) -> Request:
         threads=args.threads,
         verify=not args.no_verify,
     )
+
+
+def _is_bundle(path: Path) -> bool:
+    """Whether a path is to be opened as a bundle, if only to say what it lacks: what neither it nor a checkpoint is, too."""
+    if path.is_dir():
+        return (path / MANIFEST).exists() or not (path / "config.json").exists()
+    return not path.is_file() and path.parent.exists()  # else a GGUF file, or organisation/name on the Hub
+
+
+def _opened(request: Request, adapter: Path | None, folders: ExitStack, on_stage: Callable[[str], None]) -> Request:
+    """The request with bundles in the place of checkpoints, and the adapter joined; ``folders`` holds what was made for it."""
+    names = dict(request.names)
+    joined = f" --adapter {adapter}" if adapter is not None else ""
+    if request.checkpoint is not None and adapter is not None:
+        checkpoint = folders.enter_context(importlib.import_module(ADAPTER).merged(adapter, request.checkpoint))
+        names[checkpoint] = f"{request.checkpoint}{joined}"
+        request = dataclasses.replace(request, checkpoint=checkpoint)
+    if not _is_bundle(request.bundle):
+        exported = importlib.import_module(SUBJECT).exported
+        bundle, checkpoint = folders.enter_context(exported(request.bundle, adapter, on_stage))
+        names[bundle] = names[checkpoint] = f"{request.bundle}{joined}"
+        request = dataclasses.replace(request, bundle=bundle, checkpoint=checkpoint)
+    if request.against is not None and not _is_bundle(request.against):
+        exported = importlib.import_module(SUBJECT).exported
+        bundle, _ = folders.enter_context(exported(request.against, None, on_stage))
+        names[bundle] = str(request.against)
+        request = dataclasses.replace(request, against=bundle)
+    return dataclasses.replace(request, names=names)
 
 
 def _check_place(path: Path | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,7 +32,10 @@ MassSession = Callable[[Bundle, Path], Session]
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to measure. lengths: () takes what fits the model. against: None takes the bundle's own dense twin."""
+    """What to measure. lengths: () takes what fits the model. against: None takes the bundle's own dense twin.
+
+    names: what the report calls a folder that was made for the measurement.
+    """
 
     bundle: Path
     against: Path | None = None
@@ -48,6 +51,11 @@ class Request:
     library: Path | None = None
     threads: int = 0
     verify: bool = True
+    names: Mapping[Path, str] = field(default_factory=dict)
+
+    def name(self, folder: Path) -> str:
+        """A folder as the user gave it."""
+        return self.names.get(folder, str(folder))
 
 
 @dataclass(frozen=True)
@@ -112,7 +120,7 @@ def _report(run: _Run, bundle: Bundle, plan: Plan, seconds: float) -> QualityRep
     machine = describe_machine(run.request.threads)
     return QualityReport(
         passed=all(floor.passed for floor in floors),
-        bundle=str(run.request.bundle),
+        bundle=run.request.name(run.request.bundle),
         bilevel=bilevel.__version__,
         machine=f"{machine['cpu']}, {machine['cores']} cores, {machine['system']} {machine['machine']}",
         routing=describe_routing(bundle),
@@ -239,7 +247,7 @@ def _take(run: _Run, side: Side, index: int, sides: int) -> None:
     if side.name == MASS:
         run.mass_recall.update(session.mass_recall())  # type: ignore[attr-defined]
     seconds = time.perf_counter() - start
-    run.infos.append(SideInfo(side.name, side.what, str(side.folder), session.backend, session.device, seconds))
+    run.infos.append(SideInfo(side.name, side.what, run.request.name(side.folder), session.backend, session.device, seconds))
 
 
 def work(exam: Exam) -> float:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,18 @@ import jsonschema
 import pytest
 
 from bilevel.bundle.records import read_record
+from bilevel.config import Routing
+from bilevel.config_json import load_config
+from bilevel.export.route.adapter import Adapter, base_sizes, save_adapter
 from bilevel.runtime.cli import quality as cli
 from bilevel.runtime.cli.main import main
 from bilevel.runtime.quality.exams import LOSS, TASKS
+from bilevel.runtime.quality.measure import Request
 from bilevel.runtime.quality.model import DENSE, MASS, REPORT_SCHEMA, ROUTED, SIDES, WINDOW, QualityReport
 from bilevel.runtime.quality.page import render_page
 from tests.doubles.bundle import edit_manifest, write_bundle
-from tests.runtime.quality.conftest import POSITIONS
+from tests.runtime.quality.conftest import BLOCK, POSITIONS, TOPK
+from tests.support.tiny_models import edit_config
 
 QUICK = ["--quick", "--facts", "2", "--threads", "1"]
 
@@ -155,10 +162,47 @@ def test_refusals(
     assert message in capsys.readouterr().err
 
 
-def test_a_checkpoint_is_to_be_exported(long_bundle: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    checkpoint = long_bundle[0]
-    assert main(["quality", str(checkpoint)]) == 2
-    assert f"export it first: bilevel export {checkpoint} BUNDLE" in capsys.readouterr().err
+def test_a_checkpoint_answers_as_its_bundle_does(
+    long_bundle: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is exported for the time of the measurement, and the report calls it by its own name; the true mass comes along."""
+    checkpoint, bundle = long_bundle
+    reports = {}
+    for subject in (bundle, checkpoint):
+        path = tmp_path / "q.json"
+        assert main(["quality", str(subject), *QUICK, "--lengths", "1k", "--tasks", "needles", "--json", str(path)]) == 0
+        reports[subject] = json.loads(path.read_text(encoding="utf-8"))
+    assert reports[checkpoint]["bundle"] == str(checkpoint)
+    assert {side["folder"] for side in reports[checkpoint]["sides"]} == {str(checkpoint)}
+    assert [side["name"] for side in reports[checkpoint]["sides"]] == [ROUTED, DENSE, WINDOW, MASS]
+    exported, own = (reports[subject]["answers"] for subject in (bundle, checkpoint))
+    for before, after in zip(exported, own, strict=True):
+        assert after["nats"][:3] == pytest.approx(before["nats"], abs=1e-5)
+
+
+def test_an_adapter_joins_the_checkpoint(
+    exported: Callable[..., tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both as the subject and as what the true mass is taken from; a checkpoint may also be what is compared with."""
+    dense = Path(shutil.copytree(exported("dense")[0], tmp_path / "dense"))
+    edit_config(dense, max_position_embeddings=POSITIONS)
+    base = base_sizes(load_config(dense))
+    adapter, path = tmp_path / "adapter", tmp_path / "q.json"
+    save_adapter(Adapter(Routing(preset="moba_gqa", key="bounds", block_size=BLOCK, topk=TOPK), base), adapter)
+    arguments = [*QUICK, "--lengths", "1k", "--tasks", "copy", "--json", str(path)]
+    assert main(["quality", str(dense), "--adapter", str(adapter), "--against", str(dense), *arguments]) == 0
+    report = json.loads(path.read_text(encoding="utf-8"))
+    assert report["routing"].startswith("moba_gqa: 3 blocks of 4") and report["bundle"] == f"{dense} --adapter {adapter}"
+    assert [side["name"] for side in report["sides"]] == [ROUTED, DENSE, WINDOW, MASS]
+    bundle = exported("dense")[1]
+    with ExitStack() as folders:
+        opened = cli._opened(Request(bundle=bundle, checkpoint=dense), adapter, folders, str)
+        assert opened.checkpoint is not None and load_config(opened.checkpoint).routing.topk == TOPK
+        assert opened.name(opened.checkpoint) == f"{dense} --adapter {adapter}"
+    assert main(["quality", str(bundle), "--adapter", str(adapter)]) == 2
+    assert "belongs to a checkpoint" in capsys.readouterr().err
+    assert main(["quality", str(dense), "--checkpoint", str(dense)]) == 2
+    assert "is a checkpoint itself" in capsys.readouterr().err
 
 
 def test_bad_lengths(long_bundle: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:

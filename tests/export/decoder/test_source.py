@@ -14,7 +14,7 @@ import pytest
 from huggingface_hub import errors
 
 from bilevel.errors import BilevelError, CheckpointError, ExportError, MissingDependency
-from bilevel.export.cli.source import checkpoint_folder
+from bilevel.export.decoder.source import checkpoint_folder
 from bilevel.runtime.cli.main import main
 from bilevel.runtime.generate.generator import Generator
 from tests import ROOT
@@ -145,7 +145,7 @@ def test_the_local_cache_is_enough_offline(tmp_path: Path) -> None:
     (cached / "refs" / "main").write_text("abc")
     (cached / "snapshots" / "abc" / "config.json").write_text("{}")
     program = (
-        "import sys; from pathlib import Path; from bilevel.export.cli.source import checkpoint_folder\n"
+        "import sys; from pathlib import Path; from bilevel.export.decoder.source import checkpoint_folder\n"
         "with checkpoint_folder(Path(sys.argv[1]), Path('bundle'), print) as folder: print(folder)"
     )
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
