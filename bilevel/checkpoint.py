@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -91,6 +91,22 @@ class Checkpoint:
                     tensor = file.get_tensor(self._stored[name].key)
                     for piece in wanted[name]:
                         _check_finite(name, path, tensor, piece.fill(tensor, weights[piece.target]))
+
+    def changed(self, changes: Mapping[str, Tensor]) -> Iterator[tuple[Path, dict[str, Tensor]]]:
+        """Every file with its tensors by their names there, after ``changes`` (a parameter's name -> what is added, fp32).
+
+        One file is in memory at a time; tensors keep their dtype.
+        """
+        for path in sorted({entry.file for entry in self._stored.values()}):
+            with opened(path) as file:
+                content = {}
+                for name, entry in self._stored.items():
+                    if entry.file == path:
+                        content[entry.key] = tensor = file.get_tensor(entry.key).clone()
+                        for piece in self._pieces.get(name, ()):
+                            if piece.target in changes:
+                                piece.add(tensor, changes[piece.target])
+                yield path, content
 
     def _check_tied(self) -> None:
         """A head that is stored beside the embedding that it is tied to must be equal."""

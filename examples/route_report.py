@@ -23,12 +23,12 @@ from matplotlib import pyplot
 from bilevel.config import Routing
 from bilevel.errors import BilevelError, ConfigError
 from bilevel.export.route.adapter import LOG, Adapter, load_adapter
-from bilevel.export.route.calibrate import budget, share_read
+from bilevel.export.route.calibrate import budget, share_read, starting_routing
 from bilevel.export.route.facts import evaluate
 from bilevel.export.route.needles import needles
 from bilevel.export.route.rows import Case
-from bilevel.export.route.run import Options, Source, fast_precision, open_source, starting_routing
-from bilevel.export.route.run import Report as Stages
+from bilevel.export.route.source import Options, Source, fast_precision, open_source
+from bilevel.export.route.source import Report as Stages
 from bilevel.export.route.walk import make_choosers
 from bilevel.folders import write_json
 

@@ -78,7 +78,7 @@ def main(args: argparse.Namespace) -> int:
     from bilevel.bundle.manifest import open_manifest
     from bilevel.export.check.parity import check_bundle
     from bilevel.export.report.write import check_report_folder, write_report
-    from bilevel.export.route.adapter import merged
+    from bilevel.export.route.merge import merged
 
     if args.report is not None:
         check_report_folder(args.report)

@@ -93,7 +93,7 @@ def main(args: argparse.Namespace) -> int:
         require(name)
     from bilevel.export.decoder.bundle import check_target, export_bundle
     from bilevel.export.graph.quantise import describe
-    from bilevel.export.route.adapter import is_untrained, merged
+    from bilevel.export.route.merge import is_untrained, merged
 
     console = require("rich.console").Console(stderr=True)
     started = time.perf_counter()

@@ -32,15 +32,21 @@ words, rare ones before frequent ones. The layers then choose among its proposal
 OUT is a checkpoint folder, ready for export. With --adapter it holds only what was found and learned, a few megabytes, which
 bilevel export CHECKPOINT --adapter OUT BUNDLE joins with the model.
 
+--tune goes on from there: the dense model and the routed one read the same texts of 2,048 tokens, and low-rank updates of the
+projections of queries and keys follow the difference between what the two say. They are merged when a checkpoint is written.
+
 The text is Python's standard library, in which facts, lists and copied passages are hidden in many phrasings; --text names
 your own instead. Text like what the model is for makes better gates. One part in eight is kept to calibrate and judge.
 
   bilevel route my-model my-routed-model                               calibration alone
   bilevel route my-model my-adapter --method gate --adapter            gates, a few MB
   bilevel route my-model my-routed-model --method gate --text notes/   on your own text
+  bilevel route my-model other --adapter --from my-adapter --share 0.13   the same gates for another budget
+  bilevel route my-model tuned --adapter --from my-adapter --tune 60      and a model that is used to them
 
-A run with --method gate keeps its progress in OUT.work; the same command goes on after a kill, and comes to the same result as
-without one, on the same machine and number of threads. A row of 4,096 tokens takes 22 MB there (30 layers of 9 heads of 64).
+A run with --method gate or --tune keeps its progress in OUT.work; the same command goes on after a kill, and comes to the same
+result as without one, on the same machine and number of threads. With --method gate a row of 4,096 tokens takes 22 MB there (30
+layers of 9 heads of 64, blocks of 64).
 """
 
 
@@ -59,7 +65,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--text", type=Path, action="append", default=[], metavar="PATH", help="a file or folder of text; repeatable"
     )
     parser.add_argument(
-        "--share", type=float, default=0.25, metavar="S", help="the most that is read of the context, 0 to 1 (default 0.25)"
+        "--share",
+        type=float,
+        metavar="S",
+        help="the most that is read of the context, 0 to 1 (default 0.25, or as with --from)",
     )
     parser.add_argument(
         "--context", type=int, default=4096, metavar="N", help="tokens of the texts to calibrate on (default 4096)"
@@ -83,6 +92,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--passes", type=int, default=6, metavar="N", help="with --method gate: how often the gates learn from each (default 6)"
     )
+    parser.add_argument(
+        "--from",
+        dest="start",
+        type=Path,
+        metavar="ADAPTER",
+        help="start from this adapter's gates and words: nothing is trained, and calibrated only where an option asks for it",
+    )
+    parser.add_argument(
+        "--tune",
+        type=int,
+        default=0,
+        metavar="N",
+        help="then teach the routed model to say what the dense one says: N low-rank updates of queries and keys (default 0)",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is drawn by chance (default 0)")
     parser.add_argument(
         "--save-seconds",
@@ -101,8 +124,9 @@ def main(args: argparse.Namespace) -> int:
     for name in ("torch", "safetensors", "tokenizers", "rich"):
         require(name)
     from bilevel.config_json import load_config
-    from bilevel.export.route.adapter import check_target, write_result
-    from bilevel.export.route.run import Options, route, summary
+    from bilevel.export.route.merge import check_target, write_result
+    from bilevel.export.route.run import route, summary
+    from bilevel.export.route.source import Options
     from bilevel.export.route.work import Work
 
     check_target(args.out, args.force, args.checkpoint)
@@ -119,12 +143,14 @@ def main(args: argparse.Namespace) -> int:
         passes=args.passes,
         seed=args.seed,
         save_seconds=args.save_seconds,
+        start=args.start,
+        tune=args.tune,
     )
     work = args.out.with_name(f"{args.out.name}.work")
     with _progress() as report:
         adapter = route(args.checkpoint, work, options, report)
         write_result(adapter, args.checkpoint, args.out, as_adapter=args.adapter)
-    if args.method == "gate":
+    if args.method == "gate" or args.tune:
         Work.remove(work)
     told = summary(adapter, load_config(args.checkpoint))
     print(json.dumps({"out": str(args.out), **told}) if args.json else _text(args, told))
@@ -137,7 +163,7 @@ def _check(args: argparse.Namespace) -> tuple[int, ...] | None:
         raise CheckpointError(
             f"{args.checkpoint} is no folder; give a checkpoint (config.json, model.safetensors, tokenizer.json)"
         )
-    if not 0 < args.share <= 1:
+    if args.share is not None and not 0 < args.share <= 1:
         raise RequestError(f"--share {args.share} must be more than 0 and at most 1, as in 0.25")
     if args.words is not None and not 0 < args.words <= 1:
         raise RequestError(f"--words {args.words} must be more than 0 and at most 1, as in 0.5")
@@ -145,6 +171,10 @@ def _check(args: argparse.Namespace) -> tuple[int, ...] | None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise RequestError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    if args.tune < 0:
+        raise RequestError(f"--tune {args.tune} must be a number of texts, or 0 for none")
+    if args.start is not None and (args.method == "gate" or args.key is not None):
+        raise RequestError("--from takes the keys of the adapter that it names; leave out --method and --key")
     if args.method == "gate" and args.key is not None:
         raise RequestError(f"--key {args.key} belongs to --method bounds; leave it out")
     if args.dense_layers is None:
@@ -184,7 +214,7 @@ def _progress() -> Iterator[Any]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from bilevel.export.route.run import Report
+    from bilevel.export.route.source import Report
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
     console = Console(stderr=True)

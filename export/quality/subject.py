@@ -10,7 +10,7 @@ from pathlib import Path
 from bilevel.errors import require
 from bilevel.export.decoder.bundle import export_bundle
 from bilevel.export.decoder.source import checkpoint_folder
-from bilevel.export.route.adapter import merged
+from bilevel.export.route.merge import merged
 
 
 @contextmanager

@@ -176,6 +176,12 @@ def calibrate(
     return Calibration(best.routing, share_read(best.routing, layers, context), questioner.score({}), tried)
 
 
+def starting_routing(key: str, block_size: int) -> Routing:
+    """Local blocks: at least the word's own and the one before it, and at least 48 tokens."""
+    local = 1 + max(1, -(-48 // block_size))
+    return Routing(preset="moba_gqa", key=key, block_size=block_size, local_blocks=local)
+
+
 def check_share(
     config: ModelConfig, candidate: Routing, share: float, context: int, dense_layers: tuple[int, ...] | None
 ) -> Routing:

@@ -16,6 +16,7 @@ import torch
 from bilevel.errors import CheckpointError
 from bilevel.folders import write_json
 
+TUNE = "tune.pt"
 _CHANGEABLE = ("rows", "passes", "rows_per_update", "peak", "power")  # before the first update
 
 
@@ -100,19 +101,14 @@ class Work:
         return [json.loads(line) for line in self.log.read_text(encoding="utf-8").splitlines()] if self.log.exists() else []
 
     def save(self, step: int, gates: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Write the state to a temporary name, then rename: a kill leaves the old state or the new one."""
+        """Write the state."""
         state = {
             "step": step,
             "gates": gates.state_dict(),
             "optimizer": optimizer.state_dict(),
             "log_bytes": self.log.stat().st_size if self.log.exists() else 0,
         }
-        partial = self.folder / "state.pt.partial"
-        with partial.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self.folder / "state.pt")
+        write_state(self.folder / "state.pt", state)
 
     def restore(self, gates: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
         """The update to go on with; log lines of updates that are done again are dropped."""
@@ -120,10 +116,7 @@ class Work:
         if not path.exists():
             self.log.unlink(missing_ok=True)
             return 0
-        try:
-            state = torch.load(path, weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError):
-            raise CheckpointError(f"{path} is damaged; remove it to train the gates anew") from None
+        state = read_state(path)
         gates.load_state_dict(state["gates"])
         optimizer.load_state_dict(state["optimizer"])
         if self.log.exists():
@@ -134,3 +127,29 @@ class Work:
     def remove(folder: Path) -> None:
         """The folder of a finished run."""
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_empty(folder: Path) -> None:
+    """Refuse to keep the progress of low-rank updates in a folder that holds something else. Raises CheckpointError."""
+    if folder.exists() and (not folder.is_dir() or any(not path.name.startswith(TUNE) for path in folder.iterdir())):
+        raise CheckpointError(
+            f"{folder}, where a run keeps its progress, holds something else; move it away, or name another OUT"
+        )
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Write to a temporary name, then rename: a kill leaves the old state or the new one."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What ``write_state`` wrote. Raises CheckpointError."""
+    try:
+        return dict(torch.load(path, weights_only=True))
+    except (RuntimeError, EOFError, pickle.UnpicklingError):
+        raise CheckpointError(f"{path} is damaged; remove it to train anew") from None

@@ -22,7 +22,7 @@ from bilevel.runtime.quality.model import SIDES
 
 # These need PyTorch: loaded by their names, as commands are.
 MASS_SESSION, SUBJECT = "bilevel.export.quality.session", "bilevel.export.quality.subject"
-ADAPTER = "bilevel.export.route.adapter"
+MERGE = "bilevel.export.route.merge"
 QUICK_FACTS = 8
 EPILOG = """\
 Questions are drawn from a seed, put in the bundle's chat template, and answered by the device's own runtime. An answer is right
@@ -170,7 +170,7 @@ def _opened(request: Request, adapter: Path | None, folders: ExitStack, on_stage
     names = dict(request.names)
     joined = f" --adapter {adapter}" if adapter is not None else ""
     if request.checkpoint is not None and adapter is not None:
-        checkpoint = folders.enter_context(importlib.import_module(ADAPTER).merged(adapter, request.checkpoint))
+        checkpoint = folders.enter_context(importlib.import_module(MERGE).merged(adapter, request.checkpoint))
         names[checkpoint] = f"{request.checkpoint}{joined}"
         request = dataclasses.replace(request, checkpoint=checkpoint)
     if not _is_bundle(request.bundle):

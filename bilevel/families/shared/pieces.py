@@ -44,6 +44,14 @@ class Piece:
         place.copy_(value)
         return place
 
+    def add(self, stored: Tensor, change: Tensor) -> None:
+        """Add to ``stored`` what adds ``change``, a tensor of the model's shape and fp32, to the model's tensor."""
+        change, place = self.view(change) / self.factor, stored if self.rows is None else stored[slice(*self.rows)]
+        if self.order is not None:
+            back = sorted(range(len(self.order)), key=self.order.__getitem__)
+            change = change.unflatten(0, (-1, len(back)))[:, back].flatten(0, 1)
+        place.copy_(place.float() + change)
+
 
 def _rest(name: str) -> tuple[str, str]:
     """A tensor's name as (``model.layers.{i}.`` or nothing, the rest)."""

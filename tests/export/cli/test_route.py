@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from bilevel.bundle.format import read_manifest
@@ -84,6 +85,61 @@ def test_killed_and_started_again(base: Path, adapter: Path, tmp_path: Path) -> 
     assert logs[0]["training"] == logs[1]["training"] and not work.exists()
 
 
+def test_from_an_adapter(base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Gates are taken over, calibrated anew where a share is named; updates are learned on top, through a kill, and merged."""
+    text = ["--text", str(base.with_name("text"))]
+    common = ["--from", str(adapter), "--adapter", "--context", "320", *text]
+    assert main(["route", str(base), str(tmp_path / "as it is"), *common]) == 0
+    for name in ("gates.safetensors", "adapter.json"):
+        assert (tmp_path / "as it is" / name).read_bytes() == (adapter / name).read_bytes()
+    assert main(["route", str(base), str(tmp_path / "other"), *common, "--share", "0.6", "--words", "0.9"]) == 0
+    other = json.loads((tmp_path / "other" / "adapter.json").read_text())["routing"]
+    assert other["preset"] == "two_level" and other["weighted_words"] and other["key"] == "gate"
+    log = json.loads((tmp_path / "other" / "log.json").read_text())
+    assert log["share"] <= 0.6 and log["training"] and "without words" in log["judgement"]
+
+    tuned = [*common, "--tune", "4", "--save-seconds", "0"]
+    assert main(["route", str(base), str(tmp_path / "tuned"), *tuned]) == 0
+    assert not (tmp_path / "tuned.work").exists()
+    capsys.readouterr()
+    command = [sys.executable, "-m", "bilevel.runtime.cli.main", "route", str(base), str(tmp_path / "again"), *tuned]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "again.work" / "tune.pt").exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert main([*command[3:], "--seed", "1"]) == 2
+    assert "belongs to another run" in capsys.readouterr().err
+    assert main(command[3:]) == 0
+    updates = [load_file(tmp_path / name / "tuned.safetensors") for name in ("tuned", "again")]
+    assert updates[0].keys() == updates[1].keys() and len(updates[0]) == 3 * 2 * 2
+    assert all(torch.equal(updates[0][name], updates[1][name]) for name in updates[0])
+    log = json.loads((tmp_path / "tuned" / "log.json").read_text())
+    assert [line["update"] for line in log["tuning"]["log"]] == [0, 1, 2, 3, 4, 4] and "untuned" in log["judgement"]
+    assert main(["export", str(base), "--adapter", str(tmp_path / "tuned"), str(tmp_path / "bundle")]) == 0
+    assert main(["route", str(base), str(tmp_path / "twice"), "--from", str(tmp_path / "tuned"), *text]) == 2
+    assert "is tuned already" in capsys.readouterr().err
+
+
+def test_tuning_without_gates(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Any choice of blocks can be tuned; the whole checkpoint then holds the merged weights, and nothing else is touched."""
+    text, out = ["--text", str(base.with_name("text"))], tmp_path / "routed"
+    work = tmp_path / "routed.work"
+    work.mkdir()
+    (work / "thesis.txt").write_text("years of work")
+    command = ["route", str(base), str(out), "--context", "320", "--share", "0.6"]
+    command += ["--block-size", "16", "--dense-layers", "1", "--key", "bounds", "--tune", "2", *text]
+    assert main(command) == 2
+    assert "holds something else; move it away" in capsys.readouterr().err
+    (work / "thesis.txt").unlink()
+    assert main(command) == 0
+    before, after = load_file(base / "model.safetensors"), load_file(out / "model-00001-of-00001.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"model.layers.{layer}.self_attn.{name}_proj.weight" for layer in range(3) for name in "qk"}
+
+
 def test_another_plan_is_refused(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """An unfinished run goes on under its own options only."""
     work = tmp_path / "adapter.work"
@@ -125,6 +181,9 @@ def test_export_warns_of_an_untrained_choice(tmp_path: Path, capsys: pytest.Capt
         (["--dense-layers", "a,b"], "--dense-layers a,b must be layers with commas between"),
         (["--dense-layers", "9"], "routing.dense_layers holds 9, but the layers are 0..2"),
         (["--method", "gate", "--key", "mean"], "--key mean belongs to --method bounds"),
+        (["--tune", "-1"], "--tune -1 must be a number of texts"),
+        (["--from", "/nowhere"], "/nowhere holds no adapter.json"),
+        (["--from", "/nowhere", "--key", "mean"], "--from takes the keys of the adapter"),
         (["--context", "100000"], "--context 100000 exceeds the model's 1024 positions"),
         (["--text", "/nowhere"], "--text /nowhere is no file and no folder"),
     ],

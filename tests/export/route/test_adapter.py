@@ -14,19 +14,9 @@ from torch import Tensor
 
 from bilevel.checkpoint import Checkpoint, load_model
 from bilevel.errors import CheckpointError
-from bilevel.export.route.adapter import (
-    ADAPTER,
-    Adapter,
-    check_target,
-    describe_base,
-    is_untrained,
-    load_adapter,
-    merge,
-    merged,
-    save_adapter,
-    write_result,
-)
+from bilevel.export.route.adapter import ADAPTER, TUNED, Adapter, describe_base, load_adapter, save_adapter
 from bilevel.export.route.gates import GateStack
+from bilevel.export.route.merge import check_target, is_untrained, merge, merged, write_result
 from tests.export.route.models import CONFIG, make_model, routing, save_checkpoint
 
 SEER = {
@@ -253,3 +243,66 @@ def test_a_file_of_other_tensors(name: str, tensor: Tensor, message: str, tmp_pa
     save_file({name: tensor}, tmp_path / "adapter" / "gates.safetensors")
     with pytest.raises(CheckpointError, match=message):
         load_adapter(tmp_path / "adapter")
+
+
+def make_updates(seed: int = 5) -> dict[str, Tensor]:
+    """Low-rank updates of rank 2 in two of three layers, exact in half precision."""
+    generator = torch.Generator().manual_seed(seed)
+    heads = {"q_proj": CONFIG.num_attention_heads, "k_proj": CONFIG.num_key_value_heads}
+    return {
+        f"model.layers.{layer}.self_attn.{name}.{factor}.weight": torch.randint(-8, 9, shape, generator=generator) / 16
+        for layer in (0, 2)
+        for name, count in heads.items()
+        for factor, shape in (("lora_A", (2, CONFIG.hidden_size)), ("lora_B", (count * CONFIG.head_dim, 2)))
+    }
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bfloat16", "pickle", "shards"])
+def test_updates_are_merged(kind: str, tmp_path: Path) -> None:
+    """Queries and keys become the base's plus B A, in the base's own type; every other tensor stays as it is."""
+    base, model = save_checkpoint(tmp_path / "base"), make_model()
+    if kind != "safetensors":
+        weights = load_file(base / "model.safetensors")
+        if kind == "bfloat16":
+            weights = {name: tensor.bfloat16() for name, tensor in weights.items()}
+            save_file(weights, base / "model.safetensors")
+        elif kind == "pickle":
+            (base / "model.safetensors").unlink()
+            torch.save(weights, base / "pytorch_model.bin")
+        else:
+            (base / "model.safetensors").unlink()
+            halves = {name: f"model-0000{1 + index % 2}-of-00002.safetensors" for index, name in enumerate(sorted(weights))}
+            for file in set(halves.values()):
+                save_file({name: weights[name] for name in weights if halves[name] == file}, base / file)
+            (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": halves}))
+    updates = make_updates()
+    adapter = dataclasses.replace(make_adapter(base), tuned=updates)
+    save_adapter(adapter, tmp_path / "adapter")
+    with merged(tmp_path / "adapter", base) as folder:
+        found, before = (dict(load_model(each).named_parameters()) for each in (folder, base))
+    write_result(adapter, base, tmp_path / "routed", as_adapter=False)
+    again = dict(load_model(tmp_path / "routed").named_parameters())
+    for name in dict(model.named_parameters()):
+        expected, factors = before[name], name.removesuffix(".weight")
+        if f"{factors}.lora_A.weight" in updates:
+            expected = expected + updates[f"{factors}.lora_B.weight"] @ updates[f"{factors}.lora_A.weight"]
+            assert not torch.equal(expected, before[name])
+        if kind == "bfloat16":
+            expected = expected.bfloat16().float()
+        assert torch.equal(found[name], expected) and torch.equal(again[name], expected), name
+
+
+def test_updates_that_do_not_fit(tmp_path: Path) -> None:
+    base = save_checkpoint(tmp_path / "base")
+    name = "model.layers.0.self_attn.q_proj.lora_A.weight"
+    for change, message in (
+        ({name: torch.zeros(2, 5)}, "updates model.layers.0.self_attn.q_proj.weight of shape [32, 5]"),
+        ({name: None}, "without model.layers.0.self_attn.q_proj.lora_A.weight"),
+        ({"model.layers.0.mlp.lora_A.weight": torch.zeros(2, 5)}, "which is no update of q or k"),
+    ):
+        updates = {key: value for key, value in {**make_updates(), **change}.items() if value is not None}
+        save_adapter(dataclasses.replace(make_adapter(base), tuned=updates), tmp_path / "adapter")
+        with pytest.raises(CheckpointError) as error, merged(tmp_path / "adapter", base):
+            pass
+        assert message in str(error.value) and "bilevel route" in str(error.value)
+    assert (tmp_path / "adapter" / TUNED).is_file()

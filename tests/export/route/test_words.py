@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from bilevel.checkpoint import Checkpoint, load_model
-from bilevel.export.route.adapter import Adapter, describe_base, load_adapter, merged, save_adapter
+from bilevel.export.route.adapter import Adapter, describe_base, load_adapter, save_adapter
+from bilevel.export.route.merge import merged
 from bilevel.export.route.walk import Packed, ask, make_choosers, read
 from bilevel.export.route.words import WordLevel, fit_words, inverse_document_frequency, whitening, with_words
 from bilevel.state import Trace
