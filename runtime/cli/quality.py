@@ -22,7 +22,7 @@ from bilevel.runtime.quality.model import SIDES
 
 # These need PyTorch: loaded by their names, as commands are.
 MASS_SESSION, SUBJECT = "bilevel.export.quality.session", "bilevel.export.quality.subject"
-MERGE = "bilevel.export.route.merge"
+MERGE, TUNED = "bilevel.export.route.merge", "tuned.safetensors"
 QUICK_FACTS = 8
 EPILOG = """\
 Questions are drawn from a seed, put in the bundle's chat template, and answered by the device's own runtime. An answer is right
@@ -173,16 +173,22 @@ def _opened(request: Request, adapter: Path | None, folders: ExitStack, on_stage
         checkpoint = folders.enter_context(importlib.import_module(MERGE).merged(adapter, request.checkpoint))
         names[checkpoint] = f"{request.checkpoint}{joined}"
         request = dataclasses.replace(request, checkpoint=checkpoint)
-    if not _is_bundle(request.bundle):
-        exported = importlib.import_module(SUBJECT).exported
+    exported = None if _is_bundle(request.bundle) else importlib.import_module(SUBJECT).exported
+    against = request.against
+    if exported is not None:
+        if against is None and adapter is not None and (adapter / TUNED).exists():
+            against = (
+                request.bundle
+            )  # updates change the weights, so that their own dense twin is not the model there was before
         bundle, checkpoint = folders.enter_context(exported(request.bundle, adapter, on_stage))
         names[bundle] = names[checkpoint] = f"{request.bundle}{joined}"
         request = dataclasses.replace(request, bundle=bundle, checkpoint=checkpoint)
-    if request.against is not None and not _is_bundle(request.against):
+    if against is not None and not _is_bundle(against):
         exported = importlib.import_module(SUBJECT).exported
-        bundle, _ = folders.enter_context(exported(request.against, None, on_stage))
-        names[bundle] = str(request.against)
-        request = dataclasses.replace(request, against=bundle)
+        dense, _ = folders.enter_context(exported(against, None, on_stage))
+        names[dense] = str(against)
+        against = dense
+    request = dataclasses.replace(request, against=against)
     return dataclasses.replace(request, names=names)
 
 

@@ -6,18 +6,20 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from bilevel.bundle.records import read_record
 from bilevel.config import Routing
 from bilevel.config_json import load_config
-from bilevel.export.route.adapter import Adapter, base_sizes, save_adapter
+from bilevel.export.route.adapter import TUNED, Adapter, base_sizes, save_adapter
 from bilevel.runtime.cli import quality as cli
 from bilevel.runtime.cli.main import main
 from bilevel.runtime.quality.exams import LOSS, TASKS
@@ -181,7 +183,10 @@ def test_a_checkpoint_answers_as_its_bundle_does(
 
 
 def test_an_adapter_joins_the_checkpoint(
-    exported: Callable[..., tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    exported: Callable[..., tuple[Path, Path]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Both as the subject and as what the true mass is taken from; a checkpoint may also be what is compared with."""
     dense = Path(shutil.copytree(exported("dense")[0], tmp_path / "dense"))
@@ -194,6 +199,20 @@ def test_an_adapter_joins_the_checkpoint(
     report = json.loads(path.read_text(encoding="utf-8"))
     assert report["routing"].startswith("moba_gqa: 3 blocks of 4") and report["bundle"] == f"{dense} --adapter {adapter}"
     assert [side["name"] for side in report["sides"]] == [ROUTED, DENSE, WINDOW, MASS]
+    zeros = {f"model.layers.0.self_attn.q_proj.lora_{factor}.weight": torch.zeros(1, 1) for factor in "AB"}
+    save_file(zeros, adapter / TUNED)
+    made: list[tuple[Path, Path | None]] = []
+
+    def export(source: Path, adapter: Path | None, on_stage: object) -> AbstractContextManager[tuple[Path, Path]]:
+        made.append((source, adapter))
+        return nullcontext((tmp_path / f"bundle {len(made)}", tmp_path / f"checkpoint {len(made)}"))
+
+    with monkeypatch.context() as patch, ExitStack() as folders:
+        patch.setattr("bilevel.export.quality.subject.exported", export)
+        opened = cli._opened(Request(bundle=dense), adapter, folders, str)
+        assert made == [(dense, adapter), (dense, None)], "a tuned model is compared with the one before"
+        assert opened.against == tmp_path / "bundle 2" and opened.name(opened.against) == str(dense)
+    (adapter / TUNED).unlink()
     bundle = exported("dense")[1]
     with ExitStack() as folders:
         opened = cli._opened(Request(bundle=bundle, checkpoint=dense), adapter, folders, str)
