@@ -12,6 +12,7 @@ BilevelError                 every error a caller may cause; its message is one 
 │   └── ContextTooLong       a prompt, with the tokens asked for, that is longer than a row
 ├── Overloaded               a server's queue is full
 ├── ShuttingDown             a server that takes no more requests
+├── DeadEnd                  a grammar after which no token of the vocabulary may come
 └── MissingDependency        an optional package is not installed
 """
 
@@ -33,6 +34,7 @@ _EXTRAS = {
     "jinja2": "export",
     "gguf": "gguf",
     "huggingface_hub": "hub",
+    "llguidance": "serve",
     "prometheus_client": "serve",
     "pydantic": "serve",
     "starlette": "serve",
@@ -93,6 +95,10 @@ class Overloaded(BilevelError):
 
 class ShuttingDown(BilevelError):
     """A server that takes no more requests."""
+
+
+class DeadEnd(BilevelError):
+    """A text has come to a place where its grammar allows no token of the vocabulary."""
 
 
 class MissingDependency(BilevelError):

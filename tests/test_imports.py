@@ -55,6 +55,7 @@ LAW: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
         (*LEAVES, *LIBRARIES, "bilevel.bundle", "bilevel.runtime"),
         ("numpy", "onnxruntime", "tokenizers", "rich", "matplotlib", "tensorrt", "cuda"),
     ),
+    "bilevel.runtime.grammar": ((*LEAVES, "bilevel.runtime.generate", "bilevel.runtime.grammar"), ("numpy", "llguidance")),
     # The web server needs the extra "serve"; the command loads it inside a function.
     "bilevel.runtime.serve": ((*LEAVES, "bilevel.bundle", "bilevel.runtime"), ("numpy", *SERVING)),
     "bilevel.runtime.cli.serve": ((*LEAVES, "bilevel.bundle", "bilevel.runtime"), SERVING),
@@ -63,7 +64,7 @@ LAW: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
 FLOORS = {
     "bilevel.plugins": ("launch", "kernels", "tensorrt", "library"),
     "bilevel.export": ("graph", "gguf", "route", "decoder", "engine", "report", "check", "quality", "cli"),
-    "bilevel.runtime": ("backend", "generate", "schedule", "serve", "bench", "quality", "cli"),
+    "bilevel.runtime": ("backend", "generate", "grammar", "schedule", "serve", "bench", "quality", "cli"),
 }
 HEAVY = ("torch", "triton", "tensorrt", "onnx", "onnxruntime", "onnxscript", "safetensors", "tokenizers", "rich", "cuda")
 

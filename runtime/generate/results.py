@@ -11,7 +11,7 @@ class Event:
 
     token: the id generated, None where the row ended without one. text: what became certain with it (may be empty: part of a
     character or of a possible stop text is held back). finish_reason: None while the row goes on, then "eos", "stop" (a stop
-    text), "length" (max_tokens, or no room left) or "cancelled".
+    text), "complete" (its constraint allows nothing more), "length" (max_tokens, or no room left) or "cancelled".
     """
 
     row: int

@@ -11,8 +11,8 @@ class Row:
     """The state of one row, in tokens; ``index`` is its place in the batch.
 
     limit: tokens that the row's caches may hold. num_cached: tokens already there (the graph's past_len). finish_reason: None
-    while the row goes on; then "eos" or "length" (max_tokens, or no room left). Whoever ends it for a reason that tokens do not
-    show sets it.
+    while the row goes on; then "eos", "complete" (its constraint allows nothing more) or "length" (max_tokens, or no room
+    left). Whoever ends it for a reason that tokens do not show sets it.
     """
 
     def __init__(self, index: int, prompt: list[int], sampler: Sampler, eos: Collection[int], limit: int) -> None:
@@ -69,6 +69,8 @@ class Row:
         self._tokens.append(token)
         if token in self._eos:
             self.finish_reason = "eos"
+        elif self._sampler.is_complete:
+            self.finish_reason = "complete"
         elif len(self._tokens) - self.num_prompt_tokens == self._sampler.params.max_tokens or self.num_cached == self.limit:
             self.finish_reason = "length"
         return token

@@ -26,6 +26,20 @@ class RemoteLogits(Protocol):
 RowLogits = NDArray[np.float32] | RemoteLogits
 
 
+class Constraint(Protocol):
+    """What one row's tokens have to follow, from its first token on."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the text is whole and nothing may follow."""
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """The tokens that may come next, [vocab]; valid until the next call. Raises DeadEnd where there is none."""
+
+    def accept(self, token: int) -> None:
+        """``token``, one of those allowed, has come."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How tokens are chosen and when a text ends. Raises RequestError for a value out of range.
@@ -74,12 +88,20 @@ class Sampler:
     """Chooses the tokens of one row.
 
     Each row has a generator of its own, so its tokens do not depend on the other rows. ``stream`` tells rows apart that share
-    a seed. prompt: the ids that the repetition penalty counts as used from the start.
-    Penalty, temperature, top-k and top-p apply in this order, as in Hugging Face's ``generate``.
+    a seed. prompt: the ids that the repetition penalty counts as used from the start. constraint: what the tokens have to
+    follow. Constraint, penalty, temperature, top-k and top-p apply in this order, the last four as in Hugging Face's
+    ``generate``.
     """
 
-    def __init__(self, params: SamplingParams, vocab_size: int, prompt: Iterable[int] = (), stream: int = 0) -> None:
-        self.params = params
+    def __init__(
+        self,
+        params: SamplingParams,
+        vocab_size: int,
+        prompt: Iterable[int] = (),
+        stream: int = 0,
+        constraint: Constraint | None = None,
+    ) -> None:
+        self.params, self._constraint = params, constraint
         self._random = np.random.default_rng(None if params.seed is None else [params.seed, stream])
         self._used = np.zeros(vocab_size, bool)
         self._used[list(prompt)] = True
@@ -87,7 +109,8 @@ class Sampler:
     def sample(self, logits: RowLogits) -> int:
         """The next token for logits [vocab], which are left unchanged. Equal best tokens: the lowest id.
 
-        Of logits on a device the few best are looked at where they decide the matter; the token is the same.
+        Of logits on a device the few best are looked at where they decide the matter; the token is the same. Raises DeadEnd
+        where the constraint allows none, BundleError where the logits are not finite.
         """
         if isinstance(logits, np.ndarray):
             token = self._sample_all(logits)
@@ -96,12 +119,19 @@ class Sampler:
         else:
             token = self._sample_all(logits.fetch())
         self._used[token] = True
+        if self._constraint is not None:
+            self._constraint.accept(token)
         return token
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the constraint allows nothing more."""
+        return self._constraint is not None and self._constraint.is_complete
 
     def _sample_best(self, best: Best | None) -> int | None:
         """The token, None where the best logits alone do not tell it."""
         params = self.params
-        if best is None or params.repetition_penalty != 1 or not best.is_usable:
+        if best is None or self._constraint is not None or params.repetition_penalty != 1 or not best.is_usable:
             return None
         if params.temperature == 0:
             return int(best.ids[np.argmax(best.values)])
@@ -117,6 +147,8 @@ class Sampler:
 
     def _sample_all(self, logits: NDArray[np.float32]) -> int:
         params = self.params
+        if self._constraint is not None:
+            logits = np.where(self._constraint.allowed(), logits, np.float32(-np.inf))
         if params.repetition_penalty != 1:
             logits = self._penalised(logits)
         token = int(np.argmax(logits))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from bilevel.errors import ContextTooLong, RequestError
 from bilevel.runtime.backend.session import Routes
 from bilevel.runtime.generate.rows import Row
-from bilevel.runtime.generate.sampling import SamplingParams, TokenLogprobs
+from bilevel.runtime.generate.sampling import Constraint, SamplingParams, TokenLogprobs
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class TokenRoutes:
 class TokenEvent:
     """One step of one job.
 
-    token: None where it ended without one. finish_reason: None, or as in ``results.Event``, or "error".
+    token: None where it ended without one. finish_reason: None, or as in ``results.Event``, or "dead_end" (the constraint
+    allows no token), or "error".
     """
 
     job: TextJob
@@ -52,7 +53,7 @@ class TextJob:
 
     scores_prompt: the log-probabilities of its tokens, from the second on, are wanted too. They are in prompt_logprobs before
     the first event comes; the prompt is then read token by token, beside the other rows' generation. generates: False ends the
-    job where its prompt has been read ("length", without a token).
+    job where its prompt has been read ("length", without a token). constraint: what the text has to follow; the job's own.
 
     receive: a function for the job's events, which the scheduler only passes on with them. Times are those of
     time.perf_counter.
@@ -66,6 +67,7 @@ class TextJob:
     wants_routes: bool = False
     scores_prompt: bool = False
     generates: bool = True
+    constraint: Constraint | None = None
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     receive: Any = None
     submitted: float = field(default_factory=time.perf_counter)

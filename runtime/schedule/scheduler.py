@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from bilevel.errors import BilevelError, Overloaded, ShuttingDown
+from bilevel.errors import BilevelError, DeadEnd, Overloaded, ShuttingDown
 from bilevel.runtime.backend.session import Caches, Session
 from bilevel.runtime.generate.rows import Row
 from bilevel.runtime.generate.sampling import RowLogits, Sampler, log_probabilities
@@ -209,7 +209,7 @@ class Scheduler:
         target = self._slots.choose(source, length)
         if target != source and length:
             self._caches.copy_prefix(source, target, length)
-        sampler = Sampler(job.params, self.bundle.vocab_size, job.prompt, stream=job.stream)
+        sampler = Sampler(job.params, self.bundle.vocab_size, job.prompt, job.stream, job.constraint)
         row = Row(target, job.prompt, sampler, self.bundle.eos, self.row_tokens)
         row.num_cached = job.num_reused = length
         job.started = time.perf_counter()
@@ -284,6 +284,8 @@ class Scheduler:
             return self._end(job, row, "length")
         try:
             token = row.extend(logits)
+        except DeadEnd:
+            return self._end(job, row, "dead_end")
         except BilevelError as error:
             return self._end(job, row, "error", str(error))
         logprobs = None if job.num_logprobs is None else log_probabilities(logits, token, job.num_logprobs)

@@ -46,13 +46,13 @@ class AnswerChoice:
 
     @property
     def finish_reason(self) -> str | None:
-        """None while the answer goes on; then "eos", "stop" or "length"."""
+        """None while the answer goes on; then "eos", "stop", "complete", "length" or "dead_end"."""
         return self.assembler.finish_reason
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What one token added to a choice. token: None where nothing was to be generated."""
+    """What one token added to a choice. token: None where none was to be generated, or none could be."""
 
     choice: AnswerChoice
     token: int | None
@@ -108,8 +108,8 @@ class Answers:
         if choice.finish_reason is not None:
             return None  # it ended at a stop text; the scheduler learned of it a token later
         if event.token is None:
-            if event.finish_reason == "length":  # it asked for no token
-                return Piece(choice, None, choice.assembler.end("length"), "length", None, None)
+            if event.finish_reason in ("length", "dead_end"):  # it asked for no token, or there is none that it may have
+                return Piece(choice, None, choice.assembler.end(event.finish_reason), event.finish_reason, None, None)
             if event.finish_reason == "cancelled":
                 raise ApiError(503, "the server stopped before this answer was complete; ask again", code="shutting_down")
             raise ApiError(500, event.error or "the server failed on this request; its log says why")

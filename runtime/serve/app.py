@@ -13,10 +13,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bilevel.errors import BilevelError
 from bilevel.runtime.serve import kserve, openai
+from bilevel.runtime.serve.description import describe_api
 from bilevel.runtime.serve.errors import ApiError, as_api_error, error_body, respond_with_error
 from bilevel.runtime.serve.http import check_origin
 from bilevel.runtime.serve.metrics import Metrics
-from bilevel.runtime.serve.schemas import describe_api
 from bilevel.runtime.serve.service import Service
 
 # Open without a key: they tell nothing but that a server is here. The page asks its user for the key.

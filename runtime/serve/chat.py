@@ -16,8 +16,12 @@ from bilevel.bundle.chat import DEFAULT, compile_template, read_sources
 from bilevel.runtime.generate.literal import SEAMS
 from bilevel.runtime.generate.text import BundleTokenizer
 from bilevel.runtime.serve.errors import ApiError
+from bilevel.runtime.serve.tools.as_text import as_text
+from bilevel.runtime.serve.tools.layouts import Layout, find_layout
 
 Messages = Sequence[Mapping[str, Any]]
+Tools = Sequence[Mapping[str, Any]]
+TOOL_USE = "tool_use"  # the template for tools, of models that have several
 _OWN = ("messages", "add_generation_prompt", "tools", "raise_exception", "strftime_now")  # no client's to set
 
 
@@ -40,17 +44,29 @@ class ChatTemplate:
         self._templates = {name: compile_template(text, _refuse) for name, text in self._sources.items()}
         self._special = dict(special)
 
+    def layout(self, name: str | None = None, *, has_tools: bool = True) -> Layout | None:
+        """How the model writes tool calls; None where its template knows none, and they are given and asked for as text."""
+        return find_layout(self._sources[self._find(name, has_tools)])
+
     def render(
-        self, messages: Messages, name: str | None = None, settings: Mapping[str, Any] | None = None, seam: str = ""
+        self,
+        messages: Messages,
+        name: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+        tools: Tools = (),
+        seam: str = "",
     ) -> str:
         """The prompt that these messages make.
 
-        name: of the template (None: the default one). settings: more that it sees (a request's ``chat_template_kwargs``). seam:
-        what breaks markers in contents (``encode``). Raises ApiError: 400 where the template refuses or loses messages, 500
-        where it fails.
+        name: of the template (None: the default one). settings: more that it sees (a request's ``chat_template_kwargs``).
+        tools: the functions that the model may call, as OpenAI's API describes them. seam: what breaks markers in contents
+        (``encode``). Raises ApiError: 400 where the template refuses or loses messages, 500 where it fails.
         """
-        name = self._find(name)
-        settings = self._checked(settings or {})
+        name = self._find(name, bool(tools))
+        settings = {**self._checked(settings or {}), "tools": list(tools) or None}
+        has_calls = any(each["role"] == "tool" or each.get("tool_calls") for each in messages)
+        if (tools or has_calls) and find_layout(self._sources[name]) is None:
+            messages, settings = as_text(messages, tools), {**settings, "tools": None}
         kept = self._whole(messages, name, settings)
         if seam:
             # A template may have written a seam as JSON's escape of it.
@@ -63,26 +79,30 @@ class ChatTemplate:
         tokenizer: BundleTokenizer,
         name: str | None = None,
         settings: Mapping[str, Any] | None = None,
+        tools: Tools = (),
     ) -> list[int]:
         """Token ids of the prompt. No special token is added to the template's own, and what contents hold of them is text.
 
         The contents' special tokens are broken by a character that no text has; ``BundleTokenizer.encode_rendered`` joins them
         again without taking them for tokens. So nobody forges a turn, and other contents are encoded as ever.
         """
-        known = json.dumps([messages, settings], ensure_ascii=False, default=str) + self._sources[self._find(name)]
+        source = self._sources[self._find(name, bool(tools))]
+        known = json.dumps([messages, settings, tools], ensure_ascii=False, default=str) + source
         seam = next((each for each in SEAMS if each not in known and json.dumps(each)[1:-1] not in known), None)
         if seam is None:
             raise ApiError(400, "the messages hold Unicode's noncharacters U+FDD1 to U+FDEF; leave them out", param="messages")
-        strict, loose = self._markers(tokenizer, self._find(name))
+        strict, loose = self._markers(tokenizer, self._find(name, bool(tools)))
         broken = [
             {key: value if key == "role" else _broken(value, seam, strict if each["role"] == "assistant" else loose)
              for key, value in each.items()}
             for each in messages
         ]  # fmt: skip
-        text = self.render(broken, name, _broken(dict(settings or {}), seam, loose), seam)
+        text = self.render(broken, name, _broken(dict(settings or {}), seam, loose), _broken(list(tools), seam, loose), seam)
         return tokenizer.encode_rendered(text, seam)
 
-    def _find(self, name: str | None) -> str:
+    def _find(self, name: str | None, has_tools: bool = False) -> str:
+        if name is None and has_tools and TOOL_USE in self._templates:
+            return TOOL_USE
         if name is None:
             name = DEFAULT if DEFAULT in self._templates or len(self._templates) > 1 else next(iter(self._templates))
         if name not in self._templates:
@@ -124,16 +144,19 @@ class ChatTemplate:
         return messages
 
     def _lost(self, messages: Messages, name: str, settings: Mapping[str, Any]) -> int | None:
-        """The first message that the template would leave out: rendered with short contents that can be told apart."""
-        probe = [{**each, "content": f"zq{place}qz"} if each.get("content") else each for place, each in enumerate(messages)]
+        """The first message that the template would leave out: rendered with short contents that can be told apart.
+
+        Of an answer that calls tools the calls have to be there; what was said beside them, some templates leave out.
+        """
+        probe = [_probe(place, each) for place, each in enumerate(messages)]
         try:
-            text = self._render(probe, name, settings)
+            text = self._render([each for each, _ in probe], name, settings)
         except ApiError:
             return None  # the messages themselves will say why
-        return next((place for place, each in enumerate(probe) if each.get("content") and each["content"] not in text), None)
+        return next((place for place, (_, mark) in enumerate(probe) if mark is not None and mark not in text), None)
 
     def _render(self, messages: Messages, name: str, settings: Mapping[str, Any]) -> str:
-        given = {"messages": messages, "add_generation_prompt": True, "tools": None, **self._special, **settings}
+        given = {"messages": messages, "add_generation_prompt": True, **self._special, **settings}
         try:
             return str(self._templates[name].render(given))
         except _Refusal as error:
@@ -146,6 +169,15 @@ class ChatTemplate:
 
 def _as_system(message: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**message, "role": "system"} if message["role"] == "developer" else message
+
+
+def _probe(place: int, message: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:
+    """(the message with a mark in place of what it says, the mark; None where it says nothing)."""
+    mark = f"zq{place}qz"
+    if calls := message.get("tool_calls"):
+        marked = [{**call, "function": {**call["function"], "name": mark}} for call in calls]
+        return {**message, "tool_calls": marked}, mark
+    return ({**message, "content": mark}, mark) if message.get("content") else (message, None)
 
 
 def _starts(names: set[str]) -> re.Pattern[str] | None:

@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from bilevel.errors import ContextTooLong, Overloaded, RequestError, ShuttingDown
+from bilevel.errors import ContextTooLong, MissingDependency, Overloaded, RequestError, ShuttingDown
 
 _LOG = logging.getLogger("bilevel.serve")
 # Fields that may have several types, and what to give.
@@ -18,6 +18,7 @@ ALTERNATIVES = {
     "prompt": "a text, a list of token ids, or a list of texts or of such lists, and not empty",
     "stop": "a text of 1 to 200 characters, or a list of at most 16 such texts",
     "content": 'a text, or a list of {"type": "text", "text": ...}',
+    "tool_choice": 'none, auto, required or {"type": "function", "function": {"name": ...}}',
 }
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 503: "service_unavailable_error"}
 
@@ -45,6 +46,8 @@ def as_api_error(error: Exception) -> ApiError:
         return refused
     if isinstance(error, RequestError):
         return ApiError(400, str(error), code="context_length_exceeded" if isinstance(error, ContextTooLong) else None)
+    if isinstance(error, MissingDependency):
+        return ApiError(501, str(error))
     if isinstance(error, HTTPException):
         known = {
             404: "there is nothing at this address; /openapi.json lists what there is",

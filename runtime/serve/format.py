@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,9 @@ from bilevel.runtime.generate.sampling import TokenLogprobs
 from bilevel.runtime.generate.text import BundleTokenizer, Detokenizer
 from bilevel.runtime.schedule.jobs import TokenRoutes
 from bilevel.runtime.serve.answers import AnswerChoice, Piece
+from bilevel.runtime.serve.tools.parser import CallDelta, CallParser, Delta
 
-_REASONS = {"eos": "stop", "stop": "stop", "length": "length", None: None}
+_REASONS = {"eos": "stop", "stop": "stop", "complete": "stop", "length": "length", "dead_end": "dead_end", None: None}
 
 
 def usage(choices: Sequence[AnswerChoice], per_prompt: int) -> dict[str, Any]:
@@ -154,33 +155,78 @@ class CompletionFormat(Format):
         return named
 
 
+def _streamed(call: CallDelta) -> dict[str, Any]:
+    """A piece of a call as chunks carry it: who it is, with the first one only."""
+    if call.id is None:
+        return {"index": call.index, "function": {"arguments": call.arguments}}
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"index": call.index, "id": call.id, "type": "function", "function": function}
+
+
 class ChatFormat(Format):
-    """/v1/chat/completions."""
+    """/v1/chat/completions. open_parser: gives what reads the calls out of one answer; None where there are none to read."""
+
+    def __init__(
+        self, tokenizer: BundleTokenizer, header: dict[str, Any], open_parser: Callable[[], CallParser] | None = None
+    ) -> None:
+        super().__init__(tokenizer, header)
+        self._open_parser = open_parser
+        self._parsers: dict[AnswerChoice, CallParser] = {}
 
     def opening(self, choice: AnswerChoice) -> dict[str, Any] | None:
         return {"index": choice.index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
+        read = self._read(piece)
+        delta: dict[str, Any] = {"content": read.content} if read.content else {}
+        if read.calls:
+            delta["tool_calls"] = [_streamed(call) for call in read.calls]
         choice: dict[str, Any] = {
             "index": piece.choice.index,
-            "delta": {"content": piece.text} if piece.text else {},
+            "delta": delta,
             "logprobs": self._logprobs([piece]),
-            "finish_reason": _REASONS[piece.finish_reason],
+            "finish_reason": self._reason(piece.choice, piece.finish_reason),
         }
         return choice if piece.routes is None else {**choice, "routes": routes_of(piece.routes)}
 
     def choice(self, choice: AnswerChoice, pieces: list[Piece], with_routes: bool) -> dict[str, Any]:
+        read = [self._read(piece) for piece in pieces]
+        calls: dict[int, dict[str, Any]] = {}
+        for delta in (call for each in read for call in each.calls):
+            call = calls.setdefault(delta.index, {"id": delta.id, "type": "function"})
+            function = call.setdefault("function", {"name": delta.name, "arguments": ""})
+            function["arguments"] += delta.arguments
+        text = "".join(each.content for each in read)
+        message: dict[str, Any] = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
+        if calls:
+            message["tool_calls"] = list(calls.values())
         content: dict[str, Any] = {
             "index": choice.index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "message": message,
             "logprobs": self._logprobs(pieces),
-            "finish_reason": _REASONS[choice.finish_reason],
+            "finish_reason": self._reason(choice, choice.finish_reason),
         }
         return (
             {**content, "routes": [routes_of(piece.routes) for piece in pieces if piece.token is not None]}
             if with_routes
             else content
         )
+
+    def _read(self, piece: Piece) -> Delta:
+        """What a piece adds: text, calls."""
+        if self._open_parser is None:
+            return Delta(piece.text)
+        if piece.choice not in self._parsers:
+            self._parsers[piece.choice] = self._open_parser()
+        parser = self._parsers[piece.choice]
+        delta = parser.push(piece.text, None if piece.token is None else self.tokenizer.special.get(piece.token))
+        if piece.finish_reason is not None:
+            delta.content += parser.finish().content
+        return delta
+
+    def _reason(self, choice: AnswerChoice, reason: str | None) -> str | None:
+        said = _REASONS[reason]
+        return "tool_calls" if said == "stop" and choice in self._parsers and self._parsers[choice].is_whole else said
 
     def _logprobs(self, pieces: list[Piece]) -> dict[str, Any] | None:
         if not pieces or pieces[0].logprobs is None:

@@ -6,12 +6,14 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from bilevel.errors import RequestError
+from bilevel.runtime.grammar.compiler import Compiled
 from bilevel.runtime.schedule.jobs import TextJob
 from bilevel.runtime.serve.answers import AnswerChoice, Answers, Piece
 from bilevel.runtime.serve.errors import ApiError, as_api_error, error_body, validated
@@ -19,6 +21,9 @@ from bilevel.runtime.serve.format import ChatFormat, CompletionFormat, Format, p
 from bilevel.runtime.serve.http import EventStream, unless_gone
 from bilevel.runtime.serve.schemas import ChatRequest, CompletionRequest, Sampling, check_budget
 from bilevel.runtime.serve.service import Service
+from bilevel.runtime.serve.structured import ToolUse, asks_for_structure, read_tools, read_wish
+from bilevel.runtime.serve.tools.layouts import Layout
+from bilevel.runtime.serve.tools.parser import CallParser
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # json.dumps would make one for each event
 
@@ -42,7 +47,9 @@ async def complete(request: Request) -> Response:
     asked: CompletionRequest = validated(CompletionRequest, await service.body(request))
     service.check_model(asked.model)
     prompts = [await service.encode(prompt) for prompt in _prompts(asked.prompt)]
-    answers = _submit(service, request, asked, prompts, 16 if asked.max_tokens is None else asked.max_tokens, asked.logprobs)
+    compiled = await service.grammars.compile(lambda: read_wish(asked)) if asks_for_structure(asked) else None
+    most = 16 if asked.max_tokens is None else asked.max_tokens
+    answers = _submit(service, request, asked, prompts, most, asked.logprobs, compiled)
     form = CompletionFormat(service.tokenizer, _header("cmpl", "text_completion", service), echo=bool(asked.echo))
     return await _answer(service, request, asked, answers, form)
 
@@ -54,12 +61,32 @@ async def chat(request: Request) -> Response:
     service.check_model(asked.model)
     if asked.top_logprobs is not None and not asked.logprobs:
         raise ApiError(400, f"top_logprobs={asked.top_logprobs} goes with logprobs=true; give both", param="top_logprobs")
+    for place, message in enumerate(asked.messages):
+        if message.problem is not None:
+            raise ApiError(400, f"messages.{place}: {message.problem}", param=f"messages.{place}")
     messages = [message.as_template_input() for message in asked.messages]
-    prompt = await service.encode_chat(messages, asked.chat_template, asked.chat_template_kwargs)
+    use = read_tools(asked.tools, asked.tool_choice, asked.parallel_tool_calls)
+    prompt = await service.encode_chat(messages, asked.chat_template, asked.chat_template_kwargs, use.tools)
+    layout = service.tool_layout(asked.chat_template) if use.tools else None
+    compiled = await _constrain(service, asked, use, layout)
     num_logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
-    answers = _submit(service, request, asked, [prompt], asked.max_completion_tokens or asked.max_tokens, num_logprobs)
+    most = asked.max_completion_tokens or asked.max_tokens
+    answers = _submit(service, request, asked, [prompt], most, num_logprobs, compiled)
     kind = "chat.completion.chunk" if asked.stream else "chat.completion"
-    return await _answer(service, request, asked, answers, ChatFormat(service.tokenizer, _header("chatcmpl", kind, service)))
+    names = [tool.name for tool in use.functions]
+    parser = None if layout is None else partial(CallParser, layout, names, service.tokenizer.special.values())
+    form = ChatFormat(service.tokenizer, _header("chatcmpl", kind, service), parser)
+    return await _answer(service, request, asked, answers, form)
+
+
+async def _constrain(service: Service, asked: ChatRequest, use: ToolUse, layout: Layout | None) -> Compiled | None:
+    """What the answers have to follow, None for nothing."""
+    if layout is None:
+        return await service.grammars.compile(lambda: read_wish(asked)) if asks_for_structure(asked) else None
+    given, special = layout, service.tokenizer.special
+    return await service.grammars.compile(
+        lambda: use.wish(given, special, read_wish(asked) if asks_for_structure(asked) else None)
+    )
 
 
 def _prompts(prompt: str | list[Any]) -> Sequence[str | list[int]]:
@@ -72,7 +99,13 @@ def _header(prefix: str, kind: str, service: Service) -> dict[str, Any]:
 
 
 def _submit(
-    service: Service, request: Request, asked: Sampling, prompts: list[list[int]], max_tokens: int | None, logprobs: int | None
+    service: Service,
+    request: Request,
+    asked: Sampling,
+    prompts: list[list[int]],
+    max_tokens: int | None,
+    logprobs: int | None,
+    compiled: Compiled | None,
 ) -> Answers:
     """Queue ``asked.n`` jobs for each prompt, choices in the order of the prompts."""
     count = asked.n or 1
@@ -95,6 +128,7 @@ def _submit(
             wants_routes=asked.routes,
             scores_prompt=echo and logprobs is not None,
             generates=max_tokens != 0,
+            constraint=None if compiled is None else compiled.follow(),
         )
         for prompt in prompts
         for stream in range(count)

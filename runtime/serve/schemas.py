@@ -1,15 +1,15 @@
-"""The bodies of requests, checked strictly: what is not understood is refused, never ignored. And their OpenAPI description."""
+"""The bodies of requests, checked strictly: what is not understood is refused, never ignored."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
-from pydantic.json_schema import models_json_schema
+from pydantic import Field
 
-import bilevel
 from bilevel.errors import ContextTooLong
 from bilevel.runtime.generate.sampling import SamplingParams
+from bilevel.runtime.serve.messages import MOST_TOOLS, FunctionTool, Message, Strict, ToolChoice
+from bilevel.runtime.serve.structured import Choice, ResponseFormat, StructuredOutputs
 
 MOST_CHOICES, MOST_LOGPROBS, MOST_STOPS = 16, 20, 16
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -22,12 +22,6 @@ Neutral = Annotated[float | None, Field(ge=0, le=0)]
 def _warm(temperature: float) -> float:
     """A temperature so low that dividing by it overflows is none."""
     return temperature if temperature >= 1e-6 else 0.0
-
-
-class Strict(BaseModel):
-    """No coercion, no unknown fields."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
 
 class StreamOptions(Strict):
@@ -55,6 +49,12 @@ class Sampling(Strict):
     presence_penalty: Neutral = None
     frequency_penalty: Neutral = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: Choice | None = None
+    guided_grammar: str | None = None
 
     def params(self, max_tokens: int) -> SamplingParams:
         """As the scheduler takes them, without the stop texts: it knows token ids only."""
@@ -86,32 +86,6 @@ class CompletionRequest(Sampling):
     suffix: Literal[""] | None = None
 
 
-class TextPart(Strict):
-    """One piece of a message's content."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(Strict):
-    """One turn of a chat."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
-
-    def as_template_input(self) -> dict[str, str]:
-        """As chat templates read it: content is text."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": content, **({} if self.name is None else {"name": self.name})}
-
-
-class TextFormat(Strict):
-    """Plain text, the only format there is."""
-
-    type: Literal["text"]
-
-
 class ChatRequest(Sampling):
     """POST /v1/chat/completions. chat_template: the name of one of the model's. chat_template_kwargs: what it sees besides."""
 
@@ -120,7 +94,9 @@ class ChatRequest(Sampling):
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
-    response_format: TextFormat | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=MOST_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -187,67 +163,3 @@ def check_budget(num_prompt: int, max_tokens: int | None, row_tokens: int) -> in
             f"the prompt has {num_prompt} tokens{asked}, but this server holds {row_tokens} in all; shorten it or ask for fewer"
         )
     return max_tokens or row_tokens + 1 - num_prompt
-
-
-_MODELS = (CompletionRequest, ChatRequest, InferRequest)
-_ERRORS = {
-    "400": "the request cannot be served as it is",
-    "401": "the API key is missing or wrong",
-    "404": "there is no such model",
-    "408": "the body came too slowly",
-    "413": "the body is too long",
-    "415": "the content type or encoding is another than the one asked for",
-    "429": "the queue is full; Retry-After says for how long to wait",
-    "500": "the model failed on this request",
-    "503": "the server is shutting down",
-}
-
-
-def describe_api(model: str) -> dict[str, Any]:
-    """OpenAPI 3.1 of a server of ``model``."""
-    _, schemas = models_json_schema([(each, "validation") for each in _MODELS], ref_template="#/components/schemas/{model}")
-    definitions = schemas["$defs"]
-    for each in ("CompletionRequest", "ChatRequest"):
-        definitions[each]["properties"]["model"] = {"type": "string", "const": model}
-    name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "const": model}}
-    paths = {
-        "/v1/models": {"get": _operation("The model that is served")},
-        "/v1/models/{model}": {"get": _operation("The model that is served", name)},
-        "/v1/completions": {"post": _operation("Continue a prompt", body="CompletionRequest", stream=True)},
-        "/v1/chat/completions": {"post": _operation("Answer a conversation", body="ChatRequest", stream=True)},
-        "/v2": {"get": _operation("The server and its protocol extensions")},
-        "/v2/health/live": {"get": _operation("Whether the server works")},
-        "/v2/health/ready": {"get": _operation("Whether the server takes requests")},
-        "/v2/models/{model}": {"get": _operation("The model's tensors", name)},
-        "/v2/models/{model}/ready": {"get": _operation("Whether the model takes requests", name)},
-        "/v2/models/{model}/infer": {"post": _operation("Generate from text or token ids", name, body="InferRequest")},
-        "/metrics": {"get": _operation("Numbers for Prometheus", kind="text/plain")},
-    }
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "bilevel serve", "version": bilevel.__version__},
-        "paths": paths,
-        "components": {"schemas": definitions, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
-        "security": [{}, {"key": []}],
-    }
-
-
-def _operation(
-    summary: str, *parameters: dict[str, Any], body: str = "", stream: bool = False, kind: str = "application/json"
-) -> dict[str, Any]:
-    content: dict[str, Any] = {kind: {"schema": {}}}
-    if stream:
-        content["text/event-stream"] = {
-            "schema": {"description": "events; the data of each is a JSON object, of the last [DONE]"}
-        }
-    answer = {"description": "the answer", "content": content}
-    codes = _ERRORS if body else {code: _ERRORS[code] for code in ("401", "404", "503")}
-    error = {"application/json": {"schema": {"type": "object", "required": ["error"]}}}
-    responses = {"200": answer, **{code: {"description": text, "content": error} for code, text in codes.items()}}
-    operation: dict[str, Any] = {"summary": summary, "responses": responses}
-    if parameters:
-        operation["parameters"] = list(parameters)
-    if body:
-        schema = {"schema": {"$ref": f"#/components/schemas/{body}"}}
-        operation["requestBody"] = {"required": True, "content": {"application/json": schema}}
-    return operation

@@ -17,6 +17,7 @@ from bilevel.errors import RequestError
 from bilevel.runtime.backend.select import open_session
 from bilevel.runtime.backend.session import Session
 from bilevel.runtime.generate.text import BundleTokenizer
+from bilevel.runtime.grammar.compiler import Compiler
 from bilevel.runtime.schedule.jobs import SchedulerLimits
 from bilevel.runtime.schedule.scheduler import Scheduler
 from bilevel.runtime.serve.answers import publish_on
@@ -25,7 +26,7 @@ from bilevel.runtime.serve.chat import find_template
 from bilevel.runtime.serve.http import Keys, PatientProtocol
 from bilevel.runtime.serve.limits import choose_limits
 from bilevel.runtime.serve.metrics import Metrics
-from bilevel.runtime.serve.service import HttpLimits, Service
+from bilevel.runtime.serve.service import Grammars, HttpLimits, Service
 
 MOST_CONNECTIONS = 1000
 PUBLISH_SECONDS = 1 / 60  # a screen shows no more changes
@@ -78,7 +79,8 @@ def build(
     scheduler = Scheduler(session, limits, publish_on(loop), metrics, PUBLISH_SECONDS)
     metrics.watch(scheduler)
     tokenizer = BundleTokenizer(bundle.tokenizer_path)
-    service = Service(name, scheduler, tokenizer, session.backend, find_template(bundle.folder), keys, http)
+    grammars = Grammars(Compiler(tokenizer, bundle.vocab_size, bundle.eos))
+    service = Service(name, scheduler, tokenizer, session.backend, grammars, find_template(bundle.folder), keys, http)
     scheduler.start()
     return service, metrics
 
@@ -162,3 +164,4 @@ async def run_server(
         await server.serve(sockets=[listener])
     finally:
         await asyncio.to_thread(scheduler.close, 0.0)
+        await asyncio.to_thread(service.grammars.close)

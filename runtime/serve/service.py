@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
 
+from bilevel.errors import Overloaded
 from bilevel.runtime.generate.text import BundleTokenizer
+from bilevel.runtime.grammar.compiler import Compiled, Compiler
 from bilevel.runtime.schedule.scheduler import Scheduler
 from bilevel.runtime.serve.chat import ChatTemplate
 from bilevel.runtime.serve.errors import ApiError
 from bilevel.runtime.serve.http import Keys, read_body
+from bilevel.runtime.serve.structured import Wish
+from bilevel.runtime.serve.tools.layouts import HERMES, Layout
 
 _LONG_TEXT = 10_000  # characters
 
@@ -27,6 +33,36 @@ class HttpLimits:
     stall_seconds: float = 60.0
 
 
+class Grammars:
+    """Compiles what answers have to follow, one at a time, beside the server's loop."""
+
+    MOST_WAITING = 32
+
+    def __init__(self, compiler: Compiler) -> None:
+        self._compiler, self._num_waiting = compiler, 0
+        self._thread = ThreadPoolExecutor(1, "bilevel-grammars")
+
+    async def compile(self, make: Callable[[], Wish]) -> Compiled:
+        """What ``make`` gives, compiled. Raises what it and ``Compiler.compile`` raise, Overloaded where too many wait."""
+        if self._num_waiting >= self.MOST_WAITING:
+            raise Overloaded(f"{self._num_waiting} grammars wait to be compiled already; try again in 5 s", 5)
+
+        def work() -> Compiled:
+            wish = make()
+            return self._compiler.compile(wish.grammar, wish.name)
+
+        self._num_waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        finally:
+            self._num_waiting -= 1
+
+    def close(self) -> None:
+        """End what works for it."""
+        self._thread.shutdown(cancel_futures=True)
+        self._compiler.close()
+
+
 @dataclass(frozen=True)
 class Service:
     """One served model.
@@ -38,6 +74,7 @@ class Service:
     scheduler: Scheduler
     tokenizer: BundleTokenizer
     backend: str
+    grammars: Grammars
     template: ChatTemplate | None = None
     keys: Keys | None = None
     limits: HttpLimits = HttpLimits()
@@ -74,13 +111,24 @@ class Service:
             return self.tokenizer.encode(prompt)
         return await asyncio.to_thread(self.tokenizer.encode, prompt)
 
-    async def encode_chat(self, messages: list[dict[str, Any]], name: str | None, settings: dict[str, Any] | None) -> list[int]:
+    async def encode_chat(
+        self,
+        messages: list[dict[str, Any]],
+        name: str | None,
+        settings: dict[str, Any] | None,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> list[int]:
         """Token ids of a conversation, as ``ChatTemplate.encode`` gives them. Raises ApiError where there is no template."""
         template = self.template
         if template is None:
             raise ApiError(400, "this model has no chat template; use /v1/completions", param="messages")
         # Beside the server's loop: the first content that names a special token has a second tokenizer made.
-        return await asyncio.to_thread(template.encode, messages, self.tokenizer, name, settings)
+        return await asyncio.to_thread(template.encode, messages, self.tokenizer, name, settings, tools)
+
+    def tool_layout(self, name: str | None) -> Layout:
+        """How the model writes tool calls when it is asked by the template of this name."""
+        found = None if self.template is None else self.template.layout(name)
+        return found or HERMES
 
     def model_card(self) -> dict[str, Any]:
         """The model as /v1/models lists it."""

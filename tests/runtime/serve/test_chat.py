@@ -160,8 +160,8 @@ QWEN3 = "{% for m in messages %}" + (
 def test_a_message_is_never_lost() -> None:
     template = ChatTemplate(QWEN3, {})
     assert template.render([user("in French", "developer"), user("hi")]) == "[system]in French[user]hi"
-    with pytest.raises(ApiError, match="leaves out message 1, of the role 'tool'; give it another role") as caught:
-        template.render([user("hi"), user("4", "tool")])
+    with pytest.raises(ApiError, match="leaves out message 1, of the role 'critic'; give it another role") as caught:
+        template.render([user("hi"), user("4", "critic")])
     assert caught.value.status == 400
     knows = ChatTemplate(QWEN3.replace("'system'", "'system', 'developer'"), {})
     assert knows.render([user("in French", "developer")]) == "[developer]in French"
