@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bilevel.bundle.manifest import CALL_INPUTS
-from bilevel.bundle.tensors import DTYPES
+from bilevel.bundle.tensors import DTYPES, TensorSpec
 from bilevel.errors import RequestError
 from bilevel.runtime.backend.device_layout import DeviceSession, Place, RowMemory, result_places
 from bilevel.runtime.backend.device_results import DeviceLogits, DeviceRoutes
@@ -24,6 +25,18 @@ from bilevel.runtime.backend.dlpack import DeviceTensor, TokenIds
 from bilevel.runtime.backend.session import RouteArrays, Routes
 
 _Self = TypeVar("_Self", bound="DeviceCaches")
+
+
+@dataclass(frozen=True)
+class Strips:
+    """Part of a cache's row: ``count`` strips of ``width`` bytes, ``pitch`` apart; rows are ``row`` bytes apart."""
+
+    spec: TensorSpec
+    address: int
+    row: int
+    width: int
+    pitch: int
+    count: int
 
 
 class DeviceCaches(ABC):
@@ -86,17 +99,44 @@ class DeviceCaches(ABC):
 
     def copy_prefix(self, source: int, target: int, tokens: int) -> None:
         """See ``Caches.copy_prefix``."""
+        for strips in self._strips(tokens):
+            if strips.width:
+                places = (strips.address + target * strips.row, strips.address + source * strips.row)
+                self._gpu.copy_strips(*places, strips.width, strips.pitch, strips.count)
+
+    def _strips(self, tokens: int) -> list[Strips]:
+        """Of each cache, where row 0 holds its first ``tokens`` tokens."""
         # The key of an incomplete block is never read: the call that completes the block pools it anew.
         bundle, sizes = self._bundle, self._bundle.sizes(1, self.capacity)
         counts = {"capacity": tokens, "num_blocks": tokens // bundle.block_size}
+        found = []
         for spec, _ in bundle.graph.state:
             axis = next((n for n, size in enumerate(spec.shape) if size in counts), 0)
             shape, address, row = spec.resolve(sizes), self._state[spec.name][1], spec.num_bytes(sizes)
             step = math.prod(shape[axis + 1 :]) * spec.itemsize
             width = counts.get(str(spec.shape[axis]), 1) * step
-            if width:
-                places = (address + target * row, address + source * row)
-                self._gpu.copy_strips(*places, width, shape[axis] * step, math.prod(shape[:axis]))
+            found.append(Strips(spec, address, row, width, shape[axis] * step, math.prod(shape[:axis])))
+        return found
+
+    def read_prefix(self, row: int, tokens: int) -> list[NDArray[Any]]:
+        """See ``Caches.read_prefix``."""
+        sizes = {"batch": 1, "capacity": tokens, "num_blocks": tokens // self._bundle.block_size}
+        parts = []
+        for strips in self._strips(tokens):
+            part = np.empty(strips.spec.resolve(sizes), DTYPES[strips.spec.dtype].numpy)
+            for index, host in enumerate(part.reshape(strips.count, -1).view(np.uint8) if part.size else ()):
+                self._gpu.download(host, strips.address + row * strips.row + index * strips.pitch)
+            parts.append(part)
+        self._gpu.synchronize()
+        return parts
+
+    def write_prefix(self, row: int, parts: Sequence[NDArray[Any]], tokens: int) -> None:
+        """See ``Caches.write_prefix``."""
+        for strips, part in zip(self._strips(tokens), parts, strict=True):
+            lines = np.ascontiguousarray(part).reshape(strips.count, -1).view(np.uint8) if strips.width else ()
+            for index, host in enumerate(lines):
+                self._gpu.upload(strips.address + row * strips.row + index * strips.pitch, host[: strips.width])
+        self._gpu.synchronize()
 
     def run(self, input_ids: Any, past_len: NDArray[np.int32], new_len: NDArray[np.int32]) -> DeviceLogits:
         """See ``Caches.run``; input_ids may lie on the GPU (``TokenIds``).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,11 +133,25 @@ class OnnxCaches:
 
     def copy_prefix(self, source: int, target: int, tokens: int) -> None:
         """See ``Caches.copy_prefix``."""
+        for name, cut in self._cuts(tokens):
+            self.state[name][target][cut] = self.state[name][source][cut]
+
+    def _cuts(self, tokens: int) -> list[tuple[str, tuple[slice, ...]]]:
+        """Of each cache, where a row holds its first ``tokens`` tokens."""
         # The key of an incomplete block is never read: the call that completes the block pools it anew.
         sizes = {"capacity": tokens, "num_blocks": tokens // self._bundle.block_size}
-        for spec, _ in self._bundle.graph.state:
-            cut = tuple(slice(sizes.get(str(size))) for size in spec.shape[1:])
-            self.state[spec.name][target][cut] = self.state[spec.name][source][cut]
+        return [
+            (spec.name, tuple(slice(sizes.get(str(size))) for size in spec.shape[1:])) for spec, _ in self._bundle.graph.state
+        ]
+
+    def read_prefix(self, row: int, tokens: int) -> list[NDArray[Any]]:
+        """See ``Caches.read_prefix``."""
+        return [self.state[name][row][cut][None].copy() for name, cut in self._cuts(tokens)]
+
+    def write_prefix(self, row: int, parts: Sequence[NDArray[Any]], tokens: int) -> None:
+        """See ``Caches.write_prefix``."""
+        for (name, cut), part in zip(self._cuts(tokens), parts, strict=True):
+            self.state[name][row][cut] = part[0][cut]
 
     def reserve(self) -> None:
         """See ``Caches.reserve``."""

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -76,6 +76,12 @@ class Caches(Protocol):
 
     def copy_prefix(self, source: int, target: int, tokens: int) -> None:
         """Give row ``target`` the first ``tokens`` tokens of row ``source``; what it held there is lost."""
+
+    def read_prefix(self, row: int, tokens: int) -> list[NDArray[Any]]:
+        """Copies [1, ...] of what a row's caches hold of its first ``tokens`` tokens, in the order of the graph's state."""
+
+    def write_prefix(self, row: int, parts: Sequence[NDArray[Any]], tokens: int) -> None:
+        """Give a row the first ``tokens`` tokens of what ``read_prefix`` returned for as many or more."""
 
     def reserve(self) -> None:
         """Take the memory of new caches now, where it would otherwise be taken as it is written."""

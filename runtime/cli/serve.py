@@ -41,6 +41,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="ask for one of these keys (default: open to all)")
     parser.add_argument("--max-body", type=int, default=4 << 20, metavar="BYTES", help="longest request (default: %(default)s)")
     parser.add_argument(
+        "--prefix-cache",
+        type=Path,
+        metavar="DIR",
+        help="keep what was read of prompts' beginnings in this folder, so that a long system prompt is ready after a restart",
+    )
+    parser.add_argument(
+        "--prefix-cache-bytes", type=int, default=4 << 30, metavar="BYTES", help="most of that folder (default: %(default)s)"
+    )
+    parser.add_argument(
         "--grace", type=float, default=30.0, metavar="SECONDS", help="for running answers (default: %(default)g)"
     )
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="0: one per core (default: %(default)s)")
@@ -65,6 +74,7 @@ def _check(args: argparse.Namespace) -> None:
         ("max_queue", 0, 1 << 20),
         ("capacity", 1, 1 << 30),
         ("max_body", 1, 1 << 40),
+        ("prefix_cache_bytes", 1, 1 << 50),
         ("grace", 0, 1e9),
         ("threads", 0, 4096),
     ):

@@ -33,6 +33,7 @@ from bilevel.runtime.schedule.jobs import (
     token_routes,
 )
 from bilevel.runtime.schedule.pacing import PrefillPacer
+from bilevel.runtime.schedule.prefix_store import PrefixStore
 from bilevel.runtime.schedule.slots import Slots, common_prefix
 
 _LOG = logging.getLogger("bilevel.scheduler")
@@ -44,7 +45,8 @@ class Scheduler:
 
     publish: given the events, in the scheduler's thread; it must return quickly. publish_seconds: least time between two calls,
     unless a text begins or ends. On a small machine passing tokens on takes cores from the model: a wake-up for each
-    token of a model that makes 400 a second costs it a tenth, and nobody reads that fast.
+    token of a model that makes 400 a second costs it a tenth, and nobody reads that fast. prefixes: beginnings of texts that
+    outlive the process; closed with the scheduler.
     """
 
     def __init__(
@@ -54,8 +56,10 @@ class Scheduler:
         publish: Publish,
         observer: Observer | None = None,
         publish_seconds: float = 0.0,
+        prefixes: PrefixStore | None = None,
     ) -> None:
         bundle = session.bundle
+        self._prefixes = prefixes
         self.bundle, self.limits, self._publish, self._observer = bundle, limits, publish, observer
         self.row_tokens = min(limits.row_tokens or bundle.max_positions, bundle.max_positions)
         # One token more than a row may hold: an idle row's column is written behind what it has cached.
@@ -105,13 +109,22 @@ class Scheduler:
             self._is_closing = True
             self._wake.notify()
         if not self._thread.is_alive():
+            self._keep()
             return True
         self._thread.join(timeout)
         is_finished = not self._thread.is_alive()
         with self._wake:
             self.cancel(*self._queue, *self._jobs.values())
         self._thread.join()
+        self._keep()
         return is_finished
+
+    def _keep(self) -> None:
+        """Store what the places hold, once nothing runs any more."""
+        prefixes, self._prefixes = self._prefixes, None
+        if prefixes is not None:
+            prefixes.keep(self._slots, self._caches)
+            prefixes.close()
 
     @property
     def is_closing(self) -> bool:
@@ -200,12 +213,16 @@ class Scheduler:
         if job.scores_prompt or not reading:  # a prompt that is scored is read in any case
             return True
         _, length = self._slots.longest_prefix(job.prompt)
+        if self._prefixes is not None:
+            length = max(length, self._prefixes.longest(job.prompt)[1])
         shared = max(common_prefix(row.prompt_ids, job.prompt[:-1]) for row in reading)
         return shared < length + self.bundle.block_size
 
     def _enter(self, job: TextJob) -> None:
         # Of a prompt that is scored every token is read again: what it is worth is not kept.
         source, length = (0, 0) if job.scores_prompt else self._slots.longest_prefix(job.prompt)
+        if self._prefixes is not None and not job.scores_prompt:
+            source, length = self._prefixes.bring(job.prompt, self._slots, self._caches, source, length)
         target = self._slots.choose(source, length)
         if target != source and length:
             self._caches.copy_prefix(source, target, length)

@@ -76,6 +76,11 @@ class Slots:
 
         return min((index for index, row in enumerate(self.rows) if row is None), key=cost)
 
+    def hold(self, index: int, tokens: Sequence[int]) -> None:
+        """Note that a free place holds the caches of these tokens now."""
+        self._left[index] = list(tokens)
+        self._touch(index)
+
     def enter(self, row: Row) -> None:
         """Give ``row`` the place row.index."""
         self.rows[row.index], self._left[row.index] = row, []

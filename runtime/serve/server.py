@@ -19,6 +19,7 @@ from bilevel.runtime.backend.session import Session
 from bilevel.runtime.generate.text import BundleTokenizer
 from bilevel.runtime.grammar.compiler import Compiler
 from bilevel.runtime.schedule.jobs import SchedulerLimits
+from bilevel.runtime.schedule.prefix_store import PrefixStore
 from bilevel.runtime.schedule.scheduler import Scheduler
 from bilevel.runtime.serve.answers import publish_on
 from bilevel.runtime.serve.app import create_app
@@ -71,12 +72,18 @@ def _in_loop() -> bool:
 
 
 def build(
-    session: Session, name: str, limits: SchedulerLimits, http: HttpLimits, keys: Keys | None, loop: asyncio.AbstractEventLoop
+    session: Session,
+    name: str,
+    limits: SchedulerLimits,
+    http: HttpLimits,
+    keys: Keys | None,
+    loop: asyncio.AbstractEventLoop,
+    prefixes: PrefixStore | None = None,
 ) -> tuple[Service, Metrics]:
     """The service on ``session``, its scheduler started, delivering to ``loop``."""
     bundle = session.bundle
     metrics = Metrics()
-    scheduler = Scheduler(session, limits, publish_on(loop), metrics, PUBLISH_SECONDS)
+    scheduler = Scheduler(session, limits, publish_on(loop), metrics, PUBLISH_SECONDS, prefixes)
     metrics.watch(scheduler)
     tokenizer = BundleTokenizer(bundle.tokenizer_path)
     grammars = Grammars(Compiler(tokenizer, bundle.vocab_size, bundle.eos))
@@ -99,7 +106,8 @@ def serve(args: argparse.Namespace) -> int:
     sys.setswitchinterval(SWITCH_SECONDS)
     gc.collect()
     gc.freeze()  # what lives as long as the server is not looked through again, which would stop all texts for a while
-    asyncio.run(run_server(session, name, limits, http, keys, listener, args.grace, why=why))
+    prefixes = None if args.prefix_cache is None else PrefixStore(args.prefix_cache, session, args.prefix_cache_bytes)
+    asyncio.run(run_server(session, name, limits, http, keys, listener, args.grace, why=why, prefixes=prefixes))
     return 0
 
 
@@ -139,12 +147,13 @@ async def run_server(
     grace: float,
     on_start: Callable[[Server], None] = lambda server: None,
     why: str = "",
+    prefixes: PrefixStore | None = None,
 ) -> None:
     """Serve on ``listener`` until the server is told to exit; on_start is given the server before it begins.
 
     why: a line on what runs the model, for the greeting.
     """
-    service, metrics = build(session, name, limits, http, keys, asyncio.get_running_loop())
+    service, metrics = build(session, name, limits, http, keys, asyncio.get_running_loop(), prefixes)
     config = uvicorn.Config(
         create_app(service, metrics),
         http=PatientProtocol,

@@ -182,6 +182,14 @@ def test_rows_share_memory_and_prefixes_are_copied(bundle: Path, device: FakeDev
         caches.copy_prefix(1, 0, 11)
     call = (np.array([[5], [6]]), np.array([11, 13], np.int32), np.ones(2, np.int32))
     np.testing.assert_allclose(every.run(*call), expected.run(*call), rtol=1e-5, atol=1e-5)
+    # The same by way of the host's memory, from either backend to the other, and less than what was read.
+    parts = [caches.read_prefix(1, 12) for caches in (every, expected)]
+    for one, other in zip(*parts, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+    for caches, given in zip((every, expected), reversed(parts), strict=True):
+        caches.write_prefix(0, given, 10)
+    call = (np.array([[5], [6]]), np.array([10, 14], np.int32), np.ones(2, np.int32))
+    np.testing.assert_allclose(every.run(*call), expected.run(*call), rtol=1e-5, atol=1e-5)
 
 
 def test_rows_that_tensorrt_cannot_read(bundle: Path, device: FakeDevice, trt: FakeTensorrt) -> None:

@@ -1,0 +1,235 @@
+"""Beginnings of texts that outlive the process: what caches held of them, in a folder; a long system prompt is read once.
+
+A file ``*.prefix`` is one line of JSON (format, fingerprint, number of tokens, CRC-32 of the rest), the tokens as int32, then
+each cache of the bundle's state for one row, in the graph's order. The fingerprint covers the bundle's files and the backend,
+since another model's caches would be taken for this one's without a sign. Files are written by a thread of their own to a
+temporary name and renamed; of a damaged one nothing is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import queue
+import threading
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bilevel.bundle.tensors import DTYPES
+from bilevel.errors import RequestError
+from bilevel.runtime.backend.session import Caches, Session
+from bilevel.runtime.schedule.slots import Slots, common_prefix
+
+FORMAT, SUFFIX, LEAST_TOKENS = 1, ".prefix", 64
+_HEADER, _PENDING = 4096, 2  # longest header; prefixes that may wait to be written, each as large as a row
+_LOG = logging.getLogger("bilevel.prefixes")
+
+
+@dataclass
+class Prefix:
+    """One file. size: bytes; used: when it was last written or read, seconds."""
+
+    path: Path
+    tokens: list[int]
+    size: int
+    used: float
+
+
+class PrefixStore:
+    """The folder of one bundle's prefixes, ``most_bytes`` at most; the least recently used give way.
+
+    Raises RequestError where the folder holds another bundle's or cannot be written.
+    """
+
+    def __init__(self, folder: Path, session: Session, most_bytes: int) -> None:
+        self.folder, self.most_bytes = folder, most_bytes
+        bundle = session.bundle
+        self._specs = [spec for spec, _ in bundle.graph.state]
+        self._block_size = bundle.block_size
+        files = sorted((name, record.sha256) for name, record in bundle.files.items())
+        state = [(spec.name, spec.dtype, spec.shape) for spec in self._specs]
+        told = json.dumps([FORMAT, session.backend, files, state], default=list)
+        self.fingerprint = hashlib.sha256(told.encode()).hexdigest()
+        self._lock, self._entries = threading.Lock(), self._scan()
+        self._waiting: queue.Queue[tuple[list[int], list[NDArray[Any]]] | None] = queue.Queue(_PENDING)
+        self._writer = threading.Thread(target=self._write_all, name="bilevel-prefixes", daemon=True)
+        self._writer.start()
+
+    def _scan(self) -> list[Prefix]:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self.folder.glob(f".*{SUFFIX}.partial"):
+                path.unlink()  # of a process that was killed
+            found = [self._read_head(path) for path in sorted(self.folder.glob(f"*{SUFFIX}")) if path.is_file()]
+        except OSError as error:
+            raise RequestError(
+                f"--prefix-cache {self.folder} cannot be used ({error.strerror or error}); name a folder that can be written"
+            ) from None
+        return [each for each in found if each is not None]
+
+    def _read_head(self, path: Path) -> Prefix | None:
+        """What a file holds; None where it is damaged. Raises RequestError for another bundle's."""
+        with path.open("rb") as file:
+            header = _header(file.readline(_HEADER))
+            if header is None or header["tokens"] * 4 > path.stat().st_size:
+                _LOG.warning("%s is damaged and not used", path)
+                return None
+            if header["fingerprint"] != self.fingerprint:
+                raise RequestError(
+                    f"--prefix-cache {self.folder} holds prefixes of another bundle or backend ({path.name}); "
+                    "name another folder, or remove this one"
+                )
+            tokens = np.frombuffer(file.read(header["tokens"] * 4), np.int32)
+        status = path.stat()
+        return Prefix(path, tokens.tolist(), status.st_size, status.st_mtime)
+
+    def longest(self, prompt: Sequence[int]) -> tuple[Prefix | None, int]:
+        """(file, length) of the longest stored beginning of ``prompt``, less its last token, which must be run."""
+        wanted = prompt[:-1]
+        with self._lock:
+            lengths = [(common_prefix(each.tokens, wanted), each) for each in self._entries]
+        length, best = max(lengths, key=lambda pair: pair[0], default=(0, None))
+        return (best, length) if length >= LEAST_TOKENS else (None, 0)
+
+    def load(self, prefix: Prefix) -> list[NDArray[Any]] | None:
+        """Caches of one row [1, ...] as ``Caches.write_prefix`` takes them; None where they are damaged, and then forgotten."""
+        try:
+            parts = self._read(prefix)
+        except (OSError, ValueError) as error:
+            _LOG.warning("%s is not used: %s", prefix.path, error)
+            with self._lock:
+                self._entries.remove(prefix)
+            prefix.path.unlink(missing_ok=True)
+            return None
+        prefix.used = time.time()
+        return parts
+
+    def _read(self, prefix: Prefix) -> list[NDArray[Any]]:
+        """Raises ValueError for what is not as it was written."""
+        with prefix.path.open("rb") as file:
+            header = _header(file.readline(_HEADER))
+            content = np.fromfile(file, np.uint8)
+        os.utime(prefix.path)
+        expected = len(prefix.tokens) * 4 + sum(spec.num_bytes(self._sizes(len(prefix.tokens))) for spec in self._specs)
+        if header is None or header["tokens"] != len(prefix.tokens) or content.size != expected:
+            raise ValueError("its size is not what it says")
+        if zlib.crc32(content.data) != header["crc32"] or header["fingerprint"] != self.fingerprint:
+            raise ValueError("its checksum differs")
+        parts, start = [], len(prefix.tokens) * 4
+        for spec in self._specs:
+            end = start + spec.num_bytes(self._sizes(len(prefix.tokens)))
+            shape = spec.resolve(self._sizes(len(prefix.tokens)))
+            parts.append(content[start:end].view(DTYPES[spec.dtype].numpy).reshape(shape))
+            start = end
+        return parts
+
+    def _sizes(self, tokens: int) -> dict[str, int]:
+        return {"batch": 1, "capacity": tokens, "num_blocks": tokens // self._block_size}
+
+    def bring(self, prompt: Sequence[int], slots: Slots, caches: Caches, source: int, length: int) -> tuple[int, int]:
+        """(place, length) of the longest beginning of a prompt that a place holds, given that ``source`` holds ``length``
+        tokens: what is stored and longer is put into a free place first, and what deserves to be stored is."""
+        stored, held = self.longest(prompt)
+        if stored is not None and held > length and (parts := self.load(stored)) is not None:
+            target = slots.choose(0, 0)
+            caches.write_prefix(target, parts, held)
+            slots.hold(target, prompt[:held])
+            return target, held
+        # What two texts have in common and go on from differently is a beginning that others will have too.
+        if length < len(slots.cached(source)) and not self._waiting.full() and self._wants(prompt[:length]):
+            self._offer(prompt[:length], caches.read_prefix(source, length))
+        return source, length
+
+    def keep(self, slots: Slots, caches: Caches) -> None:
+        """Store what the places hold."""
+        for index in range(len(slots.rows)):
+            tokens = slots.cached(index)
+            if self._wants(tokens):
+                self._offer(tokens, caches.read_prefix(index, len(tokens)))
+
+    def _wants(self, tokens: Sequence[int]) -> bool:
+        """Whether a beginning is long enough, has room, and is not held already."""
+        size = sum(spec.num_bytes(self._sizes(len(tokens))) for spec in self._specs)
+        with self._lock:
+            held = any(common_prefix(each.tokens, tokens) == len(tokens) for each in self._entries)
+        return len(tokens) >= LEAST_TOKENS and size <= self.most_bytes and not held
+
+    def _offer(self, tokens: Sequence[int], parts: list[NDArray[Any]]) -> None:
+        self._waiting.put((list(tokens), parts))
+
+    def flush(self) -> None:
+        """Wait until what was offered is written."""
+        self._waiting.join()
+
+    def close(self) -> None:
+        """Write what waits, then end."""
+        self._waiting.put(None)
+        self._writer.join()
+
+    def _write_all(self) -> None:
+        while (item := self._waiting.get()) is not None:
+            try:
+                self._write(*item)
+            except OSError as error:
+                _LOG.warning("a prefix of %d tokens is not kept: %s", len(item[0]), error)
+            finally:
+                self._waiting.task_done()
+
+    def _write(self, tokens: list[int], parts: list[NDArray[Any]]) -> None:
+        content = [np.array(tokens, np.int32), *(np.ascontiguousarray(part) for part in parts)]
+        checksum = 0
+        for part in content:
+            checksum = zlib.crc32(part.reshape(-1).view(np.uint8).data, checksum)
+        header = {"format": FORMAT, "fingerprint": self.fingerprint, "tokens": len(tokens), "crc32": checksum}
+        head = json.dumps(header).encode() + b"\n"
+        size = len(head) + sum(part.nbytes for part in content)
+        self._make_room(size, tokens)
+        name = hashlib.sha256(content[0].tobytes()).hexdigest()[:32] + SUFFIX
+        partial, path = self.folder / f".{name}.partial", self.folder / name
+        try:
+            with partial.open("wb") as file:
+                file.write(head)
+                for part in content:
+                    file.write(part.reshape(-1).view(np.uint8).data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        with self._lock:
+            self._entries.append(Prefix(path, tokens, size, time.time()))
+
+    def _make_room(self, size: int, tokens: list[int]) -> None:
+        """Drop what the new one says too, then the least recently used."""
+        with self._lock:
+            kept = [each for each in self._entries if common_prefix(each.tokens, tokens) < len(each.tokens)]
+            kept.sort(key=lambda each: each.used)
+            while kept and size + sum(each.size for each in kept) > self.most_bytes:
+                kept.pop(0)
+            gone = [each for each in self._entries if each not in kept]
+            self._entries = kept
+        for each in gone:
+            each.path.unlink(missing_ok=True)
+
+
+def _header(line: bytes) -> dict[str, Any] | None:
+    """A file's first line; None where it is none."""
+    try:
+        header = json.loads(line)
+        is_whole = header["format"] == FORMAT and isinstance(header["fingerprint"], str)
+        return (
+            header
+            if is_whole and all(type(header[name]) is int and header[name] >= 0 for name in ("tokens", "crc32"))
+            else None
+        )
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
