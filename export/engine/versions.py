@@ -104,6 +104,17 @@ def builds_ahead_of_time(flavour: Flavour) -> bool:
     return flavour.backend == "tensorrt-rtx"
 
 
+def builder_flags(flavour: Flavour, weight_streaming: bool) -> list[Any]:
+    """What a build is told beside its sizes.
+
+    TensorRT-RTX (1.2 and later) "requires" REQUIRE_USER_ALLOCATION of engines that are captured into CUDA graphs: without it
+    the engine allocates while it runs, once a tensor outgrows what was planned.
+    """
+    names = ["WEIGHT_STREAMING"] * weight_streaming + ["REQUIRE_USER_ALLOCATION"]
+    members = flavour.trt.BuilderFlag.__members__
+    return [members[name] for name in names if name in members]
+
+
 def compute_capabilities(flavour: Flavour) -> dict[int, Any]:
     """GPU architecture, as in 89 -> the member that names it; empty where engines are for the GPU at hand."""
     if not builds_ahead_of_time(flavour):

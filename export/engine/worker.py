@@ -28,7 +28,7 @@ from typing import Any
 from bilevel.errors import BilevelError, EngineError
 from bilevel.export.engine.network import Limits, Network, add_profiles, failure, parse_graph
 from bilevel.export.engine.sampling import add_best_logits
-from bilevel.export.engine.versions import Flavour, compute_capabilities, load_flavour
+from bilevel.export.engine.versions import Flavour, builder_flags, compute_capabilities, load_flavour
 
 _FIXED_ADDRESSES = 0x0040000  # ADDR_NO_RANDOMIZE of <sys/personality.h>
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
@@ -155,8 +155,8 @@ def build_plan(parsed: Network, job: Job, tell: Callable[..., None]) -> Any:
     monitor = _monitor(trt, tell)
     config.progress_monitor = monitor
     add_profiles(parsed, config, job.limits)
-    if job.weight_streaming:
-        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    for flag in builder_flags(flavour, job.weight_streaming):
+        config.set_flag(flag)
     if job.timings:
         take_timings(config, Path(job.timings))
     members = compute_capabilities(flavour)

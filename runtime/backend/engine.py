@@ -1,12 +1,13 @@
 """An engine of TensorRT or TensorRT-RTX as a session: what ``runtime/backend/session.py`` asks of a backend, on a GPU.
 
 Caches live in the GPU's memory (``device_caches``), so nothing but tokens and what is read of the logits crosses the bus. A
-call of one token per row is captured into a CUDA graph the second time and launched as one from then on.
+call of one token per row is captured into a CUDA graph the second time and launched as one then, where TensorRT lets it.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +25,7 @@ from bilevel.runtime.backend.device_memory import CudaDevice, Memory
 from bilevel.runtime.backend.device_results import BEST
 from bilevel.runtime.backend.session import SessionLimits
 
+_LOG = logging.getLogger("bilevel.engine")
 _RESERVE = 256 * 2**20  # bytes of the GPU's memory that stay free for what TensorRT takes as it runs
 
 
@@ -81,6 +83,7 @@ class EngineSession:
             raise EngineError(f"{engine.path.name} does not load ({self._reason()}); {engine.remedy}")
         self._working: Memory | None = None
         self._compiled: CompiledKernels | None = None
+        self._may_capture = True
         self._check_ports()
         if engine.weight_streaming:
             self._place_weights()
@@ -113,7 +116,10 @@ class EngineSession:
         """Put as many weights on the GPU as find room beside caches and activations; the others stay with the host."""
         room = max(0, self.gpu.free_bytes() - self.engine.device_bytes - _RESERVE)
         # Before the first context: it fixes the budget.
-        self._engine.weight_streaming_budget_v2 = min(self._engine.streamable_weights_size, room)
+        streamable = self._engine.streamable_weights_size
+        self._engine.weight_streaming_budget_v2 = min(streamable, room)
+        # With weights that come from the host, enqueueV3 waits for the GPU, which no capture may ("not graph capturable").
+        self._may_capture = room >= streamable
 
     def _reason(self) -> str:
         """What went wrong last, in TensorRT's words."""
@@ -194,6 +200,23 @@ class EngineSession:
         self.gpu.synchronize()
         return context
 
+    def capture(self, context: Any, execute: Callable[[], None]) -> Callable[[], None] | None:
+        """``execute`` as a CUDA graph; None where weights stream, or where a capture was refused: it runs call by call then.
+
+        The first refusal is logged and is the last: the others would be refused like it.
+        """
+        if not self._may_capture:
+            return None
+        try:
+            # TensorRT-RTX says beforehand that it would have to allocate, or to compile, while it runs.
+            if self.engine.backend == "tensorrt-rtx" and not context.is_stream_capturable(self.gpu.stream):
+                raise EngineError(f"TensorRT-RTX would not be captured ({self._reason()}); {self.engine.remedy}")
+            return self.gpu.capture(execute)
+        except EngineError as error:
+            self._may_capture = False
+            _LOG.warning("decode runs without a CUDA graph, which is slower but right: %s", error)
+            return None
+
     def failure(self, what: str) -> EngineError:
         """What went wrong while running."""
         return EngineError(f"the engine {what} ({self._reason()}); bilevel doctor tells what this machine can run")
@@ -267,6 +290,7 @@ class EngineCaches(DeviceCaches):
 
         self._calls[profile] += 1
         if length == 1 and self._calls[profile] == 2:
-            self._graphs[profile] = self._gpu.capture(execute)
+            if graph := self._engine_session.capture(context, execute):
+                self._graphs[profile] = graph
             self._engine_session.keep_compiled()
         self._graphs.get(profile, execute)()

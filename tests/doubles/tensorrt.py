@@ -1,7 +1,8 @@
 """A double of TensorRT and of a GPU: plans execute in ONNX Runtime on host memory, and TensorRT's rules are enforced.
 
 Work is done when the stream is synchronised, not before: whoever reads earlier reads poison. Every tensor needs an address,
-shapes lie inside the profile, a cache's input and output share one address, and a capture follows a run with the same shapes.
+shapes lie inside the profile, a cache's input and output share one address, a capture follows a run with the same shapes, and
+nothing is captured while weights stream.
 """
 
 from __future__ import annotations
@@ -150,6 +151,10 @@ class _Context:
         self.addresses[name] = address
         return name in self.engine.names
 
+    def is_stream_capturable(self, stream: int) -> bool:
+        assert stream == self.engine.device.stream and self.engine.plan["backend"] == "tensorrt-rtx"
+        return self.engine.is_capturable
+
     def execute_async_v3(self, stream: int) -> bool:
         engine = self.engine
         assert stream == engine.device.stream and set(self.shapes) == set(engine.inputs)
@@ -165,6 +170,10 @@ class _Context:
                 return engine.fail(f"the cache {name} has two addresses")
         if engine.device.captured is not None and self.runs == 0:
             return engine.fail("a capture before the first run with these shapes")
+        if engine.device.captured is not None and not engine.is_capturable:
+            return engine.fail("a capture of a context that says it cannot be captured")
+        if engine.device.captured is not None and engine.budget < engine.streamable_weights_size:
+            return engine.fail("a capture while weights are streamed, for which enqueueV3 waits")
         self.runs += 1
         shapes, addresses = dict(self.shapes), dict(self.addresses)
         engine.device.enqueue(lambda: engine.execute(shapes, addresses))
@@ -208,12 +217,14 @@ class FakeRuntimeCache:
 
 
 class _Engine:
-    def __init__(self, plan: dict[str, Any], device: FakeDevice, fail: Callable[[str], bool], has_memory: bool) -> None:
-        self.plan, self.device, self.fail, self.has_memory = plan, device, fail, has_memory
+    def __init__(self, plan: dict[str, Any], trt: FakeTensorrt, fail: Callable[[str], bool]) -> None:
+        self.plan, self.device, self.fail, self.has_memory = plan, trt._device, fail, trt.has_memory
+        self.is_capturable = trt.is_capturable
         self.session = ort.InferenceSession(plan["graph"], providers=["CPUExecutionProvider"])
         self.inputs = {port.name: _TYPES[port.type] for port in self.session.get_inputs()}
         self.outputs = {port.name: _TYPES[port.type] for port in self.session.get_outputs()}
-        self.has_context, self.budget, self.streamable_weights_size = False, 0, 1 << 20
+        self.has_context, self.budget = False, 0
+        self.streamable_weights_size = 1 << 20 if plan["streams"] else 0
         self.names = [*self.inputs, *self.outputs]
         self.num_io_tensors, self.num_optimization_profiles = len(self.names), len(plan["new_tokens"])
 
@@ -263,7 +274,7 @@ class FakeTensorrt:
         self.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED=2)
         self.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="EAGER")
         self.libraries: list[str] = []
-        self.refuses_libraries, self.has_memory = False, True
+        self.refuses_libraries, self.has_memory, self.is_capturable = False, True, True
         self._device = device
 
         class ILogger:
@@ -285,7 +296,7 @@ class FakeTensorrt:
 
         def deserialize(plan: bytes) -> _Engine | None:
             try:
-                return _Engine(json.loads(plan), self._device, fail, self.has_memory)
+                return _Engine(json.loads(plan), self, fail)
             except ValueError:
                 fail("the plan's magic tag does not match")
                 return None
@@ -340,7 +351,8 @@ def write_engine(bundle: Path, name: str = "fake", num_best: int = 0, as_built: 
     capacity = changes.get("capacity", 16 * manifest["block_size"])
     graph = _write_in_place(read_manifest(bundle), capacity) if as_built else graph
     graph = _rank_logits(graph, num_best) if num_best else graph
-    plan = json.dumps({"graph": str(graph), "new_tokens": new_tokens}).encode()
+    facts = {"streams": changes.get("weight_streaming", False), "backend": changes.get("backend", "tensorrt")}
+    plan = json.dumps({"graph": str(graph), "new_tokens": new_tokens, **facts}).encode()
     folder = bundle / "engines"
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.plan").write_bytes(plan)

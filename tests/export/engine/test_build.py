@@ -27,8 +27,9 @@ from bilevel.export.decoder import bundle as bundle_module
 from bilevel.export.engine import build as engine
 from bilevel.export.engine import worker as engine_worker
 from bilevel.export.engine.build import build_engine
+from bilevel.export.engine.network import parse_graph
 from bilevel.export.engine.plugins import Plugins
-from bilevel.export.engine.versions import load_flavour
+from bilevel.export.engine.versions import Flavour, builder_flags, load_flavour
 from bilevel.export.graph.nodes import routed_nodes
 from bilevel.runtime.cli import main as cli
 from tests.export.engine.plans import flavour, options, plan_of
@@ -211,3 +212,30 @@ def test_an_engine_whose_weights_may_stream(bundle: Path, capsys: pytest.Capture
     path = build_engine(plan_of(bundle, "--weight-streaming", "--capacity", "16", "--prefill-chunk", "1"))
     assert read_engine(path).weight_streaming and path.stem.endswith("-streaming")
     assert cli.main(["inspect", str(bundle)]) == 0 and "weights may stream" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("weight_streaming", [False, True])
+def test_what_is_captured_allocates_nothing(weight_streaming: bool, bundle: Path) -> None:
+    """TensorRT-RTX is told so when it builds; a TensorRT without that flag is not."""
+    rtx = load_flavour("tensorrt-rtx")
+    graph = bundle / "model.onnx"
+    parsed = parse_graph(rtx, graph.read_bytes(), graph, 0)
+    configs = []
+
+    class Builder:
+        create_optimization_profile = parsed.builder.create_optimization_profile
+
+        def create_builder_config(self) -> Any:
+            configs.append(parsed.builder.create_builder_config())
+            return configs[-1]
+
+        def build_serialized_network(self, network: Any, config: Any) -> bytes:
+            return b"plan"
+
+    plan = plan_of(bundle, "--capacity", "32")
+    job = engine_worker.Job("", "", 0, "tensorrt-rtx", (89,), plan.limits, "none", "", weight_streaming=weight_streaming)
+    engine_worker.build_plan(replace(parsed, builder=Builder()), job, lambda **event: None)
+    assert configs[0].get_flag(rtx.trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    assert configs[0].get_flag(rtx.trt.BuilderFlag.WEIGHT_STREAMING) == weight_streaming
+    jetpack = Flavour("tensorrt", SimpleNamespace(BuilderFlag=SimpleNamespace(__members__={"WEIGHT_STREAMING": 17})), (10, 3))
+    assert builder_flags(jetpack, weight_streaming) == [17] * weight_streaming

@@ -8,7 +8,7 @@ import inspect
 import json
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,16 @@ def bundle(copied: Copied) -> Path:
 def open_engine(bundle: Path, device: FakeDevice, library: Path | None = None, **changes: Any) -> EngineSession:
     engine = read_engine(write_engine(bundle, as_built=True, **changes))
     return EngineSession(load_bundle(bundle), engine, library, device)  # type: ignore[arg-type]
+
+
+def run_calls(session: Any, lengths: Iterable[int]) -> np.ndarray[Any, Any]:
+    """The logits of calls of so many tokens, one behind the other, of one row."""
+    caches, past, found = session.allocate(1, 64), 0, []
+    for length in lengths:
+        call = (np.full((1, length), 5, np.int64), np.array([past], np.int32), np.array([length], np.int32))
+        found.append(np.array(caches.run(*call)))
+        past += length
+    return np.stack(found)
 
 
 @pytest.mark.parametrize("prompts", [["ab"], ["abcabcabc", "b", "cab"]])
@@ -302,11 +312,49 @@ def test_weights_that_find_no_room_stay_with_the_host(
     free_mib: int, budget: int, bundle: Path, trt: FakeTensorrt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What caches and activations take is not given to weights; the double has 1 MiB of weights that may stream."""
-    device = FakeDevice(limit=free_mib * 2**20)
+    trt._device = device = FakeDevice(limit=free_mib * 2**20)
     sizes = {"weights": 2**40, "activations": 4 * 2**20, "caches": 3 * 2**20 // 8}
     session = open_engine(bundle, device, weight_streaming=True, memory_bytes=sizes)
     assert session._engine.weight_streaming_budget_v2 == budget
-    session.allocate(1, 16).run(np.ones((1, 3), np.int64), np.zeros(1, np.int32), np.full(1, 3, np.int32))
+    tokens = run_calls(session, (3, 1, 1, 1, 1))
+    np.testing.assert_allclose(tokens, run_calls(Generator.open(bundle, "onnx").session, (3, 1, 1, 1, 1)), rtol=1e-5, atol=1e-5)
+    # TensorRT refuses a capture while weights stream.
+    assert device.num_graph_launches == (3 if budget == 1 << 20 else 0)
+
+
+@pytest.mark.parametrize("when", [1, 2])
+def test_a_refused_capture_is_said_once(
+    when: int, bundle: Path, device: FakeDevice, trt: FakeTensorrt, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever refuses it, the first or a later one: the rows get their tokens, and no later call is captured."""
+    session, captured = open_engine(bundle, device, new_tokens=[[1, 16]]), []
+
+    def refuse(enqueue: Callable[[], None]) -> Callable[[], None]:
+        captured.append(enqueue)
+        if len(captured) >= when:
+            raise EngineError("CUDA refused the captured graph (operation not permitted when stream is capturing)")
+        return FakeDevice.capture(device, enqueue)
+
+    device.capture = refuse  # type: ignore[method-assign]
+    lengths = (1, 1, 1, 3, 1, 1, 1, 2, 1, 1)
+    found = run_calls(session, lengths), run_calls(session, lengths)
+    np.testing.assert_allclose(found[0], run_calls(Generator.open(bundle, "onnx").session, lengths), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(*found)
+    assert len(captured) == when and [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "decode runs without a CUDA graph" in caplog.text and "not permitted" in caplog.text
+
+
+@pytest.mark.parametrize("is_capturable", [True, False])
+def test_rtx_is_asked_before_a_capture(
+    is_capturable: bool, bundle: Path, device: FakeDevice, trt: FakeTensorrt, caplog: pytest.LogCaptureFixture
+) -> None:
+    trt.is_capturable = is_capturable
+    lengths = (3, 1, 1, 1)
+    found = run_calls(open_engine(bundle, device, backend="tensorrt-rtx"), lengths)
+    np.testing.assert_allclose(found, run_calls(Generator.open(bundle, "onnx").session, lengths), rtol=1e-5, atol=1e-5)
+    assert device.num_graph_launches == 2 * is_capturable
+    assert ("TensorRT-RTX would not be captured" in caplog.text) is not is_capturable
+    assert "says it cannot be captured" not in caplog.text
 
 
 def test_out_of_the_gpus_memory(bundle: Path, trt: FakeTensorrt) -> None:
@@ -362,7 +410,7 @@ def test_every_name_exists_in_the_real_modules(module: str) -> None:
     assert used >= {"execute_async_v3", "set_tensor_address", "deserialize_cuda_engine", "USER_MANAGED", "load_library"}
     if module == "tensorrt_lean":  # TensorRT itself compiles nothing on the device
         used -= {"DynamicShapesKernelSpecializationStrategy", "EAGER", "dynamic_shapes_kernel_specialization_strategy"}
-        used -= {"set_execution_context_allocation_strategy"}
+        used -= {"set_execution_context_allocation_strategy", "is_stream_capturable"}
     assert [name for name in sorted(used) if not any(hasattr(owner, name) for owner in owners)] == []
 
 
