@@ -113,8 +113,37 @@ class Compiler:
             why = "has no end token" if not self._eos else "joins tokens in a way of its own"
             raise RequestError(f"this model's tokenizer {why}, so its text cannot be made to follow a grammar")
         tokens = [tokenizer.bytes_of(token) for token in range(self._vocab_size)]
-
-        def encode(text: str) -> list[int]:
-            return tokenizer.encode(text, add_special_tokens=False)
-
+        encode = _ExactEncoder(tokenizer, tokens)
         return open_tokenizer(Vocabulary(tokens, special, self._eos[0], encode), self._eos)
+
+
+class _ExactEncoder:
+    """Text to tokens whose bytes are the text's. Some tokenizers begin a text with a space: Llama 2's, Mistral's."""
+
+    def __init__(self, tokenizer: BundleTokenizer, tokens: Sequence[bytes]) -> None:
+        self._tokenizer, self._tokens = tokenizer, tokens
+        self._anchor = tokenizer.encode("\n", add_special_tokens=False)
+        self._ids = {raw: token for token, raw in enumerate(tokens) if token not in tokenizer.special}
+        self._longest = max(map(len, tokens))
+
+    def __call__(self, text: str) -> list[int]:
+        wanted = text.encode()
+        ids = self._tokenizer.encode(text, add_special_tokens=False)
+        if self._bytes(ids) == wanted:
+            return ids
+        ids = self._tokenizer.encode(f"\n{text}", add_special_tokens=False)[len(self._anchor) :]
+        return ids if self._bytes(ids) == wanted else self._longest_first(wanted)
+
+    def _bytes(self, ids: Sequence[int]) -> bytes:
+        return b"".join(self._tokens[token] for token in ids)
+
+    def _longest_first(self, data: bytes) -> list[int]:
+        ids: list[int] = []
+        while data:
+            sizes = range(min(self._longest, len(data)), 0, -1)
+            size = next((size for size in sizes if data[:size] in self._ids), 0)
+            if not size:
+                return ids  # this vocabulary cannot write it
+            ids.append(self._ids[data[:size]])
+            data = data[size:]
+        return ids

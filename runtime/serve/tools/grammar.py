@@ -46,8 +46,9 @@ def calls_grammar(
 ) -> str:
     """The answers that may call ``tools``, at least one.
 
-    required: there is a call; else a text may stand before it, or instead of it. parallel: several may follow each other. text:
-    a Lark expression for an answer without a call (None: anything). Raises RequestError for a schema that is too long or deep.
+    required: there is a call; else a text may stand before it, or instead of it. parallel: several may follow each other.
+    text: a Lark expression for an answer without a call (None: anything); nothing stands before a call then.
+    Raises RequestError for a schema that is too long or too deep.
     """
     heads = [literals.lark(layout.head_of(tool.name)) for tool in tools]
     rules = [
@@ -56,13 +57,13 @@ def calls_grammar(
     ]
     call = " | ".join(f"call_{index}" for index in range(len(tools)))
     more = f"({literals.lark(layout.separator)} call)*" if parallel and layout.separator is not None else ""
-    opening = "opening" if layout.opener and not required else literals.lark(layout.opener)
+    is_free = not required and text is None
+    opening = "opening" if layout.opener and is_free else literals.lark(layout.opener)
     calls = f"calls: {opening} {literals.lark(layout.lead)} call {more} {literals.lark(layout.last)}"
     answers = "calls" if required else f"calls | {text or 'text'}"
     lines = ["%llguidance {}", f"start: {answers}", calls, f"call: {call}", *rules]
-    if not required:
-        lines += _beginning(layout, tools, literals)
-        lines += [] if text else ["text: TEXT", f"TEXT: {_free(layout, tools)}"]
+    if is_free:
+        lines += [*_beginning(layout, literals), "text: TEXT", f"TEXT: {_free(layout, tools)}"]
     return "\n".join(lines)
 
 
@@ -70,7 +71,7 @@ def _arguments(tool: Tool, required: bool) -> str:
     return json_rule(tool.parameters, f"the parameters of tool {tool.name}", is_lenient=not (tool.is_strict or required))
 
 
-def _beginning(layout: Layout, tools: Sequence[Tool], literals: Literals) -> list[str]:
+def _beginning(layout: Layout, literals: Literals) -> list[str]:
     """Any text up to the opener, where there is one."""
     if not layout.opener:
         return []
