@@ -1,4 +1,8 @@
-"""Writing files and folders so that their names only ever stand for something complete, and the hash of a file."""
+"""Writing files and folders so that their names only ever stand for something complete; reading small files that hold anything.
+
+Only regular files are opened: a FIFO would be waited for, a device may act. What is wrong with one is a clause to put behind
+its name ("is not UTF-8 (byte 3)"). Files that hold weights are read elsewhere, piece by piece.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +22,47 @@ from bilevel.errors import BilevelError
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_MOST_BYTES = 256 << 20  # of a text; tokenizers of large vocabularies have tens of MB
+
+
+def check_regular(path: Path) -> None:
+    """Raises ValueError ("is a FIFO, not a file") for anything but a file, OSError where there is none."""
+    mode = path.stat().st_mode
+    if stat.S_ISREG(mode):
+        return
+    kinds = {
+        stat.S_IFIFO: "FIFO",
+        stat.S_IFSOCK: "socket",
+        stat.S_IFDIR: "folder",
+        stat.S_IFCHR: "device",
+        stat.S_IFBLK: "device",
+    }
+    raise ValueError(f"is a {kinds.get(stat.S_IFMT(mode), 'special file')}, not a file")
+
+
+def read_text(path: Path) -> str:
+    """A file's text. Raises OSError where it cannot be read, ValueError where it is no text: a clause behind its name."""
+    check_regular(path)
+    if (size := path.stat().st_size) > _MOST_BYTES:
+        raise ValueError(f"holds {size} bytes, and at most {_MOST_BYTES} are read")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not UTF-8 (byte {error.start})") from None
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises as ``read_text`` does; a ValueError too where it is no JSON that can be read."""
+    try:
+        return json.loads(read_text(path))
+    except RecursionError:
+        raise ValueError("is not valid JSON (it is nested too deep)") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not valid JSON ({error})") from None
+    except ValueError as error:
+        if "int string conversion" in str(error):
+            raise ValueError("is not valid JSON (it holds a number of thousands of digits)") from None
+        raise
 
 
 def file_sha256(path: Path) -> str:

@@ -31,6 +31,7 @@ LAW: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     "bilevel.sections": (("bilevel.errors",), ()),
     "bilevel.bundle": ((*LEAVES, "bilevel.bundle"), ("numpy",)),
     "bilevel.bundle.chat": ((*LEAVES, "bilevel.bundle"), ("jinja2",)),  # inside a function
+    "bilevel.bundle.confined": (("bilevel.errors",), ()),  # a process starts with it
     # The one door to the kernels: nothing but this module, inside a function, loads PyTorch's and Triton's side of plugins/.
     "bilevel.gpu_kernels": (("bilevel.plugins.kernels.launch",), ()),
     # What describes the kernels' launches is read without PyTorch and Triton too, by whoever writes a launcher in C.

@@ -39,6 +39,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="prompt and text of one row (default: the engine's, or the model's if a quarter of the free memory holds it)",
     )
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="ask for one of these keys (default: open to all)")
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name under which clients may ask, besides addresses, localhost and this machine's own; may be repeated; *: any",
+    )
+    parser.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="a page, as in https://chat.example, that may use the server from a browser; may be repeated; *: any",
+    )
     parser.add_argument("--max-body", type=int, default=4 << 20, metavar="BYTES", help="longest request (default: %(default)s)")
     parser.add_argument(
         "--grace", type=float, default=30.0, metavar="SECONDS", help="for running answers (default: %(default)g)"

@@ -53,6 +53,11 @@ class BundleTokenizer:
         self._literal: LiteralEncoder | None = None
         self._lock = threading.Lock()
 
+    @property
+    def longest_token(self) -> int:
+        """Characters of the longest token, at least 1: a text of n tokens has at most n times as many."""
+        return max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)), default=1)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """See ``Tokenizer.encode``. add_special_tokens: False for a text that already holds them, as a rendered chat does."""
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
