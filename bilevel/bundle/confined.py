@@ -23,7 +23,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from bilevel.errors import BilevelError
@@ -39,14 +39,17 @@ class Limits:
     """Of one question.
 
     cpu_seconds: that the child may compute, whole ones. wall_seconds: until the answer is there, however busy the machine is.
-    start_seconds: until the child is ready. memory: bytes beyond what it holds when it is ready. answer: bytes of JSON.
+    memory: bytes beyond what it holds when it is ready. answer: bytes of JSON. start_...: the same until it is ready, all of
+    its memory.
     """
 
     cpu_seconds: int = 2
     wall_seconds: float = 15.0
-    start_seconds: float = 60.0
     memory: int = 512 << 20
     answer: int = 16 << 20
+    start_cpu_seconds: int = 30
+    start_wall_seconds: float = 120.0
+    start_memory: int = 4 << 30
 
 
 class Overrun(BilevelError):
@@ -119,8 +122,9 @@ class _Child:
         self.end = weakref.finalize(self, _end, self._process)
         """Kill it, and close its pipes."""
         try:
-            setup = {"function": function, "argument": argument, "cpu": limits.cpu_seconds, "memory": limits.memory}
-            self.ask({**setup, "answer": limits.answer}, limits.start_seconds)
+            self._cpu_seconds, self._memory = limits.start_cpu_seconds, limits.start_memory
+            self.ask({"function": function, "argument": argument, "limits": asdict(limits)}, limits.start_wall_seconds)
+            self._cpu_seconds, self._memory = limits.cpu_seconds, limits.memory
         except BaseException:
             self.end()
             raise
@@ -139,19 +143,22 @@ class _Child:
             raise self._died() from None
         if "error" in answer:
             if answer["error"] == "MemoryError":
-                raise Overrun(f"took more than {self._limits.memory >> 20} MiB and was stopped")
+                raise self._too_much()
             if answer["error"] == "Overrun":
                 raise Overrun(answer["message"])
             raise WorkError(answer["error"], answer["message"], answer["fields"])
         return answer["answer"]
 
+    def _too_much(self) -> Overrun:
+        return Overrun(f"took more than {self._memory >> 20} MiB and was stopped")
+
     def _died(self) -> Overrun:
         """Why the child is gone."""
         status = self._process.wait()
         if status == -signal.SIGXCPU:
-            return Overrun(f"took longer than {self._limits.cpu_seconds} s and was stopped")
+            return Overrun(f"took longer than {self._cpu_seconds} s and was stopped")
         if status in _MEMORY_SIGNALS:
-            return Overrun(f"took more than {self._limits.memory >> 20} MiB and was stopped")
+            return self._too_much()
         return Overrun(f"ended its process (status {status})")
 
     def _write(self, content: bytes, end: float) -> None:
@@ -195,18 +202,21 @@ def answer_questions() -> None:
     os.dup2(nothing, 0)
     os.dup2(nothing, 1)  # what a library prints is no answer
     setup = _next(questions)
+    limits = Limits(**setup["limits"])
+    _limit_memory(limits.start_memory)
+    _limit_time(limits.start_cpu_seconds)
     try:
         module, _, name = setup["function"].partition(":")
         answer = getattr(importlib.import_module(module), name)(setup["argument"])
     except BaseException as error:  # noqa: BLE001 - tokenizers raise what is no Exception
-        _reply(answers, _as_answer(error), setup["answer"])
+        _reply(answers, _as_answer(error), limits.answer)
         return
-    _limit_memory(setup["memory"])
-    _reply(answers, {"answer": None}, setup["answer"])
+    _limit_memory(limits.memory)
+    _reply(answers, {"answer": None}, limits.answer)
     while True:
         question = _next(questions)
-        _limit_time(setup["cpu"])
-        _reply(answers, _attempt(answer, question), setup["answer"])
+        _limit_time(limits.cpu_seconds)
+        _reply(answers, _attempt(answer, question), limits.answer)
 
 
 def _attempt(answer: Callable[[Any], Any], question: Any) -> dict[str, Any]:

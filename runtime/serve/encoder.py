@@ -150,7 +150,9 @@ class ConfinedTemplate:
 
     def __init__(self, sources: ChatSources) -> None:
         try:
-            self._worker = Confined("bilevel.runtime.serve.encoder:open_encoder", {**_described(sources), "tokenizer": None})
+            self._worker = Confined(
+                "bilevel.runtime.serve.encoder:open_encoder", {**_described(sources), "tokenizer": None}, _SHORT
+            )
         except WorkError as error:
             raise BundleError(error.message) from None
         except Overrun as error:
