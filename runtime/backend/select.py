@@ -20,7 +20,7 @@ from bilevel.bundle.format import Bundle, load_bundle
 from bilevel.errors import EngineError, KernelError, RequestError
 from bilevel.folders import file_sha256
 from bilevel.machine import Machine, is_loaded, look, runs_on
-from bilevel.plugins.library.gpu import read_info
+from bilevel.plugins.library.gpu import distrust_problem, read_info
 from bilevel.runtime.backend.onnx import OnnxSession
 from bilevel.runtime.backend.session import Session
 
@@ -74,10 +74,14 @@ def library_places(bundle: Path | None, machine: Machine, named: Path | None) ->
 
 
 def find_library(bundle: Path, machine: Machine, named: Path | None = None) -> Path | None:
-    """The first kernel library that is there. Raises KernelError where ``named`` is no file."""
+    """The first kernel library that is there and may be loaded. Raises KernelError where ``named`` is no file.
+
+    A bundle's own is taken where this user built it, trusts it, or names it.
+    """
     if named is not None and not named.is_file():
         raise KernelError(f"{named} is no file; build it: bilevel kernels build --geometry {bundle} --out {named}")
-    return next((path for _, path in library_places(bundle, machine, named) if path.is_file()), None)
+    places = [(where, path) for where, path in library_places(bundle, machine, named) if path.is_file()]
+    return next((path for where, path in places if where != "bundle" or not distrust_problem(path)), None)
 
 
 def library_problem(library: Path, machine: Machine) -> str:
@@ -141,7 +145,9 @@ def _plugin_problem(engine: Engine, machine: Machine, library: Path | None) -> s
         return ""
     remedy = "bilevel kernels build --geometry " + str(engine.path.parent.parent)
     if library is None:
-        return f"it needs a kernel library, and there is none; build one: {remedy}"
+        within = engine.path.parent.parent / "kernels" / machine.machine / LIBRARY_NAME
+        problem = f"{distrust_problem(within)}, or build one" if within.is_file() else "there is none; build one"
+        return f"it needs a kernel library, and {problem}: {remedy}"
     wanted = engine.plugins.get("library")
     if wanted and file_sha256(library) != wanted:
         return f"{library} is another kernel library than the one it was built with; give that one, or {engine.remedy}"
