@@ -19,6 +19,7 @@ BilevelError                 every error a caller may cause; its message is one 
 from __future__ import annotations
 
 import importlib
+import unicodedata
 from types import ModuleType
 
 _EXTRAS = {
@@ -43,6 +44,9 @@ _EXTRAS = {
     "triton": "kernels",
     "cuda": "gpu",
 }
+
+
+_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format (the bidirectional ones among them), halves, line separators
 
 
 class BilevelError(Exception):
@@ -103,6 +107,14 @@ class DeadEnd(BilevelError):
 
 class MissingDependency(BilevelError):
     """An optional package is not installed."""
+
+
+def harmless(text: str) -> str:
+    """Text from a file for a terminal: what would move its cursor, colour it or turn its direction is written as an escape."""
+    return "".join(
+        character if character in "\n\t" or unicodedata.category(character) not in _UNSEEN else repr(character)[1:-1]
+        for character in text
+    )
 
 
 def require(name: str) -> ModuleType:

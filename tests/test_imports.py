@@ -28,7 +28,7 @@ LAW: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     "bilevel.errors": ((), ()),
     "bilevel.folders": (("bilevel.errors",), ()),
     "bilevel.machine": (("bilevel.errors",), ("onnxruntime",)),  # where it is asked for its CUDA provider
-    "bilevel.sections": (("bilevel.errors",), ()),
+    "bilevel.sections": (("bilevel.errors", "bilevel.folders"), ()),
     "bilevel.bundle": ((*LEAVES, "bilevel.bundle"), ("numpy",)),
     "bilevel.bundle.chat": ((*LEAVES, "bilevel.bundle"), ("jinja2",)),  # inside a function
     "bilevel.bundle.confined": (("bilevel.errors",), ()),  # a process starts with it

@@ -27,6 +27,7 @@ from bilevel.runtime.backend.session import Session
 AUTO, ONNX, ONNX_CUDA = "auto", "onnx", "onnx-cuda"
 CHOICES = (AUTO, ONNX, ONNX_CUDA, *BACKENDS)
 LIBRARY_VARIABLE, LIBRARY_NAME = "BILEVEL_KERNEL_LIBRARY", "libbilevel_kernels.so"
+MOST_THREADS = 1024
 _RESERVE = 256 * 2**20  # bytes of a GPU's memory that driver and libraries take for themselves
 
 
@@ -226,6 +227,8 @@ def open_session(
     ``library_places`` says where it is looked for). Raises RequestError for an unknown backend, BundleError, EngineError,
     KernelError or MissingDependency where it does not open.
     """
+    if not 0 <= threads <= MOST_THREADS:
+        raise RequestError(f"threads={threads} must lie between 0 (one per core) and {MOST_THREADS}")
     if backend not in CHOICES:
         raise RequestError(f"there is no backend {backend!r}; take {', '.join(CHOICES)}")
     bundle = load_bundle(path, verify)

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from bilevel.errors import RequestError, require
-from bilevel.runtime.backend.select import add_backend_options
+from bilevel.runtime.backend.select import MOST_THREADS, add_backend_options
 
 EPILOG = """\
   bilevel serve my-bundle                            http://127.0.0.1:8000: a page to try it, and for programs
@@ -80,7 +80,7 @@ def _check(args: argparse.Namespace) -> None:
         ("capacity", 1, 1 << 30),
         ("max_body", 1, 1 << 40),
         ("grace", 0, 1e9),
-        ("threads", 0, 4096),
+        ("threads", 0, MOST_THREADS),
     ):
         value = getattr(args, name)
         if value is not None and not least <= value <= most:
