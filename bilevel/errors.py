@@ -49,8 +49,16 @@ _EXTRAS = {
 _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format (the bidirectional ones among them), halves, line separators
 
 
+_LONGEST = 2000  # characters of a sentence: values from files may have any number
+
+
 class BilevelError(Exception):
-    """Base of every error that a caller may cause."""
+    """Base of every error that a caller may cause. Its message is one line, the middle of a very long one left out."""
+
+    def __init__(self, message: object = "") -> None:
+        sentence = " ".join(str(message).split("\n"))
+        half = _LONGEST // 2
+        super().__init__(sentence if len(sentence) <= _LONGEST else f"{sentence[:half]} [...] {sentence[-half:]}")
 
 
 class ContractError(BilevelError):

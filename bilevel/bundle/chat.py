@@ -60,7 +60,9 @@ def read_sources(folder: Path, files: Collection[str] | None = None) -> ChatSour
         raise BundleError(f"{settings} is no JSON object; make the bundle anew with bilevel export")
     listed = config.get("chat_template")
     named = listed if isinstance(listed, list) else [{"name": DEFAULT, "template": listed}]
-    found = {each.get("name"): each.get("template") for each in named if isinstance(each, dict)}
+    found = {
+        each["name"]: each.get("template") for each in named if isinstance(each, dict) and isinstance(each.get("name"), str)
+    }
     named_files = {
         file.removeprefix(_PREFIX).removesuffix(_SUFFIX): path
         for file, path in additional_files(folder).items()
@@ -71,7 +73,7 @@ def read_sources(folder: Path, files: Collection[str] | None = None) -> ChatSour
     found |= {name: _read_text(path) for name, path in named_files.items()}
     tokens = {name: value.get("content") if isinstance(value, dict) else value for name, value in config.items()}
     special = {name: value for name, value in tokens.items() if name.endswith("_token") and isinstance(value, str)}
-    templates = {name: text for name, text in found.items() if isinstance(name, str) and isinstance(text, str)}
+    templates = {name: text for name, text in found.items() if isinstance(text, str)}
     return ChatSources(templates, special)
 
 
