@@ -227,8 +227,8 @@ def open_session(
     ``library_places`` says where it is looked for). Raises RequestError for an unknown backend, BundleError, EngineError,
     KernelError or MissingDependency where it does not open.
     """
-    if not 0 <= threads <= MOST_THREADS:
-        raise RequestError(f"threads={threads} must lie between 0 (one per core) and {MOST_THREADS}")
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 0 <= threads <= MOST_THREADS:
+        raise RequestError(f"threads={threads!r} must lie between 0 (one per core) and {MOST_THREADS}")
     if backend not in CHOICES:
         raise RequestError(f"there is no backend {backend!r}; take {', '.join(CHOICES)}")
     bundle = load_bundle(path, verify)
