@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from bilevel.config_types import check_types, positive
-from bilevel.contract import MAX_TOPK
+from bilevel.config_types import at_most, check_types, positive
+from bilevel.contract import MAX_TOPK, MOST_BLOCK, MOST_POSITIONS
 from bilevel.errors import ConfigError
 from bilevel.rope_scaling import RopeScaling
 
@@ -63,6 +63,7 @@ class Routing:
         for name in ("init_blocks", "route_dim", "coarse_local_blocks"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"routing.{name}={getattr(self, name)} must be a whole number of at least 0")
+            at_most("routing", MOST_BLOCK, **{name: getattr(self, name)})
         if self.key not in BLOCK_KEYS:
             raise ConfigError(f"routing.key={self.key!r} is unknown; choose one of {', '.join(BLOCK_KEYS)}")
         if self.preset == "dense":
@@ -153,6 +154,7 @@ class Experts:
         )
         if self.shared_intermediate_size < 0:
             raise ConfigError(f"experts.shared_intermediate_size={self.shared_intermediate_size} must be at least 0")
+        at_most("experts", MOST_POSITIONS, shared_intermediate_size=self.shared_intermediate_size)
         if self.score_func not in ("sigmoid", "softmax"):
             raise ConfigError(f"experts.score_func={self.score_func!r} must be sigmoid or softmax")
         if self.group_score not in ("external", "max", "top2_sum"):

@@ -7,7 +7,18 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from bilevel.contract import MOST_BLOCK, MOST_POSITIONS
 from bilevel.errors import ConfigError
+
+_MOST = {
+    "block_size": MOST_BLOCK,
+    "window": MOST_BLOCK,
+    "num_hidden_layers": 4096,
+    "num_attention_heads": 65_536,
+    "num_key_value_heads": 65_536,
+    "head_dim": 65_536,
+    "num_experts": 65_536,
+}
 
 
 def _is_whole(value: Any) -> bool:
@@ -40,11 +51,27 @@ def check_types(owner: str, section: Any) -> None:
         value = getattr(section, spec.name)
         expected, holds = _KINDS.get(str(spec.type), ("", lambda value: True))
         if not holds(value):
-            raise ConfigError(f"{owner}.{spec.name}={value!r} must be {expected}")
+            raise ConfigError(f"{owner}.{spec.name}={_short(value)} must be {expected}")
+
+
+def _short(value: Any) -> str:
+    try:
+        text = repr(value)
+    except RecursionError:
+        return "something nested too deep"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def positive(owner: str, **values: int) -> None:
-    """Raise ConfigError for the first value below 1."""
+    """Raise ConfigError for the first value below 1, or above what a file may ask for."""
     for name, value in values.items():
         if value < 1:
             raise ConfigError(f"{owner}.{name}={value!r} must be a positive whole number")
+        at_most(owner, _MOST.get(name, MOST_POSITIONS), **{name: value})
+
+
+def at_most(owner: str, most: int, **values: int) -> None:
+    """Raise ConfigError for the first value above ``most``."""
+    for name, value in values.items():
+        if value > most:
+            raise ConfigError(f"{owner}.{name}={value!r} must be at most {most}")

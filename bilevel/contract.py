@@ -22,6 +22,8 @@ from bilevel.errors import ContractError
 
 DOMAIN = "bilevel"
 VERSION = 1
+# What a file may ask for at most: a hundred times what models have, and less than what arithmetic or memory would fail at.
+MOST_BLOCK, MOST_POSITIONS = 65_536, 2**24
 MAX_TOPK = 3840  # TensorRT's TopK limit; a larger K would build nowhere
 INT32_MAX = 2**31 - 1
 

@@ -19,6 +19,7 @@ BilevelError                 every error a caller may cause; its message is one 
 from __future__ import annotations
 
 import importlib
+import unicodedata
 from types import ModuleType
 
 _EXTRAS = {
@@ -45,8 +46,19 @@ _EXTRAS = {
 }
 
 
+_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format (the bidirectional ones among them), halves, line separators
+
+
+_LONGEST = 2000  # characters of a sentence: values from files may have any number
+
+
 class BilevelError(Exception):
-    """Base of every error that a caller may cause."""
+    """Base of every error that a caller may cause. Its message is one line, the middle of a very long one left out."""
+
+    def __init__(self, message: object = "") -> None:
+        sentence = " ".join(str(message).split("\n"))
+        half = _LONGEST // 2
+        super().__init__(sentence if len(sentence) <= _LONGEST else f"{sentence[:half]} [...] {sentence[-half:]}")
 
 
 class ContractError(BilevelError):
@@ -103,6 +115,14 @@ class DeadEnd(BilevelError):
 
 class MissingDependency(BilevelError):
     """An optional package is not installed."""
+
+
+def harmless(text: str) -> str:
+    """Text from a file for a terminal: what would move its cursor, colour it or turn its direction is written as an escape."""
+    return "".join(
+        character if character in "\n\t" or unicodedata.category(character) not in _UNSEEN else repr(character)[1:-1]
+        for character in text
+    )
 
 
 def require(name: str) -> ModuleType:

@@ -1,4 +1,8 @@
-"""Writing files and folders so that their names only ever stand for something complete, and the hash of a file."""
+"""Writing files and folders so that their names only ever stand for something complete; reading small files that hold anything.
+
+Only regular files are opened: a FIFO would be waited for, a device may act. What is wrong with one is a clause to put behind
+its name ("is not UTF-8 (byte 3)"). Files that hold weights are read elsewhere, piece by piece.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +22,53 @@ from bilevel.errors import BilevelError
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_MOST_BYTES = 256 << 20  # of a text; tokenizers of large vocabularies have tens of MB
+
+
+def check_regular(path: Path) -> None:
+    """Raises ValueError ("is a FIFO, not a file") for anything but a file, OSError where there is none."""
+    mode = path.stat().st_mode
+    if stat.S_ISREG(mode):
+        return
+    kinds = {
+        stat.S_IFIFO: "FIFO",
+        stat.S_IFSOCK: "socket",
+        stat.S_IFDIR: "folder",
+        stat.S_IFCHR: "device",
+        stat.S_IFBLK: "device",
+    }
+    raise ValueError(f"is a {kinds.get(stat.S_IFMT(mode), 'special file')}, not a file")
+
+
+def read_text(path: Path) -> str:
+    """A file's text. Raises OSError where it cannot be read, ValueError where it is no text: a clause behind its name."""
+    try:
+        return _read(path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not UTF-8 (byte {error.start})") from None
+
+
+def _read(path: Path) -> str:
+    check_regular(path)
+    if (size := path.stat().st_size) > _MOST_BYTES:
+        raise ValueError(f"holds {size} bytes, and at most {_MOST_BYTES} are read")
+    return path.read_text(encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises as ``read_text`` does; a ValueError too where it is no JSON that can be read."""
+    try:
+        return json.loads(_read(path))
+    except RecursionError:
+        raise ValueError("is not valid JSON (it is nested too deep)") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not valid JSON (byte {error.start} is not UTF-8)") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not valid JSON ({error})") from None
+    except ValueError as error:
+        if "int string conversion" in str(error):
+            raise ValueError("is not valid JSON (it holds a number of thousands of digits)") from None
+        raise
 
 
 def file_sha256(path: Path) -> str:
@@ -58,11 +110,64 @@ def _is_running(pid: str) -> bool:
     return True
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """What an earlier writer left when it was killed."""
-    for path in folder.parent.glob(f".{folder.name}.partial-*"):
-        if not _is_running(path.name.rsplit("-", 1)[-1]):
-            shutil.rmtree(path, ignore_errors=True)
+def sweep(parent: Path, name: str = "*") -> None:
+    """Remove what writers left in ``parent`` when they were killed: of files and folders of this name, or of all.
+
+    A folder that was about to be replaced, and has only its second name, gets its own back.
+    """
+    with suppress(OSError):
+        for path in [*parent.glob(f".{name}.partial-*"), *parent.glob(f".{name}.previous-*")]:
+            _sweep(path)
+
+
+def _sweep(path: Path) -> None:
+    owner, _, pid = path.name[1:].rpartition("-")
+    own, _, kind = owner.rpartition(".")
+    if not pid.isdecimal() or _is_running(pid) or _is_locked(path):
+        return
+    if kind == "previous" and not path.with_name(own).exists():
+        path.rename(path.with_name(own))
+    elif path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether somebody writes in a folder whose process this one cannot see, as from another container."""
+    try:
+        with _locked(path):
+            return False
+    except OSError:
+        return True
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a folder or a file. Raises OSError where another process holds it."""
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        with suppress(ImportError):  # where there is no fcntl, ids of processes have to do
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(file)
+
+
+@contextmanager
+def scratch(parent: Path, name: str) -> Iterator[Path]:
+    """A folder for what is needed in between, which ``sweep`` finds where this process is killed. Raises OSError."""
+    sweep(parent)
+    folder = parent / f".{name}.partial-{os.getpid()}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        with _locked(folder):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _put_in_place(partial: Path, folder: Path) -> None:
@@ -88,16 +193,10 @@ def replacing(folder: Path, error: type[BilevelError]) -> Iterator[Path]:
     Whatever happens before, a kill included, what ``folder`` held stays whole. A failing disk raises ``error``.
     """
     folder = Path(folder).resolve()
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
-        with suppress(FileNotFoundError):
-            _remove_leftovers(folder)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        _put_in_place(partial, folder)
+        with scratch(folder.parent, folder.name) as partial:
+            yield partial
+            _put_in_place(partial, folder)
     except OSError as problem:
         remedy = "free some space and try again" if problem.errno == errno.ENOSPC else "check its permissions and its disk"
         raise error(f"{folder} could not be written ({problem.strerror or problem}); {remedy}") from problem
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

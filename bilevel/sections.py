@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from types import NoneType
 from typing import Any
 
 from bilevel.errors import BilevelError
+from bilevel.folders import read_json
 
 _KINDS = {
     int: "a whole number",
@@ -33,8 +33,16 @@ def _is(value: Any, kind: type) -> bool:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        return "something nested too deep"
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _named(key: str) -> str:
+    """A key from a file, in a sentence."""
+    return key if len(key) <= 80 and key.isprintable() else _short(key)
 
 
 class Section:
@@ -55,9 +63,9 @@ class Section:
     def read(cls, path: Path, fail: Callable[[str], BilevelError]) -> Section:
         """The object that a file holds. Raises OSError where it cannot be read."""
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise fail(f"{path.name} is not valid JSON ({error})") from None
+            values = read_json(path)
+        except ValueError as error:
+            raise fail(f"{path.name} {error}") from None
         return cls(values, path.name, fail)
 
     def __contains__(self, key: str) -> bool:
@@ -80,11 +88,13 @@ class Section:
             raise self.wrong(key, value, " or ".join(_KINDS[kind] for kind in kinds))
         return value
 
-    def number(self, key: str, least: int = 1) -> int:
-        """The whole number at a key, which is at least ``least``."""
+    def number(self, key: str, least: int = 1, most: int = 2**63 - 1) -> int:
+        """The whole number at a key, from ``least`` to ``most``."""
         value = self.get(key, int)
         if value < least:
             raise self.wrong(key, value, f"at least {least}")
+        if value > most:
+            raise self.wrong(key, value, f"at most {most}")
         return int(value)
 
     def numbers(self, key: str) -> tuple[int, ...]:
@@ -123,4 +133,4 @@ class Section:
 
                 close = get_close_matches(key, known, 1)
                 hint = f"did you mean {close[0]}?" if close else f"the keys are {', '.join(known)}"
-                raise self.fail(f"{self.file} gives the unknown key {self.prefix}{key} ({hint})")
+                raise self.fail(f"{self.file} gives the unknown key {self.prefix}{_named(key)} ({hint})")

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bilevel.errors import CheckpointError
+from bilevel.folders import read_json
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -207,7 +208,7 @@ def _weight_files(folder: Path) -> tuple[list[Path], Path | None]:
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor -> file, as an index says."""
     try:
-        listed = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"].items())
+        listed = dict(read_json(index)["weight_map"].items())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is not a weight index ({error!r}); download the checkpoint again") from None
     for name in listed.values():

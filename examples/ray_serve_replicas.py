@@ -23,6 +23,7 @@ from starlette.responses import Response, StreamingResponse
 
 from bilevel.runtime.backend.onnx import OnnxSession
 from bilevel.runtime.schedule.jobs import SchedulerLimits
+from bilevel.runtime.serve.access import Access
 from bilevel.runtime.serve.app import create_app
 from bilevel.runtime.serve.server import build
 from bilevel.runtime.serve.service import HttpLimits
@@ -34,7 +35,7 @@ class Replica:
     def __init__(self, bundle: str, capacity: int, threads: int) -> None:
         session = OnnxSession.open(bundle, threads=threads)
         limits, name = SchedulerLimits(row_tokens=capacity), Path(bundle).resolve().name
-        self._service, metrics = build(session, name, limits, HttpLimits(), None, asyncio.get_event_loop())
+        self._service, metrics = build(session, name, limits, HttpLimits(), Access(), asyncio.get_event_loop())
         self._app = create_app(self._service, metrics)
 
     async def __call__(self, request: Request) -> Response:

@@ -1,8 +1,10 @@
 """Settings that every test shares. The property tests are derandomised: the same examples on every machine and every run."""
 
+import atexit
 import importlib.util
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +15,10 @@ from tests.support.summary import fault_rates, skip_reasons
 
 # Tests are tiny: threads only cost start-up time, and pytest-xdist brings its own parallelism.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# What this user trusts is none of the tests'.
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="bilevel-state-")
+atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 
 settings.register_profile(
     "bilevel", max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]

@@ -28,9 +28,10 @@ LAW: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     "bilevel.errors": ((), ()),
     "bilevel.folders": (("bilevel.errors",), ()),
     "bilevel.machine": (("bilevel.errors",), ("onnxruntime",)),  # where it is asked for its CUDA provider
-    "bilevel.sections": (("bilevel.errors",), ()),
+    "bilevel.sections": (("bilevel.errors", "bilevel.folders"), ()),
     "bilevel.bundle": ((*LEAVES, "bilevel.bundle"), ("numpy",)),
     "bilevel.bundle.chat": ((*LEAVES, "bilevel.bundle"), ("jinja2",)),  # inside a function
+    "bilevel.bundle.confined": (("bilevel.errors",), ()),  # a process starts with it
     # The one door to the kernels: nothing but this module, inside a function, loads PyTorch's and Triton's side of plugins/.
     "bilevel.gpu_kernels": (("bilevel.plugins.kernels.launch",), ()),
     # What describes the kernels' launches is read without PyTorch and Triton too, by whoever writes a launcher in C.

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from bilevel.bundle.confined import Confined, Overrun, WorkError
 from bilevel.errors import BundleError
+from bilevel.folders import read_json, read_text
 
 DEFAULT = "default"  # the template that is used where none is named
 MAIN_FILE = "chat_template.jinja"
@@ -38,33 +41,47 @@ def additional_files(folder: Path) -> dict[str, Path]:
     return {name: path for name, path in names if name != MAIN_FILE}
 
 
-def read_sources(folder: Path) -> ChatSources:
-    """The templates of a checkpoint's or a bundle's folder. Raises BundleError for files that cannot be read."""
+def read_sources(folder: Path, files: Collection[str] | None = None) -> ChatSources:
+    """The templates of a checkpoint's or a bundle's folder.
+
+    files: names of those that may be read, as a bundle's manifest lists them (None: all that are there). Raises BundleError for
+    files that cannot be read.
+    """
+
+    def is_there(path: Path) -> bool:
+        return path.is_file() and (files is None or path.relative_to(folder).as_posix() in files)
+
     settings = folder / "tokenizer_config.json"
     try:
-        config: Any = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+        config = read_json(settings) if is_there(settings) else {}
     except ValueError as error:
-        raise BundleError(f"{settings} is not valid JSON ({error}); make the bundle anew with bilevel export") from None
+        raise BundleError(f"{settings} {error}; make the bundle anew with bilevel export") from None
     if not isinstance(config, dict):
         raise BundleError(f"{settings} is no JSON object; make the bundle anew with bilevel export")
     listed = config.get("chat_template")
     named = listed if isinstance(listed, list) else [{"name": DEFAULT, "template": listed}]
-    found = {each.get("name"): each.get("template") for each in named if isinstance(each, dict)}
-    files = {file.removeprefix(_PREFIX).removesuffix(_SUFFIX): path for file, path in additional_files(folder).items()}
-    if (folder / MAIN_FILE).is_file():
-        files[DEFAULT] = folder / MAIN_FILE
-    found |= {name: _read_text(path) for name, path in files.items()}
+    found = {
+        each["name"]: each.get("template") for each in named if isinstance(each, dict) and isinstance(each.get("name"), str)
+    }
+    named_files = {
+        file.removeprefix(_PREFIX).removesuffix(_SUFFIX): path
+        for file, path in additional_files(folder).items()
+        if is_there(path)
+    }
+    if is_there(folder / MAIN_FILE):
+        named_files[DEFAULT] = folder / MAIN_FILE
+    found |= {name: _read_text(path) for name, path in named_files.items()}
     tokens = {name: value.get("content") if isinstance(value, dict) else value for name, value in config.items()}
     special = {name: value for name, value in tokens.items() if name.endswith("_token") and isinstance(value, str)}
-    templates = {name: text for name, text in found.items() if isinstance(name, str) and isinstance(text, str)}
+    templates = {name: text for name, text in found.items() if isinstance(text, str)}
     return ChatSources(templates, special)
 
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise BundleError(f"{path} is not UTF-8; write it anew and export again") from None
+        return read_text(path)
+    except ValueError as error:
+        raise BundleError(f"{path} {error}; write it anew and export again") from None
 
 
 def compile_template(source: str, refuse: Callable[[str], None]) -> Any:
@@ -110,20 +127,30 @@ def _to_json(
 
 
 def turn_end(sources: ChatSources, names: Iterable[str]) -> str | None:
-    """The special token that the default template writes behind an answer, None where it writes none.
+    """The special token that the default template writes behind an answer, None where it writes none, or takes too long.
 
     names: texts of the special tokens.
     """
-    source = sources.templates.get(DEFAULT)
-    if source is None:
+    if DEFAULT not in sources.templates:
         return None
+    question = {"source": sources.templates[DEFAULT], "special": sources.special, "names": list(names)}
+    try:
+        with closing(Confined("bilevel.bundle.chat:answer_turn_end")) as worker:
+            return cast("str | None", worker.ask(question))
+    except (Overrun, WorkError):
+        return None
+
+
+def answer_turn_end(_: None) -> Callable[[dict[str, Any]], str | None]:
+    """What ``turn_end`` asks of a confined process."""
+    return lambda asked: _turn_end(asked["source"], asked["special"], asked["names"])
+
+
+def _turn_end(source: str, special: dict[str, str], names: list[str]) -> str | None:
     question, answer = "zqquestionqz", "zqanswerqz"
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    try:
-        template = compile_template(source, lambda message: None)
-        text = template.render(messages=messages, add_generation_prompt=False, tools=None, **sources.special)
-    except Exception:  # noqa: BLE001 - a template may raise anything, and this one is only asked
-        return None
+    template = compile_template(source, lambda message: None)
+    text = template.render(messages=messages, add_generation_prompt=False, tools=None, **special)
     _, _, rest = text.rpartition(answer)
     ends = [name for name in names if name and rest.lstrip().startswith(name)]
     return max(ends, key=len, default=None) if answer in text else None

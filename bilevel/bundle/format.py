@@ -63,6 +63,7 @@ from bilevel.bundle.manifest import (
     write_manifest,
 )
 from bilevel.bundle.tensors import PRECISIONS
+from bilevel.contract import MOST_BLOCK, MOST_POSITIONS
 from bilevel.errors import BundleError
 from bilevel.folders import file_sha256
 from bilevel.sections import Section
@@ -159,10 +160,10 @@ def read_manifest(path: str | Path) -> Bundle:
         created_by=manifest.get("created_by", dict),
         precision=manifest.choice("precision", PRECISIONS),
         weights=read_weights(manifest),
-        config=manifest.get("config", dict),
-        block_size=manifest.number("block_size"),
-        max_positions=manifest.number("limits.max_positions"),
-        prefill_chunk=manifest.number("limits.prefill_chunk"),
+        config=_config(manifest),
+        block_size=manifest.number("block_size", most=MOST_BLOCK),
+        max_positions=manifest.number("limits.max_positions", most=MOST_POSITIONS),
+        prefill_chunk=manifest.number("limits.prefill_chunk", most=MOST_POSITIONS),
         bos=manifest.get("tokens.bos", int, NoneType),
         eos=manifest.numbers("tokens.eos"),
         opset=manifest.number("graph.opset"),
@@ -173,6 +174,14 @@ def read_manifest(path: str | Path) -> Bundle:
         ignored_keys=tuple(map(str, manifest.get("ignored_keys", list, default=[]))),
         eos_sources=_eos_sources(manifest),
     )
+
+
+def _config(manifest: Section) -> dict[str, Any]:
+    """The configuration, whose sections are objects."""
+    config: dict[str, Any] = manifest.get("config", dict)
+    for name in ("routing", "experts"):
+        manifest.get(f"config.{name}", dict, NoneType, default=None)
+    return config
 
 
 def _eos_sources(manifest: Section) -> dict[int, tuple[str, ...]]:

@@ -14,7 +14,7 @@ from typing import Any
 from bilevel.bundle.tensors import DTYPES, SYMBOLS, TensorSpec
 from bilevel.contract import OPS
 from bilevel.errors import BundleError
-from bilevel.folders import file_sha256, write_json
+from bilevel.folders import file_sha256, sweep, write_json
 from bilevel.sections import Section
 
 FORMAT, FORMAT_VERSION = "bilevel-bundle", 1
@@ -79,9 +79,13 @@ def open_manifest(folder: Path) -> Section:
     def fail(problem: str) -> BundleError:
         return BundleError(f"{folder}: {problem}; {remedy(folder)}")
 
+    sweep(folder.parent, folder.name)
     try:
         manifest = Section.read(folder / MANIFEST, fail)
     except (FileNotFoundError, NotADirectoryError):
+        if (folder / "config.json").is_file() or folder.is_file():
+            what = "a checkpoint" if folder.is_dir() else "a file"
+            raise BundleError(f"{folder} is {what}, not a bundle; make one of it: bilevel export {folder} BUNDLE") from None
         raise BundleError(
             f"{folder} is not a bundle (it has no {MANIFEST}); make one: bilevel export CHECKPOINT {folder}"
         ) from None
@@ -105,6 +109,9 @@ def read_weights(manifest: Section) -> dict[str, Any]:
     if "weights" not in manifest:
         return {"format": "fp32"}
     manifest.choice("weights.format", WEIGHT_FORMATS)
+    for name, size in manifest.get("weights.kept_fp32", dict, default={}).items():
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise manifest.wrong(f"weights.kept_fp32.{name}", size, "a whole number")
     return dict(manifest.get("weights", dict))
 
 
@@ -182,7 +189,7 @@ def _routes(routes: Section, outputs: Mapping[str, TensorSpec]) -> RouteOutputs:
     """The outputs that tell what the routers chose."""
     candidates, blocks = routes.get("candidates", str, NoneType), routes.get("blocks", list)
     experts = routes.get("experts", dict)
-    names = [*blocks, *experts.values(), *([] if candidates is None else [candidates])]
+    names: list[Any] = [*blocks, *experts.values(), *([] if candidates is None else [candidates])]
     if not blocks or not all(isinstance(n, str) and n in outputs and outputs[n].dtype == "int32" for n in names):
         key = routes.prefix.removesuffix(".")
         raise routes.fail(f"{MANIFEST} gives {key} with outputs {names}, which are not all int32 outputs of the graph")

@@ -78,11 +78,13 @@ def check_bundle(
     precision: str | None = None,
     shrink: bool = True,
     on_stage: Stage = _silent,
+    on_remark: Stage = _silent,
 ) -> Report:
     """Compare ``bundle`` with ``checkpoint`` and record the verdict in the bundle; returns the report.
 
     The arguments are those of :class:`Request`. precision: refuse a bundle of another one. on_stage: is told what is being
-    done. Raises BilevelError when the comparison could not run; a parity failure is a report with ``passed`` False.
+    done; on_remark: that the verdict could not be recorded. Raises BilevelError when the comparison could not run; a parity
+    failure is a report with ``passed`` False.
     """
     started = time.perf_counter()
     request = Request(Path(bundle), Path(checkpoint), data, tokens, cuts, row_order, backend, shrink)
@@ -98,7 +100,10 @@ def check_bundle(
     _verify(request.bundle, manifest, source.config)
     check = _Check(request, manifest, source, on_stage)
     report = replace(check.report(), seconds=time.perf_counter() - started)
-    record_verdict(request.bundle, manifest, report.verdict())
+    try:
+        record_verdict(request.bundle, manifest, report.verdict())
+    except BundleError as error:
+        on_remark(str(error))
     return report
 
 

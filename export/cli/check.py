@@ -93,6 +93,7 @@ def main(args: argparse.Namespace) -> int:
             backend=args.backend,
             precision=PRECISIONS[args.precision] if args.precision else None,
             on_stage=lambda stage: status.update(stage),
+            on_remark=lambda remark: console.print(remark, style="yellow", markup=False, highlight=False, soft_wrap=True),
         )
     if args.report is not None:
         page = write_report(report, args.report)

@@ -1,4 +1,4 @@
-"""``bilevel kernels build`` and ``bilevel kernels show``."""
+"""``bilevel kernels build``, ``show`` and ``trust``."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import json
 import platform
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from bilevel.errors import ContractError, KernelError, require
 from bilevel.plugins.launch.tiles import ARCHITECTURES, shared_limit
 from bilevel.plugins.library.assemblers import CHOICES
-from bilevel.plugins.library.gpu import needed_versions, read_info
+from bilevel.plugins.library.gpu import needed_versions, read_info, trust
 
 LIBRARY = "libbilevel_kernels.so"
 EPILOG = """\
@@ -23,6 +24,9 @@ named. Neither a GPU nor its driver is asked: build on a PC, copy to the board.
   bilevel kernels build --geometry my-bundle --arch sm_87                          Jetson Orin, JetPack 6 and 7
   bilevel kernels build --geometry my-bundle --arch sm_87,sm_110 --target aarch64  the same from a PC, Thor too
   bilevel kernels show my-bundle/kernels/aarch64/libbilevel_kernels.so             what a library holds
+  bilevel kernels trust my-bundle/kernels/aarch64/libbilevel_kernels.so            load it from that bundle from now on
+
+A library in a bundle is native code: engines load it where you built it on this machine, trust it, or name it with --library.
 
 architectures: sm_80 (A100), sm_86 (RTX 30), sm_87 (Orin), sm_89 (RTX 40), sm_90 (H100), sm_100 (B200), sm_110 (Thor),
 sm_120 (RTX 50)
@@ -39,8 +43,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = "Build the library of GPU kernels for a bundle's geometry, or show what a library holds."
     parser.epilog = EPILOG
-    parser.add_argument("action", choices=("build", "show"), help="what to do")
-    parser.add_argument("library", nargs="?", type=Path, metavar="LIBRARY", help="show: the library to describe")
+    parser.add_argument("action", choices=("build", "show", "trust"), help="what to do")
+    parser.add_argument("library", nargs="?", type=Path, metavar="LIBRARY", help="show, trust: the library")
     parser.add_argument(
         "--geometry",
         action="append",
@@ -86,9 +90,9 @@ def parse_architectures(text: str | None) -> list[int]:
 
 def _check(args: argparse.Namespace) -> tuple[list[int], list[Path]]:
     """(the architectures, the bundles' graphs); options that contradict each other are refused before anything heavy loads."""
-    if args.action == "show":
+    if args.action != "build":
         if args.library is None or args.geometry or args.arch or args.out:
-            raise KernelError("show takes a library and nothing else: bilevel kernels show LIBRARY")
+            raise KernelError(f"{args.action} takes a library and nothing else: bilevel kernels {args.action} LIBRARY")
         return [], []
     if args.library is not None or not args.geometry:
         raise ContractError("build takes the bundle as an option: bilevel kernels build --geometry BUNDLE --arch sm_87")
@@ -103,6 +107,10 @@ def _check(args: argparse.Namespace) -> tuple[list[int], list[Path]]:
 def main(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     archs, graphs = _check(args)
+    if args.action == "trust":
+        trust(args.library)
+        print(f"{args.library} may be loaded from a bundle from now on")
+        return 0
     return _show(args) if args.action == "show" else _build(args, archs, graphs)
 
 
@@ -133,6 +141,8 @@ def _build(args: argparse.Namespace, archs: list[int], graphs: list[Path]) -> in
             jobs=args.jobs,
             on_progress=lambda done, total, what: progress.update(task, completed=done, total=total, description=what),
         )
+    with suppress(KernelError):  # whoever cannot write there names the library
+        trust(build.path)
     seconds = time.perf_counter() - started
     size = build.path.stat().st_size
     if args.json:

@@ -22,8 +22,8 @@ from bilevel.bundle.tensors import ONNX_DTYPES
 from bilevel.checkpoint import load_model
 from bilevel.config import ModelConfig
 from bilevel.config_json import config_to_dict, load_source
-from bilevel.contract import BY_NAME
-from bilevel.errors import ExportError
+from bilevel.contract import BY_NAME, MOST_BLOCK
+from bilevel.errors import ExportError, require
 from bilevel.export.decoder.decoder import route_outputs, save_decoder, state_tensors
 from bilevel.export.decoder.dense_twin import dense_config, save_dense_twin
 from bilevel.export.decoder.dense_twin_kv8 import cache_ranges, save_int8_cache
@@ -80,8 +80,8 @@ def export_bundle(
     check_format(weights)
     check_precision(precision, weights)
     check_target(bundle, force)
-    if prefill_chunk < 1:
-        raise ExportError(f"prefill_chunk={prefill_chunk} must be at least 1")
+    if not 1 <= prefill_chunk <= MOST_BLOCK:
+        raise ExportError(f"prefill_chunk={prefill_chunk} must be at least 1 and at most {MOST_BLOCK}")
     config = _load_config(checkpoint, ignore_keys)
     tokenizer, ends = _read_tokenizer(checkpoint), end_tokens(checkpoint, config)
     on_stage(f"loading {checkpoint}")
@@ -162,7 +162,35 @@ def _read_tokenizer(checkpoint: Path) -> dict[str, bytes]:
             "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
     files = {name: checkpoint / name for name in _TOKENIZER_FILES} | additional_files(checkpoint)
-    return {name: path.read_bytes() for name, path in files.items() if path.is_file()}
+    contents = {}
+    for name, path in files.items():
+        if path.is_file():
+            _check_within(path, checkpoint)
+            contents[name] = path.read_bytes()
+    _check_tokenizer(contents["tokenizer.json"], checkpoint / "tokenizer.json")
+    return contents
+
+
+def _check_within(path: Path, checkpoint: Path) -> None:
+    """Refuse a link to somewhere else, whose target's contents would go into the bundle. The Hub's cache links to its blobs."""
+    target, folder = path.resolve(), checkpoint.resolve()
+    places = [folder, folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [folder]
+    if not any(target.is_relative_to(place) for place in places):
+        raise ExportError(f"{path} is a link to {target}, outside of the checkpoint; put a copy of the file in its place")
+
+
+def _check_tokenizer(content: bytes, path: Path) -> None:
+    """Refuse what the runtime would refuse."""
+    tokenizers = require("tokenizers")
+    try:
+        tokenizers.Tokenizer.from_buffer(content)
+    except BaseException as error:
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        raise ExportError(
+            f"{path} is no tokenizer ({str(error)[:200]}); write it with transformers: "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        ) from None
 
 
 def describe_file(path: Path) -> dict[str, Any]:

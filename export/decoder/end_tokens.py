@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from bilevel.bundle.chat import read_sources, turn_end
 from bilevel.config import ModelConfig
 from bilevel.errors import BundleError, ExportError
+from bilevel.folders import read_json
 
 TEMPLATE = "the chat template's end of a turn"
 
@@ -73,9 +73,9 @@ def _vocabulary(tokenizer: dict[str, Any]) -> tuple[list[str], dict[str, int]]:
 def _read(path: Path) -> dict[str, Any]:
     """A JSON object, empty where there is no such file."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError:
-        values = None
+        values = read_json(path) if path.is_file() else {}
+    except ValueError as error:
+        raise ExportError(f"{path} {error}; write it anew or delete it") from None
     if not isinstance(values, dict):
-        raise ExportError(f"{path} is not valid JSON; write it anew or delete it")
+        raise ExportError(f"{path} is no JSON object; write it anew or delete it")
     return values

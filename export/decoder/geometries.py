@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from bilevel.config import ModelConfig, Routing
 from bilevel.errors import require
 from bilevel.export.decoder.bundle import export_bundle
+from bilevel.folders import scratch
 
 # "small" is the geometry of the project's published numbers; "tiny" lets every part of a measurement run in seconds.
 GEOMETRIES = {
@@ -50,8 +50,8 @@ def make_bundle(name: str, bundle: Path, weights: str, on_stage: Callable[[str],
         torch.manual_seed(0)
         model = CausalLM(config)
     bundle.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=bundle.parent, prefix=".geometry-") as folder:
-        checkpoint = Path(folder) / "checkpoint"
+    with scratch(bundle.parent, f"{name}.geometry") as folder:
+        checkpoint = folder / "checkpoint"
         save_model(model, checkpoint, files={"tokenizer.json": _tokenizer(config.vocab_size)})
         export_bundle(checkpoint, bundle, force=True, weights=weights, on_stage=on_stage)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from bilevel.errors import CheckpointError, ExportError, require
+from bilevel.folders import scratch
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # What a checkpoint may consist of; the Hub's repositories hold other formats of the same weights beside it.
@@ -31,9 +31,9 @@ def checkpoint_folder(source: Path, beside: Path, on_stage: Callable[[str], None
 
         if not beside.parent.is_dir():
             beside.parent.mkdir(parents=True)
-        with tempfile.TemporaryDirectory(dir=beside.parent, prefix=f".{source.name}-") as folder:
-            import_gguf(source, Path(folder) / "checkpoint", on_stage=on_stage)
-            yield Path(folder) / "checkpoint"
+        with scratch(beside.parent, source.name) as folder:
+            import_gguf(source, folder / "checkpoint", on_stage=on_stage)
+            yield folder / "checkpoint"
     elif _HUB_NAME.fullmatch(str(source)) and not source.parent.exists():
         yield _downloaded(str(source), on_stage)
     else:

@@ -11,7 +11,7 @@ from bilevel.errors import EngineError
 from bilevel.export.engine.worker import NO_PLUGINS, PYTHON_PLUGINS
 from bilevel.folders import file_sha256
 from bilevel.machine import runs_on
-from bilevel.plugins.library.gpu import read_info
+from bilevel.plugins.library.gpu import distrust_problem, read_info
 
 LIBRARY = "libbilevel_kernels.so"
 
@@ -41,8 +41,8 @@ def library_problem(library: Path, archs: Sequence[int]) -> str:
 
 
 def choose_plugins(bundle: Path, asked: str | None, archs: Sequence[int]) -> Plugins:
-    """The plugins for an engine. asked: a file, "python", "none", or None: the bundle's kernel library if it serves, else
-    Python.
+    """The plugins for an engine. asked: a file, "python", "none", or None: the bundle's kernel library if it serves and this
+    user built or trusts it, else Python.
 
     Raises EngineError and KernelError for a library that was asked for and does not serve.
     """
@@ -53,7 +53,7 @@ def choose_plugins(bundle: Path, asked: str | None, archs: Sequence[int]) -> Plu
         if asked:
             raise EngineError(f"{library} is no file; give a kernel library, python or none to --plugins")
         return Plugins(PYTHON_PLUGINS, why=f"there is no {library}")
-    problem = library_problem(library, archs)
+    problem = ("" if asked else distrust_problem(library)) or library_problem(library, archs)
     if problem and asked:
         raise EngineError(problem)
     if problem:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any
 
 from bilevel import contract
 from bilevel.errors import KernelError
+from bilevel.folders import file_sha256
 
 ABI, MARK = 1, "bilevel kernels"
 _REMEDY = "build one: bilevel kernels build --geometry BUNDLE"
@@ -113,6 +115,40 @@ def read_info(path: Path) -> dict[str, Any]:
     if start < 0:
         raise KernelError(f"{path} is no kernel library; {_REMEDY}")
     return dict(json.loads(content[start : content.index(b"\0", start)]))
+
+
+def trusted_file() -> Path:
+    """Where the SHA-256 of the libraries that this user built or trusts stand, one a line."""
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state) / "bilevel" / "kernel-libraries"
+
+
+def trust(library: Path) -> None:
+    """Let a library be loaded from a bundle, where it is native code that came with data. Raises KernelError."""
+    read_info(library)
+    digest, path = file_sha256(library), trusted_file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="ascii") as file:
+            file.write(f"{digest}\n")
+    except OSError as error:
+        raise KernelError(
+            f"{path} cannot be written ({error.strerror}); give the library with --library FILE instead"
+        ) from None
+
+
+def distrust_problem(library: Path) -> str:
+    """Why a library that lies in a bundle is not loaded; "" where this user built or trusts it."""
+    try:
+        trusted = trusted_file().read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        trusted = []
+    if file_sha256(library) in trusted:
+        return ""
+    return (
+        f"{library} is native code that came with the bundle, and this user neither built nor trusted it; "
+        f"give it with --library, or trust it: bilevel kernels trust {library}"
+    )
 
 
 def needed_versions(path: Path) -> dict[str, str]:

@@ -20,13 +20,14 @@ from bilevel.bundle.format import Bundle, load_bundle
 from bilevel.errors import EngineError, KernelError, RequestError
 from bilevel.folders import file_sha256
 from bilevel.machine import Machine, is_loaded, look, runs_on
-from bilevel.plugins.library.gpu import read_info
+from bilevel.plugins.library.gpu import distrust_problem, read_info
 from bilevel.runtime.backend.onnx import OnnxSession
 from bilevel.runtime.backend.session import Session
 
 AUTO, ONNX, ONNX_CUDA = "auto", "onnx", "onnx-cuda"
 CHOICES = (AUTO, ONNX, ONNX_CUDA, *BACKENDS)
 LIBRARY_VARIABLE, LIBRARY_NAME = "BILEVEL_KERNEL_LIBRARY", "libbilevel_kernels.so"
+MOST_THREADS = 1024
 _RESERVE = 256 * 2**20  # bytes of a GPU's memory that driver and libraries take for themselves
 
 
@@ -74,10 +75,14 @@ def library_places(bundle: Path | None, machine: Machine, named: Path | None) ->
 
 
 def find_library(bundle: Path, machine: Machine, named: Path | None = None) -> Path | None:
-    """The first kernel library that is there. Raises KernelError where ``named`` is no file."""
+    """The first kernel library that is there and may be loaded. Raises KernelError where ``named`` is no file.
+
+    A bundle's own is taken where this user built it, trusts it, or names it.
+    """
     if named is not None and not named.is_file():
         raise KernelError(f"{named} is no file; build it: bilevel kernels build --geometry {bundle} --out {named}")
-    return next((path for _, path in library_places(bundle, machine, named) if path.is_file()), None)
+    places = [(where, path) for where, path in library_places(bundle, machine, named) if path.is_file()]
+    return next((path for where, path in places if where != "bundle" or not distrust_problem(path)), None)
 
 
 def library_problem(library: Path, machine: Machine) -> str:
@@ -141,7 +146,9 @@ def _plugin_problem(engine: Engine, machine: Machine, library: Path | None) -> s
         return ""
     remedy = "bilevel kernels build --geometry " + str(engine.path.parent.parent)
     if library is None:
-        return f"it needs a kernel library, and there is none; build one: {remedy}"
+        within = engine.path.parent.parent / "kernels" / machine.machine / LIBRARY_NAME
+        problem = f"{distrust_problem(within)}, or build one" if within.is_file() else "there is none; build one"
+        return f"it needs a kernel library, and {problem}: {remedy}"
     wanted = engine.plugins.get("library")
     if wanted and file_sha256(library) != wanted:
         return f"{library} is another kernel library than the one it was built with; give that one, or {engine.remedy}"
@@ -220,6 +227,8 @@ def open_session(
     ``library_places`` says where it is looked for). Raises RequestError for an unknown backend, BundleError, EngineError,
     KernelError or MissingDependency where it does not open.
     """
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 0 <= threads <= MOST_THREADS:
+        raise RequestError(f"threads={threads!r} must lie between 0 (one per core) and {MOST_THREADS}")
     if backend not in CHOICES:
         raise RequestError(f"there is no backend {backend!r}; take {', '.join(CHOICES)}")
     bundle = load_bundle(path, verify)

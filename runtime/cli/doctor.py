@@ -12,15 +12,16 @@ from bilevel.bundle.format import read_manifest
 from bilevel.errors import KernelError
 from bilevel.folders import file_sha256
 from bilevel.machine import Machine, look
-from bilevel.plugins.library.gpu import read_info
-from bilevel.runtime.backend.select import LIBRARY_VARIABLE, library_places, library_problem, list_options
+from bilevel.plugins.library.gpu import distrust_problem, read_info
+from bilevel.runtime.backend.select import LIBRARY_VARIABLE, find_library, library_places, library_problem, list_options
 
 EPILOG = """\
 Without a bundle: the machine, its GPU and driver, the packages that backends need, and the kernel library. With one: also which
 of its engines run here, and for each that does not, the command that mends it.
 
 The kernel library for TensorRT's plugins is looked for in this order: the argument, BUNDLE/kernels/MACHINE, the environment's
-BILEVEL_KERNEL_LIBRARY, the package; the first that is there is taken, and an engine that was built with another refuses it.
+BILEVEL_KERNEL_LIBRARY, the package; the first that is there is taken, and an engine that was built with another refuses it. The
+bundle's own is taken only where you built it here, named it, or trusted it (bilevel kernels trust FILE): it is native code.
 Exit status: 0 when something runs the bundle here, else 1.
 
 --json prints one object: "machine" {system, machine, python, memory_bytes, gpus [{name, capability, memory_bytes,
@@ -63,13 +64,14 @@ def describe(machine: Machine, folder: Path | None, library: Path | None) -> dic
 
 def _libraries(machine: Machine, folder: Path | None, library: Path | None) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
+    taken = None if folder is None else find_library(folder, machine, library)
     for where, path in library_places(folder, machine, library):
         entry: dict[str, Any] = {"from": where, "path": str(path), "found": path.is_file(), "is_taken": False}
         entry |= {"sha256": None, "architectures": [], "problem": ""}
         if path.is_file():
-            entry["is_taken"] = not any(each["found"] for each in entries)
+            entry["is_taken"] = path == taken if folder is not None else not any(each["found"] for each in entries)
             entry["sha256"] = file_sha256(path)
-            entry["problem"] = library_problem(path, machine)
+            entry["problem"] = (where == "bundle" and distrust_problem(path)) or library_problem(path, machine)
             try:
                 entry["architectures"] = sorted(map(int, read_info(path)["architectures"]))
             except KernelError:

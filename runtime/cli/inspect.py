@@ -11,7 +11,7 @@ from typing import Any
 from bilevel.bundle.engines import Engine, find_engines
 from bilevel.bundle.format import Bundle, read_manifest
 from bilevel.bundle.manifest import FORMAT_VERSION
-from bilevel.errors import EngineError, MissingDependency, require
+from bilevel.errors import EngineError, MissingDependency, harmless, require
 
 # Keys of config.json worth a line, with what they are called in a table.
 GEOMETRY = {
@@ -157,7 +157,8 @@ def _sections(facts: dict[str, Any]) -> list[Section]:
             [(f"{index}", _text(check)) for index, check in enumerate(facts["checks"], 1)] or [("none", "run bilevel check")],
         ),
     ]
-    return [(title, rows) for title, rows in sections if rows]
+    shown = [(title, [(harmless(name), harmless(value)) for name, value in rows]) for title, rows in sections]
+    return [(title, rows) for title, rows in shown if rows]
 
 
 def _rows(values: dict[str, Any]) -> list[tuple[str, str]]:

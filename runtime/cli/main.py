@@ -7,14 +7,16 @@ A command module has ``configure(parser: argparse.ArgumentParser) -> None``, whi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
 
 import bilevel
-from bilevel.errors import BilevelError, MissingDependency, require
+from bilevel.errors import BilevelError, MissingDependency, harmless, require
 
 COMMANDS = {
     "export": ("bilevel.export.cli.export", "PyTorch checkpoint to ONNX bundle"),
@@ -50,6 +52,7 @@ bilevel COMMAND --help explains a command. Exit status: 0 success, 1 a check fai
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. ``argv`` excludes the program's name (None: the process's own)."""
+    _open_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     first = next((i for i, argument in enumerate(arguments) if not argument.startswith("-")), len(arguments))
     parser = _parser()
@@ -67,14 +70,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("bilevel: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read our output has left. Python would complain again when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # whoever read it has left
         return 141
-    except (BilevelError, OSError, MemoryError) as error:
+    except (BilevelError, OSError, MemoryError, RecursionError) as error:
         if debug:
             raise
-        print(f"bilevel: error: {_sentence(error)}", file=sys.stderr)
+        _tell(_sentence(error))
+        if isinstance(error, OSError) and error.filename is None:
+            _drop_output()  # it may have been the output that could not be written
         return 2
+
+
+def _open_streams() -> None:
+    """Give a process whose standard streams are closed some that lead nowhere: a file would take their place otherwise."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - as long as the process
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character shows its number
+
+
+def _drop_output() -> None:
+    """Python would complain again when it flushes stdout at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _tell(sentence: str) -> None:
+    """The error, in one line that a terminal shows and does not obey."""
+    with contextlib.suppress(OSError):
+        print(f"bilevel: error: {harmless(' '.join(sentence.splitlines()))}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -130,6 +161,8 @@ def _missing(command: str, error: ModuleNotFoundError) -> MissingDependency | No
 def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, RecursionError):
+        return "a file is nested too deep to be read; make it anew"
     return str(error) or "out of memory; lower the capacity or the number of prompts"
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bilevel.bundle.engines import FOLDER
-from bilevel.errors import RequestError
+from bilevel.errors import RequestError, harmless
 from bilevel.runtime.backend.select import ONNX, ONNX_CUDA, add_backend_options
 from bilevel.runtime.generate.generator import Generation, Generator
 from bilevel.runtime.generate.sampling import SamplingParams
@@ -154,14 +154,15 @@ def _show_progress(num_read: int, num_all: int) -> None:
 
 def _stream(generation: Generation) -> None:
     for event in generation:
-        sys.stdout.write(event.text)
+        sys.stdout.write(harmless(event.text) if sys.stdout.isatty() else event.text)
         sys.stdout.flush()
     print()
 
 
 def _print_all(generation: Generation) -> None:
     for index, completion in enumerate(generation.finish()):
-        print(f"--- prompt {index} ({completion.finish_reason}) ---\n{completion.text}")
+        text = harmless(completion.text) if sys.stdout.isatty() else completion.text
+        print(f"--- prompt {index} ({completion.finish_reason}) ---\n{text}")
 
 
 def _result(args: argparse.Namespace, params: SamplingParams, prompts: list[str], generation: Generation) -> dict[str, Any]:

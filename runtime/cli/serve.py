@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from bilevel.errors import RequestError, require
-from bilevel.runtime.backend.select import add_backend_options
+from bilevel.runtime.backend.select import MOST_THREADS, add_backend_options
 
 EPILOG = """\
   bilevel serve my-bundle                            http://127.0.0.1:8000: a page to try it, and for programs
@@ -39,6 +39,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="prompt and text of one row (default: the engine's, or the model's if a quarter of the free memory holds it)",
     )
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="ask for one of these keys (default: open to all)")
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name under which clients may ask, besides addresses, localhost and this machine's own; may be repeated; *: any",
+    )
+    parser.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="a page, as in https://chat.example, that may use the server from a browser; may be repeated; *: any",
+    )
     parser.add_argument("--max-body", type=int, default=4 << 20, metavar="BYTES", help="longest request (default: %(default)s)")
     parser.add_argument(
         "--prefix-cache",
@@ -76,7 +90,7 @@ def _check(args: argparse.Namespace) -> None:
         ("max_body", 1, 1 << 40),
         ("prefix_cache_bytes", 1, 1 << 50),
         ("grace", 0, 1e9),
-        ("threads", 0, 4096),
+        ("threads", 0, MOST_THREADS),
     ):
         value = getattr(args, name)
         if value is not None and not least <= value <= most:

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -110,7 +110,7 @@ class Generator:
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[SamplingParams]:
         """One SamplingParams per prompt."""
-        if isinstance(prompts, (str, bytes)) or not prompts:
+        if not isinstance(prompts, Sequence) or isinstance(prompts, (str, bytes)) or not prompts:
             raise RequestError(f"prompts={prompts!r} must be a list that holds at least one prompt")
         if params is None or isinstance(params, SamplingParams):
             settings = [params or SamplingParams()] * len(prompts)
@@ -127,8 +127,8 @@ class Generator:
     def _chunk(self, prefill_chunk: int | None) -> int:
         most = self.session.bundle.prefill_chunk
         chunk = most if prefill_chunk is None else prefill_chunk
-        if not 1 <= chunk <= most:
-            raise RequestError(f"prefill_chunk={chunk} must lie between 1 and this bundle's limit of {most}")
+        if not _is_whole(chunk) or not 1 <= chunk <= most:
+            raise RequestError(f"prefill_chunk={chunk!r} must lie between 1 and this bundle's limit of {most}")
         return chunk
 
     def _encode(self, prompt: Prompt, name: str) -> list[int]:
@@ -136,12 +136,16 @@ class Generator:
         if isinstance(prompt, str):
             # A str may hold lone surrogates, which are no text; encoded like this, decode_utf8 refuses them.
             prompt = prompt.encode("utf-8", "surrogatepass")
-        ids = self.tokenizer.encode(decode_utf8(prompt, name)) if isinstance(prompt, bytes) and prompt else list(prompt)
+        if not isinstance(prompt, (bytes, Iterable)):
+            raise RequestError(f"{name} is {prompt!r}; give a text, UTF-8 bytes or token ids")
+        ids: list[Any] = (
+            self.tokenizer.encode(decode_utf8(prompt, name)) if isinstance(prompt, bytes) and prompt else list(prompt)
+        )
         if not ids:
             raise RequestError(f"{name} is empty; give at least one character")
         vocab_size = self.session.bundle.vocab_size
         for token in ids:
-            if not isinstance(token, (int, np.integer)) or not 0 <= token < vocab_size:
+            if not _is_whole(token) or not 0 <= token < vocab_size:
                 raise RequestError(f"{name} holds the token {token!r}; this model's tokens are 0 to {vocab_size - 1}")
         return [int(token) for token in ids]
 
@@ -150,10 +154,10 @@ class Generator:
         bundle = self.session.bundle
         if capacity is None:
             limit = max(len(tokens) + setting.max_tokens for tokens, setting in zip(ids, settings, strict=True))
-        elif 1 <= capacity <= bundle.round_up(bundle.max_positions):
+        elif _is_whole(capacity) and 1 <= capacity <= bundle.round_up(bundle.max_positions):
             limit = bundle.round_up(capacity)
         else:
-            raise RequestError(f"capacity={capacity} must lie between 1 and this model's {bundle.max_positions} positions")
+            raise RequestError(f"capacity={capacity!r} must lie between 1 and this model's {bundle.max_positions} positions")
         limit = min(limit, bundle.max_positions)
         for index, tokens in enumerate(ids):
             if len(tokens) > limit:
@@ -162,6 +166,10 @@ class Generator:
                     + (f" or raise the capacity (at most {bundle.max_positions})" if limit < bundle.max_positions else "")
                 )
         return limit
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 class Generation(Iterator[Event]):

@@ -15,11 +15,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+from bilevel.errors import BundleError
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _ANCHOR = "a"  # a token before another one, which that one then does not begin the text
+
+
+@contextmanager
+def contained() -> Iterator[None]:
+    """What the library's Rust panics about, which is no ``Exception`` in Python, as a BundleError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise BundleError(f"the tokenizer fails on this text ({error}); make the bundle anew with bilevel export") from None
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -95,9 +109,10 @@ class Pieces:
     def _decode(self, name: str, is_first: bool) -> str:
         if self._decoder is None:
             return name if is_first else f" {name}"
-        if is_first:
-            return str(self._decoder.decode([name]))
-        return str(self._decoder.decode([_ANCHOR, name])).removeprefix(_ANCHOR)
+        with contained():
+            if is_first:
+                return str(self._decoder.decode([name]))
+            return str(self._decoder.decode([_ANCHOR, name])).removeprefix(_ANCHOR)
 
 
 def read_pieces(tokenizer: Any) -> Pieces | None:

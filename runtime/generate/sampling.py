@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -73,14 +73,14 @@ class SamplingParams:
         ):
             if not is_valid:
                 raise RequestError(f"{name}={getattr(self, name)} must be {rule}")
-        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+        if not isinstance(self.stop, (list, tuple)) or not all(isinstance(text, str) and text for text in self.stop):
             raise RequestError(f"stop={self.stop!r} must be a list of texts, none of them empty")
         object.__setattr__(self, "stop", tuple(self.stop))
 
 
 def _check_number(name: str, value: object, kind: type) -> None:
     allowed = (int, float) if kind is float else int
-    if isinstance(value, bool) or not isinstance(value, allowed) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, allowed) or not abs(value) <= sys.float_info.max:
         raise RequestError(f"{name}={value!r} must be a {'finite number' if kind is float else 'whole number'}")
 
 

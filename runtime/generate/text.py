@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bilevel.errors import BundleError, RequestError, require
+from bilevel.folders import check_regular
 from bilevel.runtime.generate.literal import MARK, LiteralEncoder, encode_apart
-from bilevel.runtime.generate.pieces import Pieces, read_pieces
+from bilevel.runtime.generate.pieces import Pieces, contained, read_pieces
 from bilevel.runtime.generate.stops import StopFilter
 from bilevel.runtime.generate.streams import Stream, WindowStream, open_stream
 
@@ -40,7 +41,10 @@ class BundleTokenizer:
     def __init__(self, path: Path) -> None:
         tokenizers = require("tokenizers")
         try:
+            check_regular(path)
             self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(path))
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read ({error.strerror}); make the bundle anew with bilevel export") from None
         except Exception as error:  # the library raises bare Exception
             raise BundleError(f"{path} cannot be read ({error}); make the bundle anew with bilevel export") from error
         # A prompt is never cut or padded, whatever the tokenizer was trained with.
@@ -53,9 +57,15 @@ class BundleTokenizer:
         self._literal: LiteralEncoder | None = None
         self._lock = threading.Lock()
 
+    @property
+    def longest_token(self) -> int:
+        """Characters of the longest token, at least 1: a text of n tokens has at most n times as many."""
+        return max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)), default=1)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """See ``Tokenizer.encode``. add_special_tokens: False for a text that already holds them, as a rendered chat does."""
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        with contained():
+            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def encode_rendered(self, text: str, seam: str) -> list[int]:
         """Token ids of a rendered chat, no special tokens added.
@@ -82,7 +92,8 @@ class BundleTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """See ``Tokenizer.decode``."""
-        return str(self._tokenizer.decode(list(ids)))
+        with contained():
+            return str(self._tokenizer.decode(list(ids)))
 
 
 class RenderedEncoder:

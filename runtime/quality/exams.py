@@ -5,7 +5,7 @@ The questions of one text share its beginning, which is read once; each question
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -78,16 +78,19 @@ class Wording:
         return self._render([{"role": "user", "content": f"{text}\n\n{question}"}]) + lead
 
 
-def load_wording(folder: Path) -> Wording:
-    """The bundle's chat template, or plain questions where it has none that can be used; ``form`` says why."""
+def load_wording(folder: Path, files: Collection[str] | None = None) -> Wording:
+    """The bundle's chat template, or plain questions where it has none that can be used; ``form`` says why.
+
+    files: those that the manifest lists (None: all that are there).
+    """
     plain = "plain text, question and answer"
     try:
-        from bilevel.runtime.serve.chat import find_template
-        from bilevel.runtime.serve.errors import ApiError
+        from bilevel.runtime.serve.encoder import find_template
+        from bilevel.runtime.serve.refusal import ApiError
     except ModuleNotFoundError as error:
         return Wording(None, f"{plain} (the chat template needs {error.name}: pip install 'bilevel[serve]')")
     try:
-        template = find_template(folder)
+        template = find_template(folder, files)
         if template is None:
             return Wording(None, f"{plain} (the bundle has no chat template)")
         template.render([{"role": "user", "content": "text"}])

@@ -91,7 +91,7 @@ def measure(
     start = time.perf_counter()
     bundle = load_bundle(request.bundle, request.verify)
     lengths = _lengths(request, bundle)
-    tokenizer, wording = BundleTokenizer(bundle.tokenizer_path), load_wording(bundle.folder)
+    tokenizer, wording = BundleTokenizer(bundle.tokenizer_path), load_wording(bundle.folder, bundle.files)
     rendered = RenderedEncoder(tokenizer) if wording.is_chat else None
     source = Source(tokenizer, wording, load_filler(request.text), request.seed, rendered)
     exams = list(_draw(source, request, lengths))

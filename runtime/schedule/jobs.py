@@ -80,11 +80,11 @@ class TextJob:
         """Raises RequestError for a prompt without tokens or with unknown ones, ContextTooLong for one longer than a row."""
         if not self.prompt:
             raise RequestError("the prompt is empty; give at least one token")
-        for token in self.prompt:
-            if not 0 <= token < vocab_size:
-                raise RequestError(f"the prompt holds the token {token}; this model's tokens are 0 to {vocab_size - 1}")
         if len(self.prompt) > row_tokens:
             raise ContextTooLong(f"the prompt has {len(self.prompt)} tokens, but this server takes {row_tokens}; shorten it")
+        for token in (min(self.prompt), max(self.prompt)):
+            if not 0 <= token < vocab_size:
+                raise RequestError(f"the prompt holds the token {token}; this model's tokens are 0 to {vocab_size - 1}")
 
     def cancel(self) -> None:
         """Ask that the job end; it does before the next step."""

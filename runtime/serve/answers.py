@@ -11,7 +11,7 @@ from bilevel.runtime.generate.sampling import TokenLogprobs
 from bilevel.runtime.generate.text import TextAssembler, Tokenizer
 from bilevel.runtime.schedule.jobs import TextJob, TokenEvent, TokenRoutes
 from bilevel.runtime.schedule.scheduler import Scheduler
-from bilevel.runtime.serve.errors import ApiError
+from bilevel.runtime.serve.refusal import ApiError
 
 
 def publish_on(loop: asyncio.AbstractEventLoop) -> Any:

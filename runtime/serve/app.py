@@ -6,6 +6,7 @@ from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
@@ -14,11 +15,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from bilevel.errors import BilevelError
 from bilevel.runtime.serve import kserve, openai
 from bilevel.runtime.serve.description import describe_api
-from bilevel.runtime.serve.errors import ApiError, as_api_error, error_body, respond_with_error
-from bilevel.runtime.serve.http import check_origin
+from bilevel.runtime.serve.errors import as_api_error, error_body, respond_with_error
+from bilevel.runtime.serve.http import HeldBodies
 from bilevel.runtime.serve.metrics import Metrics
+from bilevel.runtime.serve.refusal import ApiError
 from bilevel.runtime.serve.service import Service
 
+MOST_BODIES = 16  # of the greatest length, that are received or answered at once
 # Open without a key: they tell nothing but that a server is here. The page asks its user for the key.
 _OPEN = ("/", "/openapi.json", "/v2/health/live", "/v2/health/ready")
 _POLICY = (
@@ -37,6 +40,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, service: Service, metrics: Metrics) -> None:
         self._app, self._service, self._metrics = app, service, metrics
+        self._bodies = HeldBodies(MOST_BODIES * service.limits.max_body)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -53,10 +57,9 @@ class Guard:
                 self._metrics.responded(message["status"])
             await send(message)
 
+        receive, forget = self._bodies.counted(receive)
         try:
-            check_origin(Request(scope))
-            if scope["path"] not in _OPEN:
-                self._service.check_key(Request(scope))
+            self._service.access.check(Request(scope), asks_key=scope["path"] not in _OPEN)
             await self._app(scope, receive, send_more)
         except ClientDisconnect:
             pass  # the client has gone
@@ -64,6 +67,8 @@ class Guard:
             answer = as_api_error(error)
             if not is_started:
                 await JSONResponse(error_body(answer, scope["path"]), answer.status, answer.headers)(scope, receive, send_more)
+        finally:
+            forget()
 
 
 def create_app(service: Service, metrics: Metrics) -> ASGIApp:
@@ -107,4 +112,13 @@ def create_app(service: Service, metrics: Metrics) -> ASGIApp:
     )
     app.router.redirect_slashes = False
     app.state.service = service
-    return Guard(app, service, metrics)
+    guard: ASGIApp = Guard(app, service, metrics)
+    if not service.access.origins:
+        return guard
+    # What a browser asks before it lets a page of another origin in.
+    return CORSMiddleware(
+        guard,
+        allow_origins=service.access.origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["Authorization", "Content-Type"],
+    )

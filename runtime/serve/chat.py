@@ -1,4 +1,7 @@
-"""Messages to a prompt: the chat template of the bundle's tokenizer files, in Jinja's sandbox."""
+"""Messages to a prompt: the chat template of the bundle's tokenizer files, in Jinja's sandbox.
+
+A template may compute for ever: what is here runs in a process of its own (``runtime/serve/encoder.py``).
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,15 @@ import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 from jinja2.exceptions import SecurityError
 
-from bilevel.bundle.chat import DEFAULT, compile_template, read_sources
+from bilevel.bundle.chat import DEFAULT, compile_template
 from bilevel.runtime.generate.literal import SEAMS
 from bilevel.runtime.generate.text import BundleTokenizer
-from bilevel.runtime.serve.errors import ApiError
+from bilevel.runtime.serve.refusal import ApiError
 from bilevel.runtime.serve.tools.as_text import as_text
 from bilevel.runtime.serve.tools.layouts import Layout, find_layout
 
@@ -33,6 +35,23 @@ def _refuse(message: str) -> None:
     raise _Refusal(message)
 
 
+def find_name(templates: Mapping[str, str], name: str | None, has_tools: bool = False) -> str:
+    """The name of the template that is meant. Raises ApiError where there is none of it."""
+    if name is None and has_tools and TOOL_USE in templates:
+        return TOOL_USE
+    if name is None:
+        name = DEFAULT if DEFAULT in templates or len(templates) > 1 else next(iter(templates))
+    if name not in templates:
+        known = ", ".join(map(repr, sorted(templates)))
+        raise ApiError(400, f"chat_template={name[:60]!r} is none of this model's: {known}", param="chat_template")
+    return name
+
+
+def layout_of(templates: Mapping[str, str], name: str | None) -> Layout | None:
+    """How a model writes tool calls; None where its template knows none, and they are given and asked for as text."""
+    return find_layout(templates[find_name(templates, name, has_tools=True)])
+
+
 class ChatTemplate:
     """How a model wants its turns written. Raises BundleError when a template is no valid Jinja.
 
@@ -43,10 +62,6 @@ class ChatTemplate:
         self._sources = {**(named or {}), **({} if source is None else {DEFAULT: source})}
         self._templates = {name: compile_template(text, _refuse) for name, text in self._sources.items()}
         self._special = dict(special)
-
-    def layout(self, name: str | None = None, *, has_tools: bool = True) -> Layout | None:
-        """How the model writes tool calls; None where its template knows none, and they are given and asked for as text."""
-        return find_layout(self._sources[self._find(name, has_tools)])
 
     def render(
         self,
@@ -101,14 +116,7 @@ class ChatTemplate:
         return tokenizer.encode_rendered(text, seam)
 
     def _find(self, name: str | None, has_tools: bool = False) -> str:
-        if name is None and has_tools and TOOL_USE in self._templates:
-            return TOOL_USE
-        if name is None:
-            name = DEFAULT if DEFAULT in self._templates or len(self._templates) > 1 else next(iter(self._templates))
-        if name not in self._templates:
-            known = ", ".join(map(repr, sorted(self._templates)))
-            raise ApiError(400, f"chat_template={name[:60]!r} is none of this model's: {known}", param="chat_template")
-        return name
+        return find_name(self._sources, name, has_tools)
 
     def _checked(self, settings: Mapping[str, Any]) -> Mapping[str, Any]:
         if taken := next((key for key in settings if key in _OWN or key in self._special), None):
@@ -195,9 +203,3 @@ def _broken(value: Any, seam: str, starts: re.Pattern[str] | None) -> Any:
     if isinstance(value, Mapping):
         return {_broken(key, seam, starts): _broken(each, seam, starts) for key, each in value.items()}
     return [_broken(each, seam, starts) for each in value] if isinstance(value, list) else value
-
-
-def find_template(folder: Path) -> ChatTemplate | None:
-    """The templates among a bundle's tokenizer files (``bilevel.bundle.chat``), or None. Raises BundleError."""
-    sources = read_sources(folder)
-    return ChatTemplate(None, sources.special, sources.templates) if sources.templates else None

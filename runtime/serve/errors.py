@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import reprlib
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -11,7 +12,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from bilevel.errors import ContextTooLong, MissingDependency, Overloaded, RequestError, ShuttingDown
+from bilevel.runtime.serve.refusal import ApiError
 
+# Of a value of megabytes only the beginning is written.
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
 _LOG = logging.getLogger("bilevel.serve")
 # Fields that may have several types, and what to give.
 ALTERNATIVES = {
@@ -21,15 +26,6 @@ ALTERNATIVES = {
     "tool_choice": 'none, auto, required or {"type": "function", "function": {"name": ...}}',
 }
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 503: "service_unavailable_error"}
-
-
-class ApiError(Exception):
-    """An answer other than 2xx. param: the field to blame. code: a word that programs look for."""
-
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-        self.headers: dict[str, str] = {}
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -101,5 +97,5 @@ def validated(model: type[BaseModel], body: bytes) -> Any:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = _REPR.repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,25 +1,20 @@
-"""Small HTTP parts: bodies with a limit, event streams that notice who left, keys, and a time limit for slow heads."""
+"""Small HTTP parts: bodies with limits of every kind, and event streams that notice who left."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
-import h11
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from starlette.types import Message, Receive, Scope, Send
 
-from bilevel.errors import RequestError
-from bilevel.runtime.serve.errors import ApiError
+from bilevel.errors import Overloaded
+from bilevel.runtime.serve.refusal import ApiError
 
 T = TypeVar("T")
-HEAD_SECONDS = 10.0  # for a request's first line and headers
+MOST_TEXTS = 16_384  # of one body, names included
 
 
 async def read_body(request: Request, limit: int, seconds: float, kinds: Sequence[str] = ("application/json",)) -> bytes:
@@ -51,11 +46,43 @@ async def read_body(request: Request, limit: int, seconds: float, kinds: Sequenc
         raise ApiError(408, f"the body did not arrive within {seconds:g} s; send it faster") from None
 
 
-def check_origin(request: Request) -> None:
-    """Raises ApiError 403 when a browser sends this on behalf of a page of another origin, against a server on localhost."""
-    origin, host = request.headers.get("origin"), request.headers.get("host", "")
-    if origin is not None and origin.partition("://")[2] != host:
-        raise ApiError(403, "a page of another origin sent this request; only this server's own page may")
+def check_crowd(body: bytes, most_values: int) -> None:
+    """Raises ApiError 413 for JSON that holds more texts or values than any request needs, before it is read.
+
+    A few MB hold millions of them, whose reading nothing interrupts. Looking costs a thousandth of that.
+    """
+    plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    if (texts := plain.count(b'"') // 2) > MOST_TEXTS:
+        raise ApiError(413, f"the body holds {texts} texts, names included; send at most {MOST_TEXTS}")
+    if plain.count(b",") > most_values:
+        between = b"".join(plain.split(b'"')[::2])
+        if (values := between.count(b",")) > most_values:
+            raise ApiError(413, f"the body holds {values} values; send at most {most_values}")
+
+
+class HeldBodies:
+    """Bytes of all bodies that are being received or answered. Raises Overloaded for those that find no room."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._held = most, 0
+
+    def counted(self, receive: Receive) -> tuple[Receive, Callable[[], None]]:
+        """(``receive``, which counts; a function that forgets what it has counted)."""
+        mine = 0
+
+        async def receive_more() -> Message:
+            nonlocal mine
+            message = await receive()
+            size = len(message.get("body", b""))
+            if self._held + size > self._most:
+                raise Overloaded(f"the requests under way hold {self._held >> 20} MiB; try again in 1 s", 1)
+            mine, self._held = mine + size, self._held + size
+            return message
+
+        def forget() -> None:
+            self._held -= mine
+
+        return receive_more, forget
 
 
 async def _left(receive: Receive) -> None:
@@ -84,97 +111,25 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
 
 class EventStream(Response):
-    """Server-sent events. Ends, and calls ``on_end``, when the events do, the client goes or takes nothing for ``seconds``."""
+    """Server-sent events. Ends, and calls ``on_end``, when the events do or the client has gone."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], on_end: Callable[[], None], seconds: float) -> None:
+    def __init__(self, events: AsyncIterator[bytes], on_end: Callable[[], None]) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events, self._on_end, self._seconds = events, on_end, seconds
-        self._sending_since: float | None = None
+        self._events, self._on_end = events, on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await _first(self._pump(send), _left(receive), self._stalled())
+            await _first(self._pump(send), _left(receive))
         except ClientDisconnect:
             pass
         finally:
             self._on_end()
 
     async def _pump(self, send: Send) -> None:
-        clock = asyncio.get_running_loop().time
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async for event in self._events:
-            self._sending_since = clock()
             await send({"type": "http.response.body", "body": event, "more_body": True})
-            self._sending_since = None
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _stalled(self) -> None:
-        while True:
-            await asyncio.sleep(self._seconds / 4)
-            since = self._sending_since
-            if since is not None and asyncio.get_running_loop().time() - since > self._seconds:
-                return
-
-
-class Keys:
-    """The keys that open the server, one on each line of a file. Raises RequestError where the file holds none."""
-
-    def __init__(self, path: Path) -> None:
-        lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
-        self._digests = [_digest(line) for line in lines if line and not line.startswith("#")]
-        if not self._digests:
-            raise RequestError(f"{path} holds no key; write one on a line, for example: openssl rand -hex 24 > {path}")
-
-    def find(self, request: Request) -> str:
-        """The name under which a key's owner waits in the queue.
-
-        Raises ApiError 401. Every key is compared, in constant time.
-        """
-        kind, _, key = request.headers.get("authorization", "").partition(" ")
-        given = _digest(key.strip()) if kind.lower() == "bearer" else b""
-        matches = [hmac.compare_digest(given, digest) for digest in self._digests]
-        if not any(matches):
-            refused = ApiError(401, "the API key is missing or wrong; send Authorization: Bearer KEY", code="invalid_api_key")
-            refused.headers["WWW-Authenticate"] = "Bearer"
-            raise refused
-        return f"key {matches.index(True)}"
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
-
-
-class PatientProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1, whose patience with a request's head has an end: HEAD_SECONDS."""
-
-    _deadline: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._watch()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._watch()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-        super().connection_lost(exc)
-
-    def _watch(self) -> None:
-        """Keep the time while no head is complete."""
-        is_open = self.conn.their_state is h11.IDLE
-        if is_open and self._deadline is None:
-            self._deadline = self.loop.call_later(HEAD_SECONDS, self._give_up)
-        elif not is_open and self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
-
-    def _give_up(self) -> None:
-        self._deadline = None
-        if self.conn.their_state is h11.IDLE and (self.cycle is None or self.cycle.response_complete):
-            self.transport.close()

@@ -17,11 +17,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 import bilevel
-from bilevel.errors import RequestError
+from bilevel.errors import ContextTooLong
 from bilevel.runtime.schedule.jobs import TextJob
 from bilevel.runtime.serve.answers import AnswerChoice, Answers
-from bilevel.runtime.serve.errors import ApiError, validated
+from bilevel.runtime.serve.errors import validated
 from bilevel.runtime.serve.http import unless_gone
+from bilevel.runtime.serve.refusal import ApiError
 from bilevel.runtime.serve.schemas import InferRequest, InputTensor
 from bilevel.runtime.serve.service import Service
 
@@ -69,13 +70,11 @@ async def infer(request: Request) -> Response:
     service = _check(request)
     body = await service.body(request, "application/json", "application/octet-stream", "")  # Triton's client names none
     head, data = _split(body, request.headers.get(LENGTH_HEADER))
+    service.check_json(head)
     asked: InferRequest = validated(InferRequest, head)
     wanted = _wanted(asked)
-    prompts = [await service.encode(prompt) for prompt in _prompts(asked, data)]
-    most = service.scheduler.limits.max_rows + service.scheduler.limits.max_queue
-    if not 1 <= len(prompts) <= most:
-        raise RequestError(f"the input holds {len(prompts)} prompts; give 1 to {most}")
-    client, room = service.client(request), service.scheduler.row_tokens
+    prompts = await service.encode(_prompts(service, asked, data))
+    client, room = service.access.client(request), service.scheduler.row_tokens
     jobs = [
         TextJob(prompt, asked.parameters.params(len(prompt), room), client=client, stream=stream)
         for stream, prompt in enumerate(prompts)
@@ -115,8 +114,8 @@ def _wanted(asked: InferRequest) -> dict[str, bool]:
     return {name: default if is_binary is None else is_binary for name, is_binary in chosen.items()}
 
 
-def _prompts(asked: InferRequest, data: bytes) -> list[str | list[int]]:
-    """The prompts of the one input."""
+def _prompts(service: Service, asked: InferRequest, data: bytes) -> list[str | list[int]]:
+    """The prompts of the one input; nothing is made of a shape before its sizes are known to be in bounds."""
     tensor, others = asked.inputs[0], asked.inputs[1:]
     if others or (tensor.name, tensor.datatype == "BYTES") not in (("text", True), ("input_ids", False)):
         given = ", ".join(f"{each.name[:40]} {each.datatype}" for each in asked.inputs[:4])
@@ -125,6 +124,11 @@ def _prompts(asked: InferRequest, data: bytes) -> list[str | list[int]]:
         )
     if (rank := len(tensor.shape)) != (1 if tensor.name == "text" else 2):
         raise ApiError(400, f"{tensor.name} has {rank} axes; text has one, input_ids has two")
+    service.check_count(tensor.shape[0])
+    if rank == 2 and tensor.shape[1] > service.scheduler.row_tokens:
+        raise ContextTooLong(
+            f"{tensor.name} is {tensor.shape[1]} tokens wide, but this server holds {service.scheduler.row_tokens}; cut it"
+        )
     values = _values(tensor, data)
     if (count := math.prod(tensor.shape)) != len(values):
         raise ApiError(
@@ -153,11 +157,12 @@ def _values(tensor: InputTensor, data: bytes) -> list[Any]:
     if tensor.data is not None:
         return _flat(tensor)
     if tensor.datatype == "BYTES":
-        return _texts(data)
+        return _texts(data, tensor.shape[0])
     kind = _WHOLE[tensor.datatype]
     if len(data) % kind.itemsize:
         raise ApiError(400, f"{tensor.name} has {len(data)} bytes, which are no whole numbers of {kind.itemsize} bytes")
-    return [int(value) for value in np.frombuffer(data, kind)]
+    ids: list[int] = np.frombuffer(data, kind).tolist()
+    return list(ids)
 
 
 def _flat(tensor: InputTensor) -> list[Any]:
@@ -174,12 +179,12 @@ def _flat(tensor: InputTensor) -> list[Any]:
     return values
 
 
-def _texts(data: bytes) -> list[str]:
-    """Texts, each behind its length in 4 bytes, the lowest first."""
+def _texts(data: bytes, count: int) -> list[str]:
+    """Texts, each behind its length in 4 bytes, the lowest first; at most one more than ``count``, which there should be."""
     texts: list[str] = []
     place = 0
     try:
-        while place < len(data):
+        while place < len(data) and len(texts) <= count:
             end = place + 4 + int.from_bytes(data[place : place + 4], "little")
             if place + 4 > len(data) or end > len(data):
                 raise ApiError(400, f"text {len(texts)} ends behind the last of {len(data)} bytes")

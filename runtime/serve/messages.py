@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from bilevel.runtime.serve.tools.grammar import Tool
 
 MOST_TOOLS = 128
+SOME = Field(min_length=1)
+# Of a long list one error is enough to refuse it; collecting them all takes seconds.
+FIRST_ERROR = Field(fail_fast=True)
 ToolName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_./:-]+$")]
 
 
@@ -55,9 +58,9 @@ class Message(Strict):
     """One turn of a chat. Fields that only answers have are taken back as they were sent: null, or empty."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], FIRST_ERROR] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MOST_TOOLS), FIRST_ERROR] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     refusal: None = None

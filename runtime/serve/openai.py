@@ -12,13 +12,13 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from bilevel.errors import RequestError
 from bilevel.runtime.grammar.compiler import Compiled
 from bilevel.runtime.schedule.jobs import TextJob
 from bilevel.runtime.serve.answers import AnswerChoice, Answers, Piece
-from bilevel.runtime.serve.errors import ApiError, as_api_error, error_body, validated
+from bilevel.runtime.serve.errors import as_api_error, error_body, validated
 from bilevel.runtime.serve.format import ChatFormat, CompletionFormat, Format, prompt_blocks, usage
 from bilevel.runtime.serve.http import EventStream, unless_gone
+from bilevel.runtime.serve.refusal import ApiError
 from bilevel.runtime.serve.schemas import ChatRequest, CompletionRequest, Sampling, check_budget
 from bilevel.runtime.serve.service import Service
 from bilevel.runtime.serve.structured import ToolUse, asks_for_structure, read_tools, read_wish
@@ -46,7 +46,7 @@ async def complete(request: Request) -> Response:
     service: Service = request.app.state.service
     asked: CompletionRequest = validated(CompletionRequest, await service.body(request))
     service.check_model(asked.model)
-    prompts = [await service.encode(prompt) for prompt in _prompts(asked.prompt)]
+    prompts = await service.encode(_prompts(asked.prompt), asked.n or 1)
     compiled = await service.grammars.compile(lambda: read_wish(asked)) if asks_for_structure(asked) else None
     most = 16 if asked.max_tokens is None else asked.max_tokens
     answers = _submit(service, request, asked, prompts, most, asked.logprobs, compiled)
@@ -109,15 +109,12 @@ def _submit(
 ) -> Answers:
     """Queue ``asked.n`` jobs for each prompt, choices in the order of the prompts."""
     count = asked.n or 1
-    most = service.scheduler.limits.max_rows + service.scheduler.limits.max_queue
-    if len(prompts) * count > most:
-        raise RequestError(f"{len(prompts)} prompts with n={count} are {len(prompts) * count} texts, this server takes {most}")
     if asked.routes and not service.scheduler.gives_routes:
         why = "the engine" if service.scheduler.bundle.graph.routes is not None else "the graph"
         raise ApiError(
             400, f"routes=true: {why} that runs this model does not give its routes; leave routes out", param="routes"
         )
-    client, echo = service.client(request), isinstance(asked, CompletionRequest) and bool(asked.echo)
+    client, echo = service.access.client(request), isinstance(asked, CompletionRequest) and bool(asked.echo)
     jobs = [
         TextJob(
             prompt,
@@ -138,7 +135,7 @@ def _submit(
 
 async def _answer(service: Service, request: Request, asked: Sampling, answers: Answers, form: Format) -> Response:
     if asked.stream:
-        return EventStream(_events(service, request, asked, answers, form), answers.cancel, service.limits.stall_seconds)
+        return EventStream(_events(service, request, asked, answers, form), answers.cancel)
     pieces: dict[AnswerChoice, list[Piece]] = {choice: [] for choice in answers.choices}
 
     async def collect() -> None:

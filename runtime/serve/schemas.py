@@ -8,12 +8,13 @@ from pydantic import Field
 
 from bilevel.errors import ContextTooLong
 from bilevel.runtime.generate.sampling import SamplingParams
-from bilevel.runtime.serve.messages import MOST_TOOLS, FunctionTool, Message, Strict, ToolChoice
+from bilevel.runtime.serve.messages import FIRST_ERROR, MOST_TOOLS, SOME, FunctionTool, Message, Strict, ToolChoice
 from bilevel.runtime.serve.structured import Choice, ResponseFormat, StructuredOutputs
 
-MOST_CHOICES, MOST_LOGPROBS, MOST_STOPS = 16, 20, 16
+MOST_CHOICES, MOST_LOGPROBS, MOST_STOPS, MOST_TENSORS = 16, 20, 16, 16
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
+Tokens = Annotated[list[Token], FIRST_ERROR]
 StopText = Annotated[str, Field(min_length=1, max_length=200)]
 # Features of OpenAI's that this server does not have: their neutral value is accepted, because clients send it.
 Neutral = Annotated[float | None, Field(ge=0, le=0)]
@@ -78,7 +79,7 @@ class Sampling(Strict):
 class CompletionRequest(Sampling):
     """POST /v1/completions. echo: the answer begins with the prompt, whose tokens have log-probabilities too."""
 
-    prompt: str | Annotated[list[Token], Field(min_length=1)] | Annotated[list[str] | list[list[Token]], Field(min_length=1)]
+    prompt: str | Annotated[Tokens, SOME] | Annotated[list[str], SOME, FIRST_ERROR] | Annotated[list[Tokens], SOME, FIRST_ERROR]
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     echo: bool | None = False
@@ -89,12 +90,12 @@ class CompletionRequest(Sampling):
 class ChatRequest(Sampling):
     """POST /v1/chat/completions. chat_template: the name of one of the model's. chat_template_kwargs: what it sees besides."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], SOME, FIRST_ERROR]
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
-    tools: Annotated[list[FunctionTool], Field(max_length=MOST_TOOLS)] | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=MOST_TOOLS), FIRST_ERROR] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     chat_template: str | None = None
@@ -151,8 +152,8 @@ class InferRequest(Strict):
 
     id: str | None = None
     parameters: InferParameters = InferParameters()
-    inputs: Annotated[list[InputTensor], Field(min_length=1)]
-    outputs: list[OutputTensor] | None = None
+    inputs: Annotated[list[InputTensor], Field(min_length=1, max_length=MOST_TENSORS), FIRST_ERROR]
+    outputs: Annotated[list[OutputTensor], Field(max_length=MOST_TENSORS), FIRST_ERROR] | None = None
 
 
 def check_budget(num_prompt: int, max_tokens: int | None, row_tokens: int) -> int:

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import gc
 import logging
+import os
 import socket
 import sys
 from collections.abc import Callable
@@ -21,15 +22,15 @@ from bilevel.runtime.grammar.compiler import Compiler
 from bilevel.runtime.schedule.jobs import SchedulerLimits
 from bilevel.runtime.schedule.prefix_store import PrefixStore
 from bilevel.runtime.schedule.scheduler import Scheduler
+from bilevel.runtime.serve.access import Access, Keys
 from bilevel.runtime.serve.answers import publish_on
 from bilevel.runtime.serve.app import create_app
-from bilevel.runtime.serve.chat import find_template
-from bilevel.runtime.serve.http import Keys, PatientProtocol
+from bilevel.runtime.serve.connections import PatientProtocol, raise_file_limit
+from bilevel.runtime.serve.encoder import PromptEncoder
 from bilevel.runtime.serve.limits import choose_limits
 from bilevel.runtime.serve.metrics import Metrics
 from bilevel.runtime.serve.service import Grammars, HttpLimits, Service
 
-MOST_CONNECTIONS = 1000
 PUBLISH_SECONDS = 1 / 60  # a screen shows no more changes
 # That the model waits for Python's lock while an answer is written; Python's own 0.005 is a small model's step.
 SWITCH_SECONDS = 0.0005
@@ -43,10 +44,9 @@ class Server(uvicorn.Server):
         self._scheduler, self._grace, self._draining = scheduler, grace, False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """First signal: drain, then exit. Second: exit."""
+        """First signal: drain, then exit. Second: exit at once, whatever a thread waits for."""
         if self._draining:
-            super().handle_exit(sig, frame)
-            return
+            os._exit(128 + sig)
         self._draining = True
         loop = asyncio.get_running_loop() if _in_loop() else self._loop
         loop.call_soon_threadsafe(lambda: loop.create_task(self.drain()))
@@ -76,7 +76,7 @@ def build(
     name: str,
     limits: SchedulerLimits,
     http: HttpLimits,
-    keys: Keys | None,
+    access: Access,
     loop: asyncio.AbstractEventLoop,
     prefixes: PrefixStore | None = None,
 ) -> tuple[Service, Metrics]:
@@ -87,7 +87,8 @@ def build(
     metrics.watch(scheduler)
     tokenizer = BundleTokenizer(bundle.tokenizer_path)
     grammars = Grammars(Compiler(tokenizer, bundle.vocab_size, bundle.eos))
-    service = Service(name, scheduler, tokenizer, session.backend, grammars, find_template(bundle.folder), keys, http)
+    encoder = PromptEncoder(bundle, scheduler.row_tokens)
+    service = Service(name, scheduler, tokenizer, encoder, session.backend, grammars, access, http)
     scheduler.start()
     return service, metrics
 
@@ -96,6 +97,7 @@ def serve(args: argparse.Namespace) -> int:
     """Open the bundle and serve it; the exit status."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     keys = None if args.api_key_file is None else Keys(args.api_key_file)
+    access = Access(keys, [args.host, *args.allow_host], args.allow_origin)
     session, why = open_session(
         args.bundle, args.backend, verify=not args.no_verify, threads=args.threads, library=args.library
     )
@@ -107,7 +109,7 @@ def serve(args: argparse.Namespace) -> int:
     gc.collect()
     gc.freeze()  # what lives as long as the server is not looked through again, which would stop all texts for a while
     prefixes = None if args.prefix_cache is None else PrefixStore(args.prefix_cache, session, args.prefix_cache_bytes)
-    asyncio.run(run_server(session, name, limits, http, keys, listener, args.grace, why=why, prefixes=prefixes))
+    asyncio.run(run_server(session, name, limits, http, access, listener, args.grace, why=why, prefixes=prefixes))
     return 0
 
 
@@ -142,7 +144,7 @@ async def run_server(
     name: str,
     limits: SchedulerLimits,
     http: HttpLimits,
-    keys: Keys | None,
+    access: Access,
     listener: socket.socket,
     grace: float,
     on_start: Callable[[Server], None] = lambda server: None,
@@ -153,16 +155,15 @@ async def run_server(
 
     why: a line on what runs the model, for the greeting.
     """
-    service, metrics = build(session, name, limits, http, keys, asyncio.get_running_loop(), prefixes)
+    service, metrics = build(session, name, limits, http, access, asyncio.get_running_loop(), prefixes)
     config = uvicorn.Config(
         create_app(service, metrics),
-        http=PatientProtocol,
+        http=type("Protocol", (PatientProtocol,), {"stall_seconds": http.stall_seconds, "most": raise_file_limit()}),
         ws="none",
         lifespan="off",
         log_level="warning",
         access_log=False,
         server_header=False,
-        limit_concurrency=MOST_CONNECTIONS,
         timeout_graceful_shutdown=5,
     )
     server = Server(config, service.scheduler, grace)
@@ -173,4 +174,5 @@ async def run_server(
         await server.serve(sockets=[listener])
     finally:
         await asyncio.to_thread(scheduler.close, 0.0)
+        service.encoder.close()
         await asyncio.to_thread(service.grammars.close)

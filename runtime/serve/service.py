@@ -11,22 +11,23 @@ from typing import Any
 
 from starlette.requests import Request
 
-from bilevel.errors import Overloaded
+from bilevel.errors import Overloaded, RequestError
 from bilevel.runtime.generate.text import BundleTokenizer
 from bilevel.runtime.grammar.compiler import Compiled, Compiler
 from bilevel.runtime.schedule.scheduler import Scheduler
-from bilevel.runtime.serve.chat import ChatTemplate
-from bilevel.runtime.serve.errors import ApiError
-from bilevel.runtime.serve.http import Keys, read_body
+from bilevel.runtime.serve.access import Access
+from bilevel.runtime.serve.encoder import PromptEncoder
+from bilevel.runtime.serve.http import check_crowd, read_body
+from bilevel.runtime.serve.refusal import ApiError
 from bilevel.runtime.serve.structured import Wish
 from bilevel.runtime.serve.tools.layouts import HERMES, Layout
 
-_LONG_TEXT = 10_000  # characters
+MOST_VALUES = 65_536  # of one body's JSON, or twice as many as a row has tokens
 
 
 @dataclass(frozen=True)
 class HttpLimits:
-    """max_body: bytes. body_seconds: until a body has arrived. stall_seconds: that a reader of a stream may take nothing."""
+    """max_body: bytes. body_seconds: until a body has arrived. stall_seconds: that a client may take nothing of its answer."""
 
     max_body: int = 4 << 20
     body_seconds: float = 30.0
@@ -67,29 +68,18 @@ class Grammars:
 class Service:
     """One served model.
 
-    backend: ``Session.backend`` of what runs it. keys: None where no key is asked for.
+    backend: ``Session.backend`` of what runs it.
     """
 
     name: str
     scheduler: Scheduler
     tokenizer: BundleTokenizer
+    encoder: PromptEncoder
     backend: str
     grammars: Grammars
-    template: ChatTemplate | None = None
-    keys: Keys | None = None
+    access: Access = field(default_factory=Access)
     limits: HttpLimits = HttpLimits()
     created: int = field(default_factory=lambda: int(time.time()))
-
-    def client(self, request: Request) -> str:
-        """Whose turn in the queue a request takes: the key's, or the address's."""
-        if self.keys is not None:
-            return self.keys.find(request)
-        return request.client.host if request.client is not None else ""
-
-    def check_key(self, request: Request) -> None:
-        """Raises ApiError 401 where a key is asked for and the request has none that fits."""
-        if self.keys is not None:
-            self.keys.find(request)
 
     def check_model(self, name: str) -> None:
         """Raises ApiError 404 for a model that is not served here."""
@@ -100,16 +90,30 @@ class Service:
             )
 
     async def body(self, request: Request, *kinds: str) -> bytes:
-        """The request's body, within the limits."""
-        return await read_body(request, self.limits.max_body, self.limits.body_seconds, kinds or ("application/json",))
+        """The request's body, within the limits; where no ``kinds`` are given, it is JSON that is fit to be read."""
+        body = await read_body(request, self.limits.max_body, self.limits.body_seconds, kinds or ("application/json",))
+        if not kinds:
+            self.check_json(body)
+        return body
 
-    async def encode(self, prompt: str | list[int]) -> list[int]:
-        """Token ids of a prompt; ids go through as they are. A long text is encoded beside the server's loop."""
-        if not isinstance(prompt, str):
-            return prompt
-        if len(prompt) < _LONG_TEXT:
-            return self.tokenizer.encode(prompt)
-        return await asyncio.to_thread(self.tokenizer.encode, prompt)
+    def check_json(self, body: bytes) -> None:
+        """Raises ApiError 413 for JSON that it would take long to read."""
+        check_crowd(body, max(MOST_VALUES, 2 * self.scheduler.row_tokens))
+
+    async def encode(self, prompts: Sequence[str | list[int]], choices: int = 1) -> list[list[int]]:
+        """Token ids of prompts, each of which is generated from ``choices`` times; ids go through as they are.
+
+        Raises RequestError, before anything is encoded, where they are more texts than there is room for.
+        """
+        self.check_count(len(prompts), choices)
+        return [await self.encoder.text(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+
+    def check_count(self, prompts: int, choices: int = 1) -> None:
+        """Raises RequestError where these are more texts than may run and wait, or none."""
+        most = self.scheduler.limits.max_rows + self.scheduler.limits.max_queue
+        if not 1 <= prompts * choices <= most:
+            texts = f"{prompts} prompts with n={choices} are {prompts * choices} texts"
+            raise RequestError(f"{texts}, this server takes {most}; give between 1 and that")
 
     async def encode_chat(
         self,
@@ -119,16 +123,13 @@ class Service:
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[int]:
         """Token ids of a conversation, as ``ChatTemplate.encode`` gives them. Raises ApiError where there is no template."""
-        template = self.template
-        if template is None:
+        if not self.encoder.has_template:
             raise ApiError(400, "this model has no chat template; use /v1/completions", param="messages")
-        # Beside the server's loop: the first content that names a special token has a second tokenizer made.
-        return await asyncio.to_thread(template.encode, messages, self.tokenizer, name, settings, tools)
+        return await self.encoder.chat(messages, name=name, settings=settings, tools=list(tools))
 
     def tool_layout(self, name: str | None) -> Layout:
         """How the model writes tool calls when it is asked by the template of this name."""
-        found = None if self.template is None else self.template.layout(name)
-        return found or HERMES
+        return self.encoder.layout(name) or HERMES
 
     def model_card(self) -> dict[str, Any]:
         """The model as /v1/models lists it."""
@@ -138,6 +139,6 @@ class Service:
             "created": self.created,
             "owned_by": "bilevel",
             "max_model_len": self.scheduler.row_tokens,
-            "has_chat_template": self.template is not None,
+            "has_chat_template": self.encoder.has_template,
             "gives_routes": self.scheduler.gives_routes,
         }

@@ -6,7 +6,7 @@ import asyncio
 import http.client
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from bilevel.runtime.backend.onnx import OnnxSession
 from bilevel.runtime.backend.session import Session
 from bilevel.runtime.schedule.jobs import SchedulerLimits
-from bilevel.runtime.serve.http import Keys
+from bilevel.runtime.serve.access import Access, Keys
 from bilevel.runtime.serve.server import Server, listen, run_server
 from bilevel.runtime.serve.service import HttpLimits
 
@@ -63,7 +63,14 @@ class RunningServer:
 
 @contextmanager
 def running(
-    bundle: Path | Session, *, keys: Path | None = None, http: HttpLimits | None = None, grace: float = 30.0, **limits: Any
+    bundle: Path | Session,
+    *,
+    keys: Path | None = None,
+    http: HttpLimits | None = None,
+    grace: float = 30.0,
+    hosts: Sequence[str] = (),
+    origins: Sequence[str] = (),
+    **limits: Any,
 ) -> Iterator[RunningServer]:
     """Serve a bundle, or an opened one, for a while."""
     session = OnnxSession.open(bundle, threads=1) if isinstance(bundle, Path) else bundle
@@ -75,7 +82,7 @@ def running(
             found.append((server, asyncio.get_running_loop()))
             begun.set()
 
-        opened = None if keys is None else Keys(keys)
+        opened = Access(None if keys is None else Keys(keys), hosts, origins)
         settings = SchedulerLimits(**{"max_rows": 4, "max_queue": 8, **limits})
         await run_server(session, NAME, settings, http or HttpLimits(), opened, listener, grace, on_start)
 

@@ -32,6 +32,7 @@ from bilevel.export.engine.versions import (
     must_strip_functions,
 )
 from bilevel.machine import Gpu
+from bilevel.plugins.library.gpu import trust
 from bilevel.runtime.cli import main as cli
 from tests.export.engine.plans import flavour, options, plan_of
 from tests.support.tiny_models import BLOCK_SIZE
@@ -96,6 +97,8 @@ def test_which_plugins(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"89": "12.8"}, {"target": "vax"}, "is for vax, this machine is"),
     ):
         library.write_bytes(b"..." + json.dumps({**info, "architectures": held, **changes}).encode() + b"\0...")
+        assert "is native code that came with the bundle" in choose_plugins(bundle, None, (89,)).why
+        trust(library)
         chosen = choose_plugins(bundle, None, (89,))
         assert (chosen.source == str(library)) == (not problem) and problem in chosen.why
         assert (chosen.sha256 is None) == bool(problem)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from bilevel.machine import Machine
+from bilevel.plugins.library.gpu import trust
 from bilevel.runtime.backend import engine as engine_session
 from bilevel.runtime.cli.main import main
 from tests.doubles.bundle import write_bundle
@@ -82,7 +83,12 @@ def absent_library(scene: Scene) -> None:
 
 def another_library(scene: Scene) -> None:
     scene.engine(plugins=PLUGINS)
-    write_library(scene.bundle / "kernels" / "aarch64" / "libbilevel_kernels.so")
+    trust(write_library(scene.bundle / "kernels" / "aarch64" / "libbilevel_kernels.so"))
+
+
+def library_that_came_with_the_bundle(scene: Scene) -> None:
+    scene.engine(plugins=PLUGINS)
+    write_library(scene.bundle / "kernels" / "aarch64" / "libbilevel_kernels.so", of=str(scene.bundle))
 
 
 def library_of_another_machine(scene: Scene) -> None:
@@ -156,6 +162,7 @@ def test_nothing_is_wrong(scene: Scene, capsys: pytest.CaptureFixture[str]) -> N
         (no_library, "it needs a kernel library, and there is none; build one: bilevel kernels build --geometry", True),
         (absent_library, "absent.so is no file; build it: bilevel kernels build --geometry", True),
         (another_library, f"another kernel library than the one it was built with; give that one, or {REBUILD}", True),
+        (library_that_came_with_the_bundle, "native code that came with the bundle, and this user neither built", True),
         (library_of_another_machine, "is for x86_64, this machine is aarch64; build one: bilevel kernels build", True),
         (refused_library, "TensorRT cannot load the plugins of .*library.so .*; build it anew: bilevel kernels build", False),
         (

@@ -17,6 +17,7 @@ from bilevel import machine as machine_module
 from bilevel.bundle.format import read_manifest
 from bilevel.errors import EngineError, KernelError, RequestError
 from bilevel.machine import Gpu, Machine, find_jetpack, find_package, look
+from bilevel.plugins.library.gpu import trust
 from bilevel.runtime.backend.select import LIBRARY_VARIABLE, choose, find_library, library_places, list_options, open_session
 from bilevel.runtime.cli.main import main
 from tests import ROOT
@@ -176,7 +177,9 @@ def test_the_order_of_the_library(bundle: Path, tmp_path: Path, monkeypatch: pyt
     """Argument, bundle, environment, package."""
     monkeypatch.setenv(LIBRARY_VARIABLE, str(write_library(tmp_path / "environment.so")))
     assert find_library(bundle, ORIN) == tmp_path / "environment.so"
-    within = write_library(bundle / "kernels" / "aarch64" / "libbilevel_kernels.so")
+    within = write_library(bundle / "kernels" / "aarch64" / "libbilevel_kernels.so", of=str(tmp_path))
+    assert find_library(bundle, ORIN) == tmp_path / "environment.so"
+    trust(within)
     assert find_library(bundle, ORIN) == within
     named = write_library(tmp_path / "named.so")
     assert find_library(bundle, ORIN, named) == named
@@ -260,9 +263,13 @@ def test_the_library_that_is_taken(
 
     monkeypatch.setattr("bilevel.runtime.cli.doctor.look", lambda: ORIN)
     monkeypatch.setenv(LIBRARY_VARIABLE, str(write_library(tmp_path / "environment.so", target="x86_64")))
-    within = write_library(bundle / "kernels" / "aarch64" / "libbilevel_kernels.so")
+    within = write_library(bundle / "kernels" / "aarch64" / "libbilevel_kernels.so", of=str(tmp_path))
     assert main(["doctor", str(bundle), "--library", str(tmp_path / "absent.so")]) == 2
     assert "absent.so is no file; build it: bilevel kernels build" in capsys.readouterr().err
+    assert main(["doctor", str(bundle)]) == 0
+    text = capsys.readouterr().out
+    assert re.search(rf"{within} is native code that came with the bundle, .*: bilevel kernels trust {within}", text)
+    trust(within)
     assert main(["doctor", str(bundle)]) == 0
     text = capsys.readouterr().out
     digest = sha256(within.read_bytes()).hexdigest()

@@ -16,8 +16,9 @@ from tokenizers import Tokenizer, processors
 from bilevel.errors import BundleError
 from bilevel.runtime.generate.literal import MARK, SEAMS
 from bilevel.runtime.generate.text import BundleTokenizer
-from bilevel.runtime.serve.chat import ChatTemplate, find_template
-from bilevel.runtime.serve.errors import ApiError
+from bilevel.runtime.serve.chat import ChatTemplate
+from bilevel.runtime.serve.encoder import find_template
+from bilevel.runtime.serve.refusal import ApiError
 from tests.support.tokenizers_of_kinds import SPECIAL, byte_fallback_bpe, byte_level_bpe, unigram
 
 TEMPLATE = (

@@ -98,8 +98,8 @@ def ask(server: RunningServer, **changes: object) -> tuple[int, str]:
     [
         ({"shape": [1, 3]}, r"input_ids has the shape \[1, 3\], which is 3 values, and 2 were given"),
         ({"shape": [2]}, "input_ids has 1 axes; text has one, input_ids has two"),
-        ({"shape": [2**30, 2**30]}, "which is 1152921504606846976 values"),
-        ({"shape": [0, 2], "data": []}, "the input holds 0 prompts"),
+        ({"shape": [2**30, 2**30]}, "are 1073741824 texts, this server takes 12"),
+        ({"shape": [0, 2], "data": []}, "0 prompts with n=1 are 0 texts, this server takes 12; give between 1 and that"),
         ({"datatype": "FP32"}, "inputs.0.datatype='FP32'"),
         ({"name": "ids"}, "the inputs are ids INT64; give one: text BYTES"),
         ({"data": ["5", "6"]}, "input_ids holds '5', which is no token id"),

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from bilevel.errors import BundleError, ContextTooLong, RequestError
-from bilevel.runtime.serve import http as serve_http
+from bilevel.runtime.serve import connections
 from bilevel.runtime.serve.chat import ChatTemplate
-from bilevel.runtime.serve.errors import ApiError, as_api_error
+from bilevel.runtime.serve.errors import as_api_error
+from bilevel.runtime.serve.refusal import ApiError
 from bilevel.runtime.serve.service import HttpLimits
 from tests.doubles.bundle import MAX_POSITIONS, predict, write_bundle
 from tests.support.http_server import NAME, RunningServer, running
@@ -30,7 +31,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(bundle: Path) -> Iterator[RunningServer]:
-    with running(bundle, http=LIMITS) as server:
+    with running(bundle, http=LIMITS, hosts=["x"]) as server:
         yield server
 
 
@@ -187,7 +188,7 @@ def test_a_slow_body_is_given_up(server: RunningServer) -> None:
 
 
 def test_a_slow_head_is_given_up(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve_http, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.3)
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
         connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost")
         assert connection.recv(65536) == b""  # closed
@@ -207,7 +208,7 @@ def test_a_client_that_leaves_while_it_waits(server: RunningServer) -> None:
 
 
 def test_a_full_queue_answers_429(bundle: Path) -> None:
-    with running(bundle, max_rows=1, max_queue=1) as server:
+    with running(bundle, hosts=["x"], max_rows=1, max_queue=1) as server:
         status, headers, answer = server.request("POST", "/v1/completions", {"model": NAME, "prompt": [[5], [6], [7]]})
         assert status == 400  # more than the server could ever hold
         server.scheduler._mean_seconds = 40.0
@@ -260,7 +261,7 @@ def wait_for(is_so: Callable[[], bool]) -> None:
 
 
 def test_shutting_down_finishes_what_runs_and_refuses_the_rest(bundle: Path) -> None:
-    with running(bundle, max_rows=1) as server:
+    with running(bundle, hosts=["x"], max_rows=1) as server:
         turns = held_back(server, 3)
         body = json.dumps({"model": NAME, "prompt": [5, 6], "max_tokens": 30, "temperature": 0}).encode()
         head = (
@@ -284,7 +285,7 @@ def test_shutting_down_finishes_what_runs_and_refuses_the_rest(bundle: Path) -> 
 
 
 def test_shutting_down_has_a_limit(bundle: Path) -> None:
-    with running(bundle, max_rows=1, grace=0.1) as server:
+    with running(bundle, hosts=["x"], max_rows=1, grace=0.1) as server:
         turns = held_back(server, 3)
         body = json.dumps({"model": NAME, "prompt": [5, 6], "max_tokens": 90, "temperature": 0}).encode()
         head = (

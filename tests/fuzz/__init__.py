@@ -1,0 +1,1 @@
+"""Files, requests and calls that nobody in his right mind would send, drawn at random: see ``oracles``."""
