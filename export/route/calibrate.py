@@ -17,11 +17,14 @@ from bilevel.config import ModelConfig, Routing
 from bilevel.errors import ConfigError
 from bilevel.export.route.facts import Score, answer_nats, pack, score
 from bilevel.export.route.rows import Case
-from bilevel.export.route.walk import Chooser, Choosers, Packed, Prefix, ask, make_choosers, read
+from bilevel.export.route.walk import Chooser, Choosers, Packed, Prefix, ask, make_choosers, read, word_level
+from bilevel.export.route.words import WordLevel
 from bilevel.model import CausalLM
 
 _CONTENDERS = 6  # layers that are tried again after the first round
 Gates = Mapping[int, Mapping[str, Tensor]]
+# A routing of level 2 -> the same behind level 1, and that level.
+Words = Callable[[Routing], tuple[Routing, WordLevel]]
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,13 @@ class Tried:
 
 @dataclass
 class Calibration:
-    """The choice, the share of the context's tokens that it reads, and everything that was tried."""
+    """The choice, the share of the context's tokens that it reads, and everything that was tried.
+
+    routing: of level 2 alone. whole: with level 1 in front, where there is one.
+    """
 
     routing: Routing
+    whole: Routing
     share: float
     dense: Score
     tried: list[Tried] = field(default_factory=list)
@@ -71,9 +78,11 @@ class Questioner:
 
     def start(self, choosers: Choosers) -> tuple[Score, list[list[Tensor]]]:
         """The score, and each case's input of every layer."""
-        told, streams = [], list[list[Tensor]]()
+        told, streams, words = [], list[list[Tensor]](), word_level(choosers)
         for case, packed, prefix in self._asked:
             streams.append([])
+            if words is not None:
+                prefix.word_keys = words.read(prefix.ids)[1]
             told += answer_nats(self.model, ask(self.model, prefix, packed, choosers, streams=streams[-1]), case, packed)
         return score(told), streams
 
@@ -135,12 +144,14 @@ def calibrate(
     max_dense: int,
     dense_layers: tuple[int, ...] | None = None,
     gates: Gates | None = None,
+    words: Words | None = None,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Calibration:
     """The routing of least nats that reads at most ``share`` of the contexts' tokens.
 
     candidates: kinds of keys and block sizes to choose among; the first one's layers are ranked, and all share its dense
-    layers. max_dense: most layers that may stay dense. dense_layers: these and no others. Raises ConfigError.
+    layers. max_dense: most layers that may stay dense. dense_layers: these and no others. words: puts level 1 in front of the
+    kind of keys and block size that were chosen, whose numbers of dense layers are then compared anew. Raises ConfigError.
     """
     config, context = model.config, len(cases[0].context)
     layers = config.num_hidden_layers
@@ -173,7 +184,21 @@ def calibrate(
             if set(dense) != set(best.routing.dense_layers):
                 attempt(best.routing, dense)
         best = min(tried, key=lambda each: each.score.nats)
-    return Calibration(best.routing, share_read(best.routing, layers, context), questioner.score({}), tried)
+    whole = best.routing
+    if words is not None:
+        kind = (best.routing.key, best.routing.block_size)
+        alike = [each.routing for each in tried if (each.routing.key, each.routing.block_size) == kind]
+        behind = []
+        for routing in alike:
+            on_stage(
+                f"trying {routing.topk} blocks of {routing.block_size} behind words, {len(routing.dense_layers)} dense layers"
+            )
+            whole, level = words(routing)
+            behind.append((routing, Tried(whole, questioner.score(make_choosers(config, whole, gates, level)))))
+        chosen, judged = min(behind, key=lambda pair: pair[1].score.nats)
+        best, whole = dataclasses.replace(best, routing=chosen), judged.routing
+        tried += [each for _, each in behind]
+    return Calibration(best.routing, whole, share_read(best.routing, layers, context), questioner.score({}), tried)
 
 
 def starting_routing(key: str, block_size: int) -> Routing:

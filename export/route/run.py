@@ -90,12 +90,11 @@ def _from_nothing(checkpoint: Path, work: Path, options: Options, report: Report
     else:
         source, stack, log = train_gates(checkpoint, work, options, _share(options), report)
         gates = {layer: stack.state(layer) for layer in stack.layers}
-    calibration = _calibrated(source, options, _candidates(options), gates or None, report)
+    level = None if options.words is None else _Words(source, options.words, _whole(options).context, report)
+    calibration = _calibrated(source, options, _candidates(options), gates or None, level, report)
     log = {"method": options.method, **log, **_tried(calibration)}
-    found = _Found(calibration.routing, calibration.routing, gates, log=log)
-    if options.words is not None:
-        _put_words(source, found, options.words, options, report)
-    return source, found
+    words = {} if level is None else level.parameters(calibration.whole)
+    return source, _Found(calibration.routing, calibration.whole, gates, words, log)
 
 
 def _from_adapter(checkpoint: Path, start: Adapter, options: Options, report: Report) -> tuple[Source, _Found]:
@@ -109,17 +108,42 @@ def _from_adapter(checkpoint: Path, start: Adapter, options: Options, report: Re
     blocks = dataclasses.replace(routing, preset="moba_gqa", **_NO_WORDS) if start.words else routing
     found = _Found(blocks, routing, start.gates, start.words, _log_of(options.start))
     proposed = routing.coarse_topk * routing.block_size / context if start.words else None
+    share = options.words if options.words is not None else proposed
+    level = None if share is None else _Words(source, share, context, report)
     if any(each is not None for each in (options.share, options.block_size, options.dense_layers)):
         chosen = dataclasses.replace(options, block_size=options.block_size or routing.block_size)
         candidates = [starting_routing(routing.key, chosen.block_size or 0)]
-        calibration = _calibrated(source, chosen, candidates, start.gates or None, report)
-        found.blocks = found.whole = calibration.routing
+        calibration = _calibrated(source, chosen, candidates, start.gates or None, level, report)
+        found.blocks, found.whole = calibration.routing, calibration.whole
         found.log |= _tried(calibration)
-    elif options.words is None:
+    elif options.words is not None and level is not None:
+        found.whole, _ = level(found.blocks)
+    else:
         return source, found
-    if (share := options.words if options.words is not None else proposed) is not None:
-        _put_words(source, found, share, options, report)
+    found.words = {} if level is None else level.parameters(found.whole)
     return source, found
+
+
+class _Words:
+    """Level 1 in front of any choice of blocks; what it is made of depends on their size alone."""
+
+    def __init__(self, source: Source, share: float, context: int, report: Report) -> None:
+        self._source, self._share, self._context, self._report = source, share, context, report
+        self._table = source.model.model.embed_tokens.weight.float()
+        self._made: dict[int, dict[str, Tensor]] = {}
+
+    def __call__(self, routing: Routing) -> tuple[Routing, WordLevel]:
+        config = self._source.config
+        whole = with_words(routing, config, self._share, self._context)
+        return whole, WordLevel.of(dataclasses.replace(config, routing=whole), self.parameters(whole), self._table)
+
+    def parameters(self, whole: Routing) -> dict[str, Tensor]:
+        """Level 1's, of a routing with it."""
+        if whole.block_size not in self._made:
+            self._report.stage("weighing words for level 1")
+            config = dataclasses.replace(self._source.config, routing=whole)
+            self._made[whole.block_size] = fit_words(self._table, self._source.encoded(), config)
+        return self._made[whole.block_size]
 
 
 _NO_WORDS: dict[str, Any] = {
@@ -138,16 +162,8 @@ def _log_of(folder: Path | None) -> dict[str, Any]:
         return {}
 
 
-def _put_words(source: Source, found: _Found, share: float, options: Options, report: Report) -> None:
-    """Level 1 in front of what was found."""
-    report.stage("weighing words for level 1")
-    found.whole = with_words(found.blocks, source.config, share, _whole(options).context)
-    table = source.model.model.embed_tokens.weight.float()
-    found.words = fit_words(table, source.encoded(), dataclasses.replace(source.config, routing=found.whole))
-
-
 def _tried(calibration: Calibration) -> dict[str, Any]:
-    names = ("key", "block_size", "topk", "dense_layers")
+    names = ("preset", "key", "block_size", "topk", "dense_layers")
     return {
         "calibration": [
             {"routing": {name: getattr(each.routing, name) for name in names}, "score": dataclasses.asdict(each.score)}
@@ -176,7 +192,9 @@ def _candidates(options: Options) -> list[Routing]:
     return [starting_routing(key, size) for size in sizes for key in keys]
 
 
-def _calibrated(source: Source, options: Options, candidates: Sequence[Routing], gates: Any, report: Report) -> Calibration:
+def _calibrated(
+    source: Source, options: Options, candidates: Sequence[Routing], gates: Any, words: _Words | None, report: Report
+) -> Calibration:
     return calibrate(
         source.model,
         source.cases(_whole(options).context, options.seed, 2, 12),
@@ -185,6 +203,7 @@ def _calibrated(source: Source, options: Options, candidates: Sequence[Routing],
         max_dense=max(1, round(source.config.num_hidden_layers * _MAX_DENSE / 30)),
         dense_layers=options.dense_layers,
         gates=gates,
+        words=words,
         on_stage=report.stage,
     )
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
+from bilevel.config import Routing
 from bilevel.errors import ConfigError
 from bilevel.export.route.calibrate import Questioner, budget, calibrate, rank_layers, share_read
 from bilevel.export.route.facts import answer_nats, evaluate, pack
 from bilevel.export.route.needles import needles
 from bilevel.export.route.rows import Case, evaluation_case
 from bilevel.export.route.walk import ask, make_choosers, read
+from bilevel.export.route.words import WordLevel, fit_words, with_words
 from tests.doubles.bundle import make_tokenizer
 from tests.export.route.models import BLOCK_SIZE, CONFIG, make_model, routing
 from tests.export.route.test_rows import DOCUMENTS
@@ -57,6 +61,27 @@ def test_calibration_keeps_share_and_takes_the_best() -> None:
     assert found.routing == min(found.tried, key=lambda each: each.score.nats).routing
     assert {each.routing.key for each in found.tried} == {"bounds", "mean"}
     assert any("trying layer 2" in stage for stage in stages)
+
+
+def test_dense_layers_are_chosen_with_level_1_in_front() -> None:
+    """Level 1 restricts routed layers and no dense ones, so that how many of them pay is another question behind it."""
+    model, cases = make_model(), make_cases()
+    table = model.model.embed_tokens.weight
+    texts = [case.context.tolist() for case in cases]
+
+    def words(chosen: Routing) -> tuple[Routing, WordLevel]:
+        config = dataclasses.replace(CONFIG, routing=with_words(chosen, CONFIG, 0.5, CONTEXT))
+        return config.routing, WordLevel.of(config, fit_words(table, texts, config), table)
+
+    found = calibrate(model, cases, [routing("mean")], share=0.5, max_dense=2, words=words)
+    behind = [each for each in found.tried if each.routing.is_two_level]
+    assert sorted(len(each.routing.dense_layers) for each in behind) == [0, 1]
+    best = min(behind, key=lambda each: each.score.nats)
+    assert found.whole == best.routing and found.whole == words(found.routing)[0]
+    whole, level = words(found.routing)
+    assert Questioner(model, cases).score(make_choosers(CONFIG, whole, None, level)) == best.score
+    assert best.score != next(each.score for each in found.tried if each.routing == found.routing)
+    assert found.whole.coarse_topk == 30 and share_read(found.whole, 3, CONTEXT) == found.share <= 0.5
 
 
 def test_named_layers_are_kept() -> None:
