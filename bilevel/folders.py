@@ -200,3 +200,11 @@ def replacing(folder: Path, error: type[BilevelError]) -> Iterator[Path]:
     except OSError as problem:
         remedy = "free some space and try again" if problem.errno == errno.ENOSPC else "check its permissions and its disk"
         raise error(f"{folder} could not be written ({problem.strerror or problem}); {remedy}") from problem
+
+
+def check_within(path: Path, checkpoint: Path, error: type[BilevelError]) -> None:
+    """Refuse a link to somewhere else, whose target's contents would be copied. The Hub's cache links to its blobs."""
+    target, folder = path.resolve(), checkpoint.resolve()
+    places = [folder, folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [folder]
+    if not any(target.is_relative_to(place) for place in places):
+        raise error(f"{path} is a link to {target}, outside of the checkpoint; put a copy of the file in its place")

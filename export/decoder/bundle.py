@@ -34,7 +34,7 @@ from bilevel.export.graph.quantise import check_format, quantise_graph, table_bi
 from bilevel.export.graph.schemas import ONNX_OPSET
 from bilevel.export.graph.sessions import load_graph
 from bilevel.export.graph.shared_weights import share_weights
-from bilevel.folders import replacing, write_json
+from bilevel.folders import check_within, replacing, write_json
 from bilevel.model import CausalLM
 
 GRAPH_FILE = "model.onnx"
@@ -165,18 +165,10 @@ def _read_tokenizer(checkpoint: Path) -> dict[str, bytes]:
     contents = {}
     for name, path in files.items():
         if path.is_file():
-            _check_within(path, checkpoint)
+            check_within(path, checkpoint, ExportError)
             contents[name] = path.read_bytes()
     _check_tokenizer(contents["tokenizer.json"], checkpoint / "tokenizer.json")
     return contents
-
-
-def _check_within(path: Path, checkpoint: Path) -> None:
-    """Refuse a link to somewhere else, whose target's contents would go into the bundle. The Hub's cache links to its blobs."""
-    target, folder = path.resolve(), checkpoint.resolve()
-    places = [folder, folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [folder]
-    if not any(target.is_relative_to(place) for place in places):
-        raise ExportError(f"{path} is a link to {target}, outside of the checkpoint; put a copy of the file in its place")
 
 
 def _check_tokenizer(content: bytes, path: Path) -> None:

@@ -27,12 +27,14 @@ from bilevel.export.route.adapter import (
     save_adapter,
     write_tensors,
 )
-from bilevel.folders import replacing, write_json
+from bilevel.folders import check_within, replacing, write_json
 from bilevel.weight_files import CONFIG, INDEX, PICKLE, PICKLE_INDEX, WEIGHTS, read_headers
+
+_COPIED = (".json", ".jinja", ".txt", ".model")
 
 
 def merge(adapter: Adapter, checkpoint: Path, folder: Path, *, link: bool = False, ignore: Collection[str] = ()) -> None:
-    """Write the routed checkpoint into the empty ``folder``: the base's files copied, or linked."""
+    """Write the routed checkpoint into the empty ``folder``: the base's files copied, or its large ones linked."""
     check_base(adapter, checkpoint, ignore)
     place: Callable[[Path, Path], Any] = _link if link else shutil.copyfile
     stored = read_headers(checkpoint)
@@ -53,7 +55,11 @@ def merge(adapter: Adapter, checkpoint: Path, folder: Path, *, link: bool = Fals
     left = {CONFIG, *(path.name for path in weights), *((INDEX, PICKLE_INDEX) if tensors or adapter.tuned else ())}
     for path in sorted(checkpoint.iterdir()):
         if path.is_file() and path.name not in left and not path.name.startswith("."):
-            place(path, folder / path.name)
+            if path.suffix in _COPIED:  # what goes into a bundle may not be a link to elsewhere
+                check_within(path, checkpoint, CheckpointError)
+                shutil.copyfile(path, folder / path.name)
+            else:
+                place(path, folder / path.name)
     raw = json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
     section = routing_section(adapter)
     write_json(folder / CONFIG, {**raw, "routing": section})
