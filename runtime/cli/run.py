@@ -37,7 +37,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         ("temperature", float, "0 takes the best token always; higher is more varied"),
         ("top_k", int, "draw from the k best tokens; 0: all"),
         ("top_p", float, "draw from the fewest best tokens whose probabilities reach p"),
+        ("min_p", float, "draw from tokens with at least this share of the best one's probability"),
         ("repetition_penalty", float, "above 1 weakens tokens already used"),
+        ("presence_penalty", float, "taken from the logits of tokens that the text holds"),
+        ("frequency_penalty", float, "the same, for each time that it holds them"),
     ):
         help_text = f"{text} (default: %(default)s)"
         parser.add_argument(
@@ -98,7 +101,10 @@ def _params(args: argparse.Namespace) -> SamplingParams:
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
+        min_p=args.min_p,
         repetition_penalty=args.repetition_penalty,
+        presence_penalty=args.presence_penalty,
+        frequency_penalty=args.frequency_penalty,
         seed=seed,
         max_tokens=args.max_tokens,
         stop=tuple(args.stop),
