@@ -62,6 +62,7 @@ LAW: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     ),
     # The web server needs the extra "serve"; the command loads it inside a function.
     "bilevel.runtime.serve": ((*LEAVES, "bilevel.bundle", "bilevel.runtime"), ("numpy", *SERVING)),
+    "bilevel.runtime.cli.conversation": ((*LEAVES, "bilevel.bundle", "bilevel.runtime"), ("jinja2",)),
     "bilevel.runtime.cli.serve": ((*LEAVES, "bilevel.bundle", "bilevel.runtime"), SERVING),
 }
 # Rooms on one floor or further down: who stands earlier never imports from who stands later.
