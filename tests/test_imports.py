@@ -56,9 +56,13 @@ LAW: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
         (*LEAVES, *LIBRARIES, "bilevel.bundle", "bilevel.runtime"),
         ("numpy", "onnxruntime", "tokenizers", "rich", "matplotlib", "tensorrt", "cuda"),
     ),
-    "bilevel.runtime.grammar": ((*LEAVES, "bilevel.runtime.generate", "bilevel.runtime.grammar"), ("numpy", "llguidance")),
+    "bilevel.runtime.grammar": (
+        (*LEAVES, "bilevel.bundle.confined", "bilevel.runtime.generate", "bilevel.runtime.grammar"),
+        ("numpy", "llguidance"),
+    ),
     # The web server needs the extra "serve"; the command loads it inside a function.
     "bilevel.runtime.serve": ((*LEAVES, "bilevel.bundle", "bilevel.runtime"), ("numpy", *SERVING)),
+    "bilevel.runtime.cli.conversation": ((*LEAVES, "bilevel.bundle", "bilevel.runtime"), ("jinja2",)),
     "bilevel.runtime.cli.serve": ((*LEAVES, "bilevel.bundle", "bilevel.runtime"), SERVING),
 }
 # Rooms on one floor or further down: who stands earlier never imports from who stands later.

@@ -30,6 +30,7 @@ COMMANDS = {
     "kernels": ("bilevel.export.cli.kernels", "the library of GPU kernels for a bundle, for boards and GPUs; needs none"),
     "build": ("bilevel.export.cli.build", "an engine of TensorRT or TensorRT-RTX from a bundle"),
     "run": ("bilevel.runtime.cli.run", "generate text, streaming to the terminal"),
+    "chat": ("bilevel.runtime.cli.chat", "talk with the model in the terminal"),
     "serve": ("bilevel.runtime.cli.serve", "text for many users over HTTP: OpenAI's API, KServe v2, a page to try it"),
     "bench": ("bilevel.runtime.cli.bench", "speed and memory against context length, with the dense twin beside it"),
     "doctor": ("bilevel.runtime.cli.doctor", "what this machine can run, and what to do about the rest"),
@@ -41,6 +42,7 @@ from a checkpoint to text:
   bilevel export my-checkpoint my-bundle            PyTorch to one ONNX file, its tokenizer and a manifest
   bilevel check my-bundle --against my-checkpoint   the same routes, the same numbers, the same tokens?
   bilevel run my-bundle "Once upon a time"          text, on a machine that needs no PyTorch
+  bilevel chat my-bundle                            a conversation, with models that were taught to talk
   bilevel serve my-bundle                           the same for many users, over HTTP
   bilevel bench my-bundle                           what it costs on this machine, and what a dense model would cost
   bilevel quality my-bundle                         what routing costs in quality on this model

@@ -6,12 +6,11 @@ import argparse
 import io
 import json
 import os
-import secrets
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from typing import Any
 from bilevel.bundle.engines import FOLDER
 from bilevel.errors import RequestError, harmless
 from bilevel.runtime.backend.select import ONNX, ONNX_CUDA, add_backend_options
+from bilevel.runtime.cli.conversation import ChatEncoder, add_template_options, read_option
+from bilevel.runtime.cli.sampling import add_sampling_options, read_sampling
 from bilevel.runtime.generate.generator import Generation, Generator
 from bilevel.runtime.generate.sampling import SamplingParams
 from bilevel.runtime.generate.text import decode_utf8
@@ -31,20 +32,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt-file", metavar="FILE", help="read one more prompt from a UTF-8 file, exactly as it is; - reads stdin"
     )
-    defaults = SamplingParams()
-    for name, kind, text in (
-        ("max_tokens", int, "most tokens to generate"),
-        ("temperature", float, "0 takes the best token always; higher is more varied"),
-        ("top_k", int, "draw from the k best tokens; 0: all"),
-        ("top_p", float, "draw from the fewest best tokens whose probabilities reach p"),
-        ("repetition_penalty", float, "above 1 weakens tokens already used"),
-    ):
-        help_text = f"{text} (default: %(default)s)"
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=kind, default=getattr(defaults, name), metavar="N", help=help_text
-        )
-    parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text (default: a fresh one)")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
+    parser.add_argument("--chat", action="store_true", help="each prompt is a message, answered by the model's chat template")
+    add_template_options(parser)
+    add_sampling_options(parser)
     parser.add_argument("--capacity", type=int, metavar="TOKENS", help="room per prompt and its text (default: what is needed)")
     parser.add_argument(
         "--prefill-chunk", type=int, metavar="TOKENS", help="prompt tokens per call (default: the bundle's limit)"
@@ -57,7 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Generate; 130 when Ctrl-C ended it (the text so far is kept)."""
-    params = _params(args)
+    params = read_sampling(args)
     prompts = [_decode_argument(text, index) for index, text in enumerate(args.prompts)]
     if args.prompt_file is not None:
         prompts.append(_read_prompt(args.prompt_file))
@@ -72,7 +62,7 @@ def main(args: argparse.Namespace) -> int:
     cancel = threading.Event()
     with _set_on_interrupt(cancel):
         generation = generator.generate(
-            prompts,
+            _as_chats(args, generator, prompts) if args.chat else prompts,
             params,
             capacity=args.capacity,
             prefill_chunk=args.prefill_chunk,
@@ -91,18 +81,12 @@ def main(args: argparse.Namespace) -> int:
     return 130 if cancel.is_set() else 0
 
 
-def _params(args: argparse.Namespace) -> SamplingParams:
-    """The sampling settings; a seed is drawn where it matters and none was given, so that --json can report it."""
-    seed = secrets.randbits(32) if args.seed is None and args.temperature > 0 else args.seed
-    return SamplingParams(
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        repetition_penalty=args.repetition_penalty,
-        seed=seed,
-        max_tokens=args.max_tokens,
-        stop=tuple(args.stop),
-    )
+def _as_chats(args: argparse.Namespace, generator: Generator, prompts: list[str]) -> list[list[int]]:
+    """Token ids of the prompts as the first messages of chats."""
+    bundle, settings = generator.session.bundle, dict(map(read_option, args.template_option))
+    system = [] if args.system is None else [{"role": "system", "content": args.system}]
+    with closing(ChatEncoder(bundle, bundle.max_positions, args.template, settings)) as encoder:
+        return [encoder.encode([*system, {"role": "user", "content": prompt}]) for prompt in prompts]
 
 
 def _check(args: argparse.Namespace, prompts: list[str]) -> None:
@@ -111,6 +95,8 @@ def _check(args: argparse.Namespace, prompts: list[str]) -> None:
         raise RequestError('there is no prompt; give one, for example: bilevel run BUNDLE "Once upon a time"')
     if not all(prompts):
         raise RequestError(f"prompt {prompts.index('')} is empty; give at least one character")
+    if not args.chat and (args.system is not None or args.template is not None or args.template_option):
+        raise RequestError("--system, --template and --template-option are a chat's; give --chat too")
     for name, least in (("capacity", 1), ("prefill_chunk", 1), ("threads", 0)):
         value = getattr(args, name)
         if value is not None and value < least:

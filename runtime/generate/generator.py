@@ -97,7 +97,7 @@ class Generator:
                 index,
                 tokens,
                 Sampler(setting, bundle.vocab_size, tokens, stream=index if is_shared else 0),
-                bundle.eos,
+                () if setting.ignore_eos else bundle.eos,
                 limit,
             )
             for index, (tokens, setting) in enumerate(zip(ids, settings, strict=True))

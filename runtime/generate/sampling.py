@@ -45,7 +45,10 @@ class SamplingParams:
     """How tokens are chosen and when a text ends. Raises RequestError for a value out of range.
 
     temperature: 0 takes the best token always. top_k: keep the k best tokens (0: all). top_p: keep the fewest best tokens
-    whose probabilities reach p. repetition_penalty: weaken tokens that the prompt or the text already holds (1: off).
+    whose probabilities reach p. min_p: keep tokens that have at least this share of the best one's probability.
+    repetition_penalty: weaken tokens that the prompt or the text already holds (1: off). presence_penalty, frequency_penalty:
+    subtracted from the logits of tokens that the text holds, once, and for each time (0: off). logit_bias: (token, what its
+    logit gains). ignore_eos: an end token ends nothing.
     seed: the same seed gives the same text (None: a fresh one each time). max_tokens: most tokens generated.
     stop: texts that end generation; they are not part of the result.
     """
@@ -53,13 +56,18 @@ class SamplingParams:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    ignore_eos: bool = False
     seed: int | None = None
     max_tokens: int = 128
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "repetition_penalty"):
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
             _check_number(name, getattr(self, name), float)
         for name in ("top_k", "max_tokens") + (("seed",) if self.seed is not None else ()):
             _check_number(name, getattr(self, name), int)
@@ -67,6 +75,7 @@ class SamplingParams:
             ("temperature", self.temperature >= 0, "at least 0"),
             ("top_k", self.top_k >= 0, "at least 0 (0 keeps every token)"),
             ("top_p", 0 < self.top_p <= 1, "greater than 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "at least 0 and at most 1"),
             ("repetition_penalty", self.repetition_penalty > 0, "greater than 0 (1 is neutral)"),
             ("seed", self.seed is None or self.seed >= 0, "at least 0"),
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
@@ -76,6 +85,16 @@ class SamplingParams:
         if not isinstance(self.stop, (list, tuple)) or not all(isinstance(text, str) and text for text in self.stop):
             raise RequestError(f"stop={self.stop!r} must be a list of texts, none of them empty")
         object.__setattr__(self, "stop", tuple(self.stop))
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether the order of the tokens depends on more than the model."""
+        return self.repetition_penalty != 1 or self.counts_tokens or bool(self.logit_bias)
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether it matters how often the text holds a token."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
 def _check_number(name: str, value: object, kind: type) -> None:
@@ -89,8 +108,8 @@ class Sampler:
 
     Each row has a generator of its own, so its tokens do not depend on the other rows. ``stream`` tells rows apart that share
     a seed. prompt: the ids that the repetition penalty counts as used from the start. constraint: what the tokens have to
-    follow. Constraint, penalty, temperature, top-k and top-p apply in this order, the last four as in Hugging Face's
-    ``generate``.
+    follow. Constraint, bias, penalties, temperature, min-p, top-k and top-p apply in this order: repetition penalty, top-k and
+    top-p as in Hugging Face's ``generate``, bias and the other penalties as in OpenAI's API.
     """
 
     def __init__(
@@ -105,6 +124,11 @@ class Sampler:
         self._random = np.random.default_rng(None if params.seed is None else [params.seed, stream])
         self._used = np.zeros(vocab_size, bool)
         self._used[list(prompt)] = True
+        self._counts: dict[int, int] = {}  # of the text's tokens, where a penalty asks for them
+        self._biased = np.array([token for token, _ in params.logit_bias], np.intp)
+        self._biases = np.array([bias for _, bias in params.logit_bias], np.float32)
+        if self._biased.size and self._biased.max() >= vocab_size:
+            raise RequestError(f"logit_bias names the token {self._biased.max()}; this model's are 0 to {vocab_size - 1}")
 
     def sample(self, logits: RowLogits) -> int:
         """The next token for logits [vocab], which are left unchanged. Equal best tokens: the lowest id.
@@ -119,6 +143,8 @@ class Sampler:
         else:
             token = self._sample_all(logits.fetch())
         self._used[token] = True
+        if self.params.counts_tokens:
+            self._counts[token] = self._counts.get(token, 0) + 1
         if self._constraint is not None:
             self._constraint.accept(token)
         return token
@@ -131,7 +157,7 @@ class Sampler:
     def _sample_best(self, best: Best | None) -> int | None:
         """The token, None where the best logits alone do not tell it."""
         params = self.params
-        if best is None or self._constraint is not None or params.repetition_penalty != 1 or not best.is_usable:
+        if best is None or self._constraint is not None or params.changes_logits or params.min_p or not best.is_usable:
             return None
         if params.temperature == 0:
             return int(best.ids[np.argmax(best.values)])
@@ -149,8 +175,8 @@ class Sampler:
         params = self.params
         if self._constraint is not None:
             logits = np.where(self._constraint.allowed(), logits, np.float32(-np.inf))
-        if params.repetition_penalty != 1:
-            logits = self._penalised(logits)
+        if params.changes_logits:
+            logits = self._changed(logits)
         token = int(np.argmax(logits))
         # argmax returns the first NaN if there is one, so this looks at all of them.
         if not np.isfinite(logits[token]):
@@ -161,13 +187,23 @@ class Sampler:
             return token
         shifted = logits.astype(np.float64) - float(logits[token])
         ids = largest(shifted, params.top_k or logits.size)
-        return self._draw(ids, np.exp(shifted[ids] / params.temperature), params.top_p)
+        weights = np.exp(shifted[ids] / params.temperature)
+        if params.min_p:
+            is_likely = weights >= params.min_p  # the best token's is 1
+            ids, weights = ids[is_likely], weights[is_likely]
+        return self._draw(ids, weights, params.top_p)
 
-    def _penalised(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Keskar et al. 2019 (CTRL), section 4.1, in the form for signed logits that Hugging Face uses."""
-        penalty = self.params.repetition_penalty
-        weaker = np.where(logits > 0, logits / penalty, logits * penalty)
-        return np.where(self._used, weaker, logits)
+    def _changed(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """With bias and penalties; the repetition penalty is Keskar et al.'s (2019, CTRL, section 4.1) for signed logits."""
+        params = self.params
+        logits = logits.copy()
+        logits[self._biased] += self._biases
+        if (penalty := params.repetition_penalty) != 1:
+            logits = np.where(self._used, np.where(logits > 0, logits / penalty, logits * penalty), logits)
+        if self._counts:
+            counts = np.fromiter(self._counts.values(), np.float32, len(self._counts))
+            logits[list(self._counts)] -= params.presence_penalty + params.frequency_penalty * counts
+        return logits
 
     def _draw(self, ids: NDArray[np.integer[Any]], weights: NDArray[np.float64], top_p: float) -> int:
         """One of ``ids`` by their weights, of which top-p keeps the largest."""

@@ -80,6 +80,10 @@ class TextJob:
         """Raises RequestError for a prompt without tokens or with unknown ones, ContextTooLong for one longer than a row."""
         if not self.prompt:
             raise RequestError("the prompt is empty; give at least one token")
+        if any(token >= vocab_size for token, _ in self.params.logit_bias):
+            raise RequestError(f"logit_bias names a token that this model does not have; its tokens are 0 to {vocab_size - 1}")
+        if self.params.ignore_eos and self.constraint is not None:
+            raise RequestError("ignore_eos does not go with a text that follows a grammar, which says where it ends; give one")
         if len(self.prompt) > row_tokens:
             raise ContextTooLong(f"the prompt has {len(self.prompt)} tokens, but this server takes {row_tokens}; shorten it")
         for token in (min(self.prompt), max(self.prompt)):

@@ -227,7 +227,7 @@ class Scheduler:
         if target != source and length:
             self._caches.copy_prefix(source, target, length)
         sampler = Sampler(job.params, self.bundle.vocab_size, job.prompt, job.stream, job.constraint)
-        row = Row(target, job.prompt, sampler, self.bundle.eos, self.row_tokens)
+        row = Row(target, job.prompt, sampler, () if job.params.ignore_eos else self.bundle.eos, self.row_tokens)
         row.num_cached = job.num_reused = length
         job.started = time.perf_counter()
         self._slots.enter(row)

@@ -14,11 +14,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bilevel.errors import BilevelError
 from bilevel.runtime.serve import kserve, openai
-from bilevel.runtime.serve.description import describe_api
 from bilevel.runtime.serve.errors import as_api_error, error_body, respond_with_error
 from bilevel.runtime.serve.http import HeldBodies
 from bilevel.runtime.serve.metrics import Metrics
 from bilevel.runtime.serve.refusal import ApiError
+from bilevel.runtime.serve.requests.description import describe_api
 from bilevel.runtime.serve.service import Service
 
 MOST_BODIES = 16  # of the greatest length, that are received or answered at once

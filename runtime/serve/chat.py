@@ -47,6 +47,11 @@ def find_name(templates: Mapping[str, str], name: str | None, has_tools: bool = 
     return name
 
 
+def knows(templates: Mapping[str, str], name: str | None, variable: str) -> bool:
+    """Whether the template of this name speaks of a variable."""
+    return re.search(rf"\b{variable}\b", templates[find_name(templates, name)]) is not None
+
+
 def layout_of(templates: Mapping[str, str], name: str | None) -> Layout | None:
     """How a model writes tool calls; None where its template knows none, and they are given and asked for as text."""
     return find_layout(templates[find_name(templates, name, has_tools=True)])

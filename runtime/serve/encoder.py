@@ -17,7 +17,7 @@ from bilevel.bundle.confined import Confined, Limits, Overrun, WorkError
 from bilevel.bundle.format import Bundle
 from bilevel.errors import BundleError, ContextTooLong
 from bilevel.runtime.generate.text import BundleTokenizer
-from bilevel.runtime.serve.chat import ChatTemplate, layout_of
+from bilevel.runtime.serve.chat import ChatTemplate, knows, layout_of
 from bilevel.runtime.serve.refusal import ApiError
 from bilevel.runtime.serve.tools.layouts import Layout
 
@@ -47,6 +47,10 @@ class PromptEncoder:
     def layout(self, name: str | None) -> Layout | None:
         """How the model writes tool calls when it is asked by the template of this name; None where it says nothing of it."""
         return layout_of(self._templates, name) if self._templates else None
+
+    def knows(self, variable: str, name: str | None) -> bool:
+        """Whether the template of this name speaks of a variable."""
+        return bool(self._templates) and knows(self._templates, name, variable)
 
     async def text(self, text: str) -> list[int]:
         """Token ids of a prompt. Raises ContextTooLong for one of more than ``most``, ApiError where the tokenizer fails."""

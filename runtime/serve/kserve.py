@@ -23,7 +23,7 @@ from bilevel.runtime.serve.answers import AnswerChoice, Answers
 from bilevel.runtime.serve.errors import validated
 from bilevel.runtime.serve.http import unless_gone
 from bilevel.runtime.serve.refusal import ApiError
-from bilevel.runtime.serve.schemas import InferRequest, InputTensor
+from bilevel.runtime.serve.requests.schemas import InferRequest, InputTensor
 from bilevel.runtime.serve.service import Service
 
 VERSION, LENGTH_HEADER = "1", "Inference-Header-Content-Length"

@@ -19,9 +19,9 @@ from bilevel.runtime.serve.errors import as_api_error, error_body, validated
 from bilevel.runtime.serve.format import ChatFormat, CompletionFormat, Format, prompt_blocks, usage
 from bilevel.runtime.serve.http import EventStream, unless_gone
 from bilevel.runtime.serve.refusal import ApiError
-from bilevel.runtime.serve.schemas import ChatRequest, CompletionRequest, Sampling, check_budget
+from bilevel.runtime.serve.requests.schemas import ChatRequest, CompletionRequest, Sampling, check_budget
+from bilevel.runtime.serve.requests.structured import ToolUse, asks_for_structure, read_tools, read_wish
 from bilevel.runtime.serve.service import Service
-from bilevel.runtime.serve.structured import ToolUse, asks_for_structure, read_tools, read_wish
 from bilevel.runtime.serve.tools.layouts import Layout
 from bilevel.runtime.serve.tools.parser import CallParser
 
@@ -48,7 +48,7 @@ async def complete(request: Request) -> Response:
     service.check_model(asked.model)
     prompts = await service.encode(_prompts(asked.prompt), asked.n or 1)
     compiled = await service.grammars.compile(lambda: read_wish(asked)) if asks_for_structure(asked) else None
-    most = 16 if asked.max_tokens is None else asked.max_tokens
+    most = 16 if asked.max_tokens is None else None if asked.max_tokens == -1 else asked.max_tokens
     answers = _submit(service, request, asked, prompts, most, asked.logprobs, compiled)
     form = CompletionFormat(service.tokenizer, _header("cmpl", "text_completion", service), echo=bool(asked.echo))
     return await _answer(service, request, asked, answers, form)
@@ -66,17 +66,34 @@ async def chat(request: Request) -> Response:
             raise ApiError(400, f"messages.{place}: {message.problem}", param=f"messages.{place}")
     messages = [message.as_template_input() for message in asked.messages]
     use = read_tools(asked.tools, asked.tool_choice, asked.parallel_tool_calls)
-    prompt = await service.encode_chat(messages, asked.chat_template, asked.chat_template_kwargs, use.tools)
+    settings = _with_effort(service, asked)
+    prompt = await service.encode_chat(messages, asked.chat_template, settings, use.tools)
     layout = service.tool_layout(asked.chat_template) if use.tools else None
     compiled = await _constrain(service, asked, use, layout)
     num_logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
-    most = asked.max_completion_tokens or asked.max_tokens
+    most = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
+    if most == 0:
+        raise ApiError(400, "max_tokens=0 leaves no room for an answer; give at least 1", param="max_tokens")
+    most = None if most == -1 else most
     answers = _submit(service, request, asked, [prompt], most, num_logprobs, compiled)
     kind = "chat.completion.chunk" if asked.stream else "chat.completion"
     names = [tool.name for tool in use.functions]
     parser = None if layout is None else partial(CallParser, layout, names, service.tokenizer.special.values())
     form = ChatFormat(service.tokenizer, _header("chatcmpl", kind, service), parser)
     return await _answer(service, request, asked, answers, form)
+
+
+def _with_effort(service: Service, asked: ChatRequest) -> dict[str, Any] | None:
+    """What the template sees besides the messages. Raises ApiError for a reasoning_effort that it does not know."""
+    effort, settings = asked.reasoning_effort, dict(asked.chat_template_kwargs or {})
+    if effort is None:
+        return settings
+    if service.template_knows(asked.chat_template, "reasoning_effort"):
+        return {"reasoning_effort": effort, **settings}
+    if effort != "none":
+        message = f"reasoning_effort={effort}: this model's template knows of none; leave it out"
+        raise ApiError(400, message, param="reasoning_effort")
+    return {"enable_thinking": False, **settings}
 
 
 async def _constrain(service: Service, asked: ChatRequest, use: ToolUse, layout: Layout | None) -> Compiled | None:

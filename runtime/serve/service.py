@@ -19,7 +19,7 @@ from bilevel.runtime.serve.access import Access
 from bilevel.runtime.serve.encoder import PromptEncoder
 from bilevel.runtime.serve.http import check_crowd, read_body
 from bilevel.runtime.serve.refusal import ApiError
-from bilevel.runtime.serve.structured import Wish
+from bilevel.runtime.serve.requests.structured import Wish
 from bilevel.runtime.serve.tools.layouts import HERMES, Layout
 
 MOST_VALUES = 65_536  # of one body's JSON, or twice as many as a row has tokens
@@ -126,6 +126,10 @@ class Service:
         if not self.encoder.has_template:
             raise ApiError(400, "this model has no chat template; use /v1/completions", param="messages")
         return await self.encoder.chat(messages, name=name, settings=settings, tools=list(tools))
+
+    def template_knows(self, name: str | None, variable: str) -> bool:
+        """Whether the chat template of this name speaks of a variable."""
+        return self.encoder.knows(variable, name)
 
     def tool_layout(self, name: str | None) -> Layout:
         """How the model writes tool calls when it is asked by the template of this name."""

@@ -153,3 +153,50 @@ def test_sampling_params_refuse(values: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError) as caught:
         SamplingParams(**values)
     assert message in str(caught.value)
+
+
+def plainly(logits: np.ndarray, text: list[int], **given: Any) -> np.ndarray:
+    """OpenAI's definition of bias and penalties, token by token."""
+    bias, presence, frequency = dict(given["logit_bias"]), given["presence_penalty"], given["frequency_penalty"]
+    changed = [
+        value + bias.get(token, 0) - (presence if token in text else 0) - frequency * text.count(token)
+        for token, value in enumerate(logits.tolist())
+    ]
+    return np.array(changed)
+
+
+@given(
+    st.lists(st.floats(-4, 4, width=32), min_size=2, max_size=8),
+    st.floats(-2, 2),
+    st.floats(-2, 2),
+    st.dictionaries(st.integers(0, 1), st.floats(-9, 9)),
+)
+def test_bias_and_penalties_are_what_the_api_says(
+    values: list[float], presence: float, frequency: float, bias: dict[int, float]
+) -> None:
+    logits, text = logits_of(*values), []
+    given_values: dict[str, Any] = {
+        "presence_penalty": presence,
+        "frequency_penalty": frequency,
+        "logit_bias": tuple(bias.items()),
+    }
+    sampler = Sampler(SamplingParams(**given_values), logits.size, prompt=[0])
+    for _ in range(6):
+        wanted = plainly(logits, text, **given_values)
+        token = sampler.sample(logits)
+        assert wanted[token] >= wanted.max() - 1e-5
+        text.append(token)
+
+
+@pytest.mark.parametrize(("min_p", "kept"), [(0.0, {0, 1, 2, 3}), (0.25, {0, 1, 2}), (0.26, {0, 2}), (0.61, {0}), (1.0, {0})])
+def test_min_p_keeps_the_tokens_near_the_best(min_p: float, kept: set[int]) -> None:
+    logits = np.log(np.array([0.5, 0.126, 0.3, 0.074], np.float32))
+    assert set(draws(SamplingParams(temperature=1.0, min_p=min_p, seed=2), logits, 400)) == kept
+
+
+def test_a_bias_of_a_token_that_is_not_there() -> None:
+    with pytest.raises(RequestError, match="logit_bias names the token 3; this model's are 0 to 2"):
+        Sampler(SamplingParams(logit_bias=((3, 1.0),)), 3)
+    for name in ("min_p", "presence_penalty"):
+        with pytest.raises(RequestError, match=f"{name}=nan must be a finite number"):
+            SamplingParams(**{name: math.nan})

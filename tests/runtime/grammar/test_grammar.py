@@ -8,6 +8,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bilevel.bundle.confined import Limits
 from bilevel.errors import BundleError, DeadEnd, MissingDependency, RequestError
 from bilevel.runtime.generate.sampling import Sampler, SamplingParams
 from bilevel.runtime.generate.text import BundleTokenizer
@@ -246,19 +248,12 @@ def test_keywords_are_ignored_only_where_it_was_said(plain: Compiler) -> None:
 def test_a_grammar_that_compiles_for_hours_is_given_up(plain: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
     """An intersection of 29 short patterns; the next grammar is none the worse for it."""
     schema = {"allOf": [{"type": "string", "pattern": f"[ab]*a[ab]{{{size}}}"} for size in range(1, 30)]}
-    monkeypatch.setattr(plain._worker, "_seconds", 0.5)
-    with pytest.raises(RequestError, match=r"s takes more than 0\.5 s or too much memory to compile; simplify it"):
+    monkeypatch.setattr(plain, "_worker", worker.Worker(plain._worker._special, Limits(wall_seconds=0.5)))
+    message = r"s took longer than 0\.5 s and was stopped while it was compiled; simplify it"
+    with closing(plain._worker), pytest.raises(RequestError, match=message):
         plain.compile(sources.json_grammar(schema, "s"), "s")
-    monkeypatch.setattr(plain._worker, "_seconds", worker.START_SECONDS)
+    monkeypatch.undo()
     assert write(plain, plain.compile(sources.choice_grammar(["still"], "s"), "s"), 0) == "still"
-
-
-def test_a_worker_that_died_is_replaced(plain: Compiler) -> None:
-    plain.compile(sources.choice_grammar(["one"], "s"), "s")
-    assert plain._worker._process is not None
-    plain._worker._process.kill()
-    plain._worker._process.wait()
-    plain.compile(sources.choice_grammar(["two"], "s"), "s")
 
 
 def test_tokenizers_whose_tokens_have_no_bytes_of_their_own(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from bilevel.errors import RequestError
 from bilevel.runtime.generate.text import BundleTokenizer
 from bilevel.runtime.grammar.compiler import Compiler
 from bilevel.runtime.serve.chat import ChatTemplate
-from bilevel.runtime.serve.messages import FunctionTool, Message, NamedTool
-from bilevel.runtime.serve.structured import ToolUse, Wish, read_tools
+from bilevel.runtime.serve.requests.messages import FunctionTool, Message, NamedTool
+from bilevel.runtime.serve.requests.structured import ToolUse, Wish, read_tools
 from bilevel.runtime.serve.tools.grammar import Tool
 from bilevel.runtime.serve.tools.layouts import (
     GRANITE,

@@ -18,7 +18,8 @@ from bilevel.runtime.grammar.sources import (
     json_rule,
     regex_grammar,
 )
-from bilevel.runtime.serve.messages import AllowedTools, FunctionTool, NamedTool, Strict, ToolChoice
+from bilevel.runtime.serve.requests.habits import Strict
+from bilevel.runtime.serve.requests.messages import AllowedTools, FunctionTool, NamedTool, ToolChoice
 from bilevel.runtime.serve.tools.grammar import Literals, Tool, calls_grammar
 from bilevel.runtime.serve.tools.layouts import Layout
 

@@ -8,16 +8,20 @@ from pydantic import Field
 
 from bilevel.errors import ContextTooLong
 from bilevel.runtime.generate.sampling import SamplingParams
-from bilevel.runtime.serve.messages import FIRST_ERROR, MOST_TOOLS, SOME, FunctionTool, Message, Strict, ToolChoice
-from bilevel.runtime.serve.structured import Choice, ResponseFormat, StructuredOutputs
+from bilevel.runtime.serve.requests.habits import ChatHabits, Habits, StreamHabits, Strict
+from bilevel.runtime.serve.requests.messages import FIRST_ERROR, MOST_TOOLS, SOME, FunctionTool, Message, ToolChoice
+from bilevel.runtime.serve.requests.structured import Choice, ResponseFormat, StructuredOutputs
 
 MOST_CHOICES, MOST_LOGPROBS, MOST_STOPS, MOST_TENSORS = 16, 20, 16, 16
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Tokens = Annotated[list[Token], FIRST_ERROR]
+TokenName = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+Bias = Annotated[Number, Field(ge=-100, le=100)]
 StopText = Annotated[str, Field(min_length=1, max_length=200)]
-# Features of OpenAI's that this server does not have: their neutral value is accepted, because clients send it.
-Neutral = Annotated[float | None, Field(ge=0, le=0)]
+Penalty = Annotated[Number, Field(ge=-2, le=2)]
+Limit = Annotated[int, Field(ge=-1, lt=2**31)]  # of tokens; -1 for as many as there is room for
+MOST_BIASES = 1024
 
 
 def _warm(temperature: float) -> float:
@@ -25,31 +29,31 @@ def _warm(temperature: float) -> float:
     return temperature if temperature >= 1e-6 else 0.0
 
 
-class StreamOptions(Strict):
+class StreamOptions(StreamHabits):
     """include_usage: the last event carries the counts."""
 
-    include_usage: bool = False
-    include_obfuscation: Literal[False] = False
+    include_usage: bool | None = False
 
 
-class Sampling(Strict):
-    """What completions and chat have in common. top_k, repetition_penalty and routes are this server's own."""
+class Sampling(Habits):
+    """What completions and chat have in common. top_k, min_p, repetition_penalty, ignore_eos and routes are not OpenAI's."""
 
     model: str
     temperature: Annotated[Number, Field(ge=0, le=100)] | None = 1.0
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = 1.0
-    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = 0
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = 0
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = 0.0
     repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = 1.0
+    presence_penalty: Penalty | None = 0.0
+    frequency_penalty: Penalty | None = 0.0
+    logit_bias: Annotated[dict[TokenName, Bias], Field(max_length=MOST_BIASES)] | None = None
+    ignore_eos: bool | None = False
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: StopText | Literal[""] | Annotated[list[StopText], Field(max_length=MOST_STOPS)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = 1
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     routes: bool = False
-    user: str | None = None
-    presence_penalty: Neutral = None
-    frequency_penalty: Neutral = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | None = None
@@ -62,7 +66,12 @@ class Sampling(Strict):
         return SamplingParams(
             temperature=_warm(1.0 if self.temperature is None else self.temperature),
             top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=self.top_k or 0,
+            top_k=max(0, self.top_k or 0),
+            min_p=self.min_p or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
+            ignore_eos=bool(self.ignore_eos),
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
             seed=None if self.seed is None else self.seed % 2**64,
             max_tokens=max_tokens,
@@ -80,19 +89,22 @@ class CompletionRequest(Sampling):
     """POST /v1/completions. echo: the answer begins with the prompt, whose tokens have log-probabilities too."""
 
     prompt: str | Annotated[Tokens, SOME] | Annotated[list[str], SOME, FIRST_ERROR] | Annotated[list[Tokens], SOME, FIRST_ERROR]
-    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = 16
+    max_tokens: Limit | None = 16
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     echo: bool | None = False
-    best_of: Literal[1] | None = None
     suffix: Literal[""] | None = None
 
 
-class ChatRequest(Sampling):
-    """POST /v1/chat/completions. chat_template: the name of one of the model's. chat_template_kwargs: what it sees besides."""
+class ChatRequest(Sampling, ChatHabits):
+    """POST /v1/chat/completions. chat_template: the name of one of the model's. chat_template_kwargs: what it sees besides.
+
+    reasoning_effort: for templates that know it; "none" also switches enable_thinking off.
+    """
 
     messages: Annotated[list[Message], SOME, FIRST_ERROR]
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_tokens: Limit | None = None
+    max_completion_tokens: Limit | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=MOST_TOOLS), FIRST_ERROR] | None = None

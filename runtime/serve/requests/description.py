@@ -7,7 +7,7 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 import bilevel
-from bilevel.runtime.serve.schemas import ChatRequest, CompletionRequest, InferRequest
+from bilevel.runtime.serve.requests.schemas import ChatRequest, CompletionRequest, InferRequest
 
 _MODELS = (CompletionRequest, ChatRequest, InferRequest)
 _ERRORS = {

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from bilevel.runtime.serve.requests.habits import AnswerHabits, PartHabits, Strict
 from bilevel.runtime.serve.tools.grammar import Tool
 
 MOST_TOOLS = 128
@@ -16,13 +17,7 @@ FIRST_ERROR = Field(fail_fast=True)
 ToolName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_./:-]+$")]
 
 
-class Strict(BaseModel):
-    """No coercion, no unknown fields."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-
-class TextPart(Strict):
+class TextPart(PartHabits):
     """One piece of a message's content."""
 
     type: Literal["text"]
@@ -34,6 +29,7 @@ class CalledFunction(Strict):
 
     name: ToolName
     arguments: str
+    parsed_arguments: Any = None  # the same, as the client read them
 
 
 class ToolCall(Strict):
@@ -54,8 +50,8 @@ class ToolCall(Strict):
         return {"id": self.id, "type": "function", "function": {"name": self.function.name, "arguments": given}}
 
 
-class Message(Strict):
-    """One turn of a chat. Fields that only answers have are taken back as they were sent: null, or empty."""
+class Message(AnswerHabits):
+    """One turn of a chat."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], FIRST_ERROR] | None = None
@@ -63,10 +59,6 @@ class Message(Strict):
     tool_calls: Annotated[list[ToolCall], Field(max_length=MOST_TOOLS), FIRST_ERROR] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
-    refusal: None = None
-    function_call: None = None
-    audio: None = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
     def as_template_input(self) -> dict[str, Any]:
         """As chat templates read it: content is text."""

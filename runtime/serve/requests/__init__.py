@@ -1,0 +1,1 @@
+"""The bodies of requests: what they may hold, what it means, and their description."""
