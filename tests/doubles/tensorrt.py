@@ -267,6 +267,20 @@ class _Engine:
             self.device.array(addresses[name], value.shape, kind)[...] = value
 
 
+class _Registry:
+    """TensorRT's: one of the process and one of each Runtime. Each takes a library once, whose plugins it has afterwards."""
+
+    def __init__(self, trt: FakeTensorrt) -> None:
+        self.trt, self.libraries = trt, list[str]()
+
+    def load_library(self, path: str) -> object | None:
+        if path in self.libraries or not Path(path).is_file() or self.trt.refuses_libraries:
+            return None
+        self.libraries.append(path)
+        self.trt.libraries.append(path)
+        return object()
+
+
 class FakeTensorrt:
     """What the runtime uses of the module ``tensorrt``."""
 
@@ -274,7 +288,8 @@ class FakeTensorrt:
         self.__version__ = version
         self.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED=2)
         self.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="EAGER")
-        self.libraries: list[str] = []
+        self.libraries: list[str] = []  # of every registry, in the order in which they were loaded
+        self._registry = _Registry(self)
         self.refuses_libraries, self.has_memory, self.is_capturable = False, True, True
         self._device = device
 
@@ -283,12 +298,8 @@ class FakeTensorrt:
 
         self.ILogger = ILogger
 
-    def get_plugin_registry(self) -> Any:
-        def load(path: str) -> bool:
-            self.libraries.append(path)
-            return Path(path).is_file() and not self.refuses_libraries
-
-        return SimpleNamespace(load_library=load)
+    def get_plugin_registry(self) -> _Registry:
+        return self._registry
 
     def Runtime(self, logger: Any) -> Any:
         def fail(reason: str) -> bool:
@@ -297,12 +308,17 @@ class FakeTensorrt:
 
         def deserialize(plan: bytes) -> _Engine | None:
             try:
-                return _Engine(json.loads(plan), self, fail)
+                content = json.loads(plan)
+                if content["plugins"] and not (registry.libraries or self._registry.libraries):
+                    fail("Cannot find plugin: RoutedAttention, version: 1, namespace: bilevel")
+                    return None
+                return _Engine(content, self, fail)
             except ValueError:
                 fail("the plan's magic tag does not match")
                 return None
 
-        return SimpleNamespace(deserialize_cuda_engine=deserialize)
+        registry = _Registry(self)
+        return SimpleNamespace(deserialize_cuda_engine=deserialize, get_plugin_registry=lambda: registry)
 
 
 def _rank_logits(graph: Path, count: int) -> Path:
@@ -384,6 +400,7 @@ def write_engine(bundle: Path, name: str = "fake", num_best: int = 0, as_built: 
     graph = _write_in_place(read_manifest(bundle), capacity, backend) if as_built else graph
     graph = _rank_logits(graph, num_best) if num_best else graph
     facts = {"streams": changes.get("weight_streaming", False), "backend": backend}
+    facts["plugins"] = bool(changes.get("plugins"))
     plan = json.dumps({"graph": str(graph), "new_tokens": new_tokens, **facts}).encode()
     folder = bundle / "engines"
     folder.mkdir(exist_ok=True)
