@@ -26,7 +26,7 @@ from bilevel.bundle.engines import FOLDER, Engine
 from bilevel.bundle.format import Bundle
 from bilevel.contract import GPU_OPS
 from bilevel.errors import EngineError
-from bilevel.export.engine.cache_writes import write_in_place
+from bilevel.export.engine.cache_writes import choose_writer, write_in_place
 from bilevel.export.engine.dense_layers import say_as_attention
 from bilevel.export.engine.memory import Estimate
 from bilevel.export.engine.network import Limits
@@ -35,8 +35,6 @@ from bilevel.export.engine.plugins import Plugins
 from bilevel.export.engine.versions import (
     Flavour,
     builds_ahead_of_time,
-    crashes_on_short_updates,
-    has_cache_layer,
     must_strip_functions,
 )
 from bilevel.export.engine.worker import NO_PLUGINS, Job
@@ -152,8 +150,7 @@ def _prepare_model(plan: Plan, scratch: Path) -> tuple[Path, int]:
         model,
         plan.bundle.graph.state,
         sizes,
-        by_plugin=not has_cache_layer(plan.flavour),
-        with_long_updates=crashes_on_short_updates(plan.flavour),
+        lambda write: choose_writer(plan.flavour, write, plan.plugins.source != NO_PLUGINS),
     )
     say_as_attention(model)
     lower_operators(model, plan.flavour)

@@ -6,6 +6,9 @@ for the capacity and not for what is kept. So in an engine
 
 - a cache of floats is written by ``TensorScatter`` (opset 24), TensorRT's KV cache layer, or, in versions that lack it, by the
   plugin ``WriteCache``: both at one address for input and output;
+- keys of blocks are written by that plugin in TensorRT-RTX too, whose builder dies where the layer writes them beside keys of
+  tokens. In an engine without plugins they keep their ScatterND: a copy of these small caches for each call, onto itself.
+  Longer updates are no way out: TensorRT ignores an update that goes beyond the end of a cache, the whole of it;
 - a cache of whole numbers (level 1's token ids), which neither takes, is only read: the runtime writes the new tokens into it
   before a call;
 - capacity is a number: TensorScatter asks for that.
@@ -13,8 +16,9 @@ for the capacity and not for what is kept. So in an engine
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 import onnx
 from onnx import TensorProto, helper
@@ -22,21 +26,42 @@ from onnx import TensorProto, helper
 from bilevel.bundle.tensors import PRECISIONS, TensorSpec
 from bilevel.contract import DOMAIN, WRITE_CACHE
 from bilevel.errors import EngineError, ExportError
-from bilevel.export.engine.versions import Flavour, has_cache_layer
+from bilevel.export.engine.versions import Flavour, crashes_on_keys_of_blocks, has_cache_layer
 
-_WORD_KEYS = "past.word_block_key"
+_BLOCKS = "num_blocks"  # the size that a cache of blocks has in place of the capacity
 _OPSET = 24  # the first with TensorScatter
+
+
+class Writer(Enum):
+    """What writes a cache of floats."""
+
+    LAYER = "TensorScatter"
+    PLUGIN = "WriteCache"
+    COPY = "ScatterND"
 
 
 @dataclass(frozen=True)
 class CacheWrite:
-    """One cache and its node. past, present: the graph's input and output; update: what is written; start: int64 [B], where."""
+    """One cache and its node. past, present: the graph's input and output; update: what is written; start: int64 [B], where.
+
+    counts_blocks: it holds a vector for each block, not for each token.
+    """
 
     past: str
     present: str
     update: str
     start: str
     is_float: bool
+    counts_blocks: bool
+
+
+def choose_writer(flavour: Flavour, write: CacheWrite, with_plugins: bool) -> Writer:
+    """What writes a cache of floats; PLUGIN without plugins is for ``check_caches`` to refuse."""
+    if not has_cache_layer(flavour):
+        return Writer.PLUGIN
+    if write.counts_blocks and crashes_on_keys_of_blocks(flavour):
+        return Writer.PLUGIN if with_plugins else Writer.COPY
+    return Writer.LAYER
 
 
 def find_writes(graph: onnx.GraphProto, state: Sequence[tuple[TensorSpec, str]]) -> list[CacheWrite]:
@@ -48,7 +73,7 @@ def find_writes(graph: onnx.GraphProto, state: Sequence[tuple[TensorSpec, str]])
         if node is None or node.op_type != "ScatterND" or node.input[0] != past.name:
             raise ExportError(f"the graph does not write {present} by ScatterND; export the bundle anew with this bilevel")
         start = _find_start(node.input[1], made)
-        writes.append(CacheWrite(past.name, present, node.input[2], start, past.dtype in PRECISIONS))
+        writes.append(CacheWrite(past.name, present, node.input[2], start, past.dtype in PRECISIONS, _BLOCKS in past.shape))
     return writes
 
 
@@ -79,35 +104,30 @@ def write_in_place(
     model: onnx.ModelProto,
     state: Sequence[tuple[TensorSpec, str]],
     sizes: Mapping[str, int],
-    *,
-    by_plugin: bool,
-    with_long_updates: bool = False,
+    writer: Callable[[CacheWrite], Writer],
 ) -> None:
     """Change ``model`` as the module's docstring says. sizes: free sizes that become numbers ("capacity", "num_blocks").
 
-    by_plugin: the plugin writes, not TensorRT's layer. with_long_updates: that layer is never given a single unit of level 1's
-    keys. Raises ExportError for a graph that is not ours.
+    writer: what writes a cache of floats. Raises ExportError for a graph that is not ours.
     """
     graph = model.graph
     for write in find_writes(graph, state):
-        if write.is_float:
-            _replace(graph, write, by_plugin)
-            if with_long_updates and write.past == _WORD_KEYS and not by_plugin:
-                _double_update(graph, write)
-        else:
+        if not write.is_float:
             _read_only(graph, write)
+        elif (chosen := writer(write)) is not Writer.COPY:
+            _replace(graph, write, chosen)
     _drop_unused(graph)
     _fix_sizes(graph, sizes)
-    if not by_plugin:
+    if any(node.op_type == Writer.LAYER.value for node in graph.node):
         for opset in model.opset_import:
             opset.version = opset.version if opset.domain else max(opset.version, _OPSET)
 
 
-def _replace(graph: onnx.GraphProto, write: CacheWrite, by_plugin: bool) -> None:
+def _replace(graph: onnx.GraphProto, write: CacheWrite, writer: Writer) -> None:
     """The write of a cache of floats, by the layer or the plugin."""
     at = next(i for i, node in enumerate(graph.node) if list(node.output) == [write.present])
     name = f"write.{write.past}"
-    if not by_plugin:
+    if writer is Writer.LAYER:
         inputs = [write.past, write.update, write.start]
         node = helper.make_node("TensorScatter", inputs, [write.present], name, axis=-2, mode="linear")
         graph.node[at].CopyFrom(node)
@@ -117,14 +137,6 @@ def _replace(graph: onnx.GraphProto, write: CacheWrite, by_plugin: bool) -> None
     node = helper.make_node(WRITE_CACHE.name, inputs, [write.present], name, domain=DOMAIN, plugin_namespace=DOMAIN)
     graph.node[at].CopyFrom(node)
     graph.node.insert(at, helper.make_node("Cast", [write.start], [start], f"{name}.cast", to=TensorProto.INT32))
-
-
-def _double_update(graph: onnx.GraphProto, write: CacheWrite) -> None:
-    """The update twice, one behind the other: the second lies in blocks that are not whole, unread, or beyond the end."""
-    at = next(i for i, node in enumerate(graph.node) if list(node.output) == [write.present])
-    twice = f"write.{write.past}.twice"
-    graph.node[at].input[1] = twice
-    graph.node.insert(at, helper.make_node("Concat", [write.update] * 2, [twice], twice, axis=-2))
 
 
 def _read_only(graph: onnx.GraphProto, write: CacheWrite) -> None:

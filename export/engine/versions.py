@@ -81,10 +81,10 @@ def has_attention(flavour: Flavour) -> bool:
     return flavour.backend == "tensorrt-rtx" or flavour.version >= (10, 14)
 
 
-def crashes_on_short_updates(flavour: Flavour) -> bool:
-    """TensorRT-RTX 1.7 dies while it builds for one token of one row, where that layer writes level 1's keys too.
+def crashes_on_keys_of_blocks(flavour: Flavour) -> bool:
+    """TensorRT-RTX 1.7 dies while it builds where that layer writes caches of tokens and of blocks, of two lengths.
 
-    It does not where the update has two units or more.
+    Its heap is damaged: some sizes and models get through. None has died where something else writes what counts in blocks.
     """
     return flavour.backend == "tensorrt-rtx"
 
@@ -108,9 +108,10 @@ def builder_flags(flavour: Flavour, weight_streaming: bool) -> list[Any]:
     """What a build is told beside its sizes.
 
     TensorRT-RTX (1.2 and later) "requires" REQUIRE_USER_ALLOCATION of engines that are captured into CUDA graphs: without it
-    the engine allocates while it runs, once a tensor outgrows what was planned.
+    the engine allocates while it runs, once a tensor outgrows what was planned. It refuses that beside WEIGHT_STREAMING, which
+    allocates while it runs: an engine whose weights may stream is not captured.
     """
-    names = ["WEIGHT_STREAMING"] * weight_streaming + ["REQUIRE_USER_ALLOCATION"]
+    names = ["WEIGHT_STREAMING" if weight_streaming else "REQUIRE_USER_ALLOCATION"]
     members = flavour.trt.BuilderFlag.__members__
     return [members[name] for name in names if name in members]
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "capacity"])
 def write_cache_rows(update, start, out, length, capacity, H: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr):
     """``out`` holds the cache. The elements of a row's head follow one another, in the update as in the cache."""
     head, row = tl.program_id(1), tl.program_id(2)

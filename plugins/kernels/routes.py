@@ -51,7 +51,7 @@ def coarse_route_tiles(
     horizon = horizon_of(i, past, new, CAUSAL)
     own = (past + i) // BLOCK
     best = no_choice(ROWS, K, KP)
-    visible = tl.where(live, (horizon + BLOCK - 1) // BLOCK, 0)
+    visible = tl.minimum(tl.where(live, (horizon + BLOCK - 1) // BLOCK, 0), units)  # whatever past_len says
     for first in range(0, tl.max(visible, axis=0), COLS):
         block = first + tl.arange(0, COLS)
         there = block < units
@@ -76,7 +76,9 @@ def coarse_route_tiles(
                         part = tl.load(rows + m * length.to(tl.int64) * DR + d[None, :], mask=inside, other=0.0)
                         score += product(part, key)
         complete = there[None, :] & ((block + 1)[None, :] * BLOCK <= horizon[:, None])
-        forced = is_forced(block[None, :], own[:, None], horizon[:, None], BLOCK, K, INIT, LOCAL) & live[:, None]
+        forced = (
+            is_forced(block[None, :], own[:, None], horizon[:, None], BLOCK, K, INIT, LOCAL) & live[:, None] & there[None, :]
+        )
         index = block[None, :] + tl.zeros([ROWS, 1], tl.int32)
         ranks = tl.where(forced, forced_rank(index), tl.where(complete, rank(score, index), NEVER))
         best = keep_best(best, ranks, False)
@@ -131,7 +133,7 @@ def coarse_route_split(
             query, unit_key, b, s, i, length, units, block, complete, HR, HK, HS, DR, KEY_HEADS, SUMMED, COLS, DEPTH
         )
         scored = tl.where(complete[None, :], rank(score, block[None, :]), NEVER)
-        forced = is_forced(block, own, horizon, BLOCK, K, INIT, LOCAL)
+        forced = is_forced(block, own, horizon, BLOCK, K, INIT, LOCAL) & (block < units)
         best = keep_best(best, tl.where(forced[None, :], forced_rank(block[None, :]), scored), False)
     slot = tl.arange(0, KP)[None, :]
     out = ranks + (((b * HS + s) * length + i) * splits + split) * K + slot
@@ -170,7 +172,7 @@ def fine_route_rows(
     own = (past + i) // BLOCK
     n = tl.arange(0, FP)
     always = tl.where(n < LOCAL, own - n, n - LOCAL)
-    forced = (always >= 0) & is_forced(always, own, horizon, BLOCK, K, INIT, LOCAL) & (i < new)
+    forced = (always >= 0) & (always < units) & is_forced(always, own, horizon, BLOCK, K, INIT, LOCAL) & (i < new)
     best = no_choice(1, K, KP)
     best = keep_best(best, tl.where(forced, forced_rank(always), NEVER)[None, :], True)
     listed = candidates + ((b * HC + s * HC // HS) * length + i) * K1

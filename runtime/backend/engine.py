@@ -72,12 +72,13 @@ class EngineSession:
                 f"install {engine.version}, or {engine.remedy}"
             )
         plan = engine.read_plan()
-        if library is not None and not self._trt.get_plugin_registry().load_library(str(library)):
+        self.gpu = CudaDevice() if gpu is None else gpu
+        self._runtime = self._trt.Runtime(self._logger)
+        # The runtime's own registry: the process's takes a library once, and refuses it to every further session.
+        if library is not None and not self._runtime.get_plugin_registry().load_library(str(library)):
             raise EngineError(
                 f"TensorRT cannot load the plugins of {library} ({self._reason()}); build it anew: bilevel kernels build"
             )
-        self.gpu = CudaDevice() if gpu is None else gpu
-        self._runtime = self._trt.Runtime(self._logger)
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise EngineError(f"{engine.path.name} does not load ({self._reason()}); {engine.remedy}")

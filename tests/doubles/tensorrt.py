@@ -2,7 +2,7 @@
 
 Work is done when the stream is synchronised, not before: whoever reads earlier reads poison. Every tensor needs an address,
 shapes lie inside the profile, a cache's input and output share one address, a capture follows a run with the same shapes, and
-nothing is captured while weights stream.
+nothing is captured while weights stream. An update that goes beyond the end of a cache is dropped as a whole.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from bilevel.bundle.format import Bundle, read_manifest
 from bilevel.errors import EngineError
-from bilevel.export.engine.cache_writes import write_in_place
+from bilevel.export.engine.cache_writes import choose_writer, write_in_place
+from bilevel.export.engine.versions import Flavour
 from bilevel.runtime.backend.device_memory import Memory
 
 VERSION = "11.4.0"
@@ -266,6 +267,20 @@ class _Engine:
             self.device.array(addresses[name], value.shape, kind)[...] = value
 
 
+class _Registry:
+    """TensorRT's: one of the process and one of each Runtime. Each takes a library once, whose plugins it has afterwards."""
+
+    def __init__(self, trt: FakeTensorrt) -> None:
+        self.trt, self.libraries = trt, list[str]()
+
+    def load_library(self, path: str) -> object | None:
+        if path in self.libraries or not Path(path).is_file() or self.trt.refuses_libraries:
+            return None
+        self.libraries.append(path)
+        self.trt.libraries.append(path)
+        return object()
+
+
 class FakeTensorrt:
     """What the runtime uses of the module ``tensorrt``."""
 
@@ -273,7 +288,8 @@ class FakeTensorrt:
         self.__version__ = version
         self.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED=2)
         self.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="EAGER")
-        self.libraries: list[str] = []
+        self.libraries: list[str] = []  # of every registry, in the order in which they were loaded
+        self._registry = _Registry(self)
         self.refuses_libraries, self.has_memory, self.is_capturable = False, True, True
         self._device = device
 
@@ -282,12 +298,8 @@ class FakeTensorrt:
 
         self.ILogger = ILogger
 
-    def get_plugin_registry(self) -> Any:
-        def load(path: str) -> bool:
-            self.libraries.append(path)
-            return Path(path).is_file() and not self.refuses_libraries
-
-        return SimpleNamespace(load_library=load)
+    def get_plugin_registry(self) -> _Registry:
+        return self._registry
 
     def Runtime(self, logger: Any) -> Any:
         def fail(reason: str) -> bool:
@@ -296,12 +308,17 @@ class FakeTensorrt:
 
         def deserialize(plan: bytes) -> _Engine | None:
             try:
-                return _Engine(json.loads(plan), self, fail)
+                content = json.loads(plan)
+                if content["plugins"] and not (registry.libraries or self._registry.libraries):
+                    fail("Cannot find plugin: RoutedAttention, version: 1, namespace: bilevel")
+                    return None
+                return _Engine(content, self, fail)
             except ValueError:
                 fail("the plan's magic tag does not match")
                 return None
 
-        return SimpleNamespace(deserialize_cuda_engine=deserialize)
+        registry = _Registry(self)
+        return SimpleNamespace(deserialize_cuda_engine=deserialize, get_plugin_registry=lambda: registry)
 
 
 def _rank_logits(graph: Path, count: int) -> Path:
@@ -327,12 +344,42 @@ def _rank_logits(graph: Path, count: int) -> Path:
     return path
 
 
-def _write_in_place(bundle: Bundle, capacity: int) -> Path:
-    """The graph as TensorRT would be given it, beside it."""
+def drop_whole_updates(model: onnx.ModelProto) -> None:
+    """Let every TensorScatter do what TensorRT's layer does: a row whose update goes beyond the cache's end is not written.
+
+    ONNX Runtime's refuses such a call, or writes beyond the end.
+    """
+    graph = model.graph
+    for position, node in reversed(list(enumerate(graph.node))):
+        if node.op_type != "TensorScatter":
+            continue
+        past, update, start = node.input
+        name = f"{node.output[0]}.guarded"
+        at = {part: f"{name}.{part}" for part in ("room", "count", "last", "first", "written", "fits", "rows", "axes")}
+        graph.initializer.append(numpy_helper.from_array(np.array([1, 2, 3]), at["axes"]))
+        guarded = [
+            helper.make_node("Shape", [past], [at["room"]], start=2, end=3),
+            helper.make_node("Shape", [update], [at["count"]], start=2, end=3),
+            helper.make_node("Sub", [at["room"], at["count"]], [at["last"]]),
+            helper.make_node("Min", [start, at["last"]], [at["first"]]),
+            helper.make_node("TensorScatter", [past, update, at["first"]], [at["written"]], axis=-2, mode="linear"),
+            helper.make_node("LessOrEqual", [start, at["last"]], [at["fits"]]),
+            helper.make_node("Unsqueeze", [at["fits"], at["axes"]], [at["rows"]]),
+            helper.make_node("Where", [at["rows"], at["written"], past], [node.output[0]]),
+        ]
+        del graph.node[position]
+        for each in reversed(guarded):
+            graph.node.insert(position, each)
+
+
+def _write_in_place(bundle: Bundle, capacity: int, backend: str) -> Path:
+    """The graph as TensorRT would be given it, beside it, for an engine without plugins."""
     graph = bundle.graph_path
     model = onnx.load(str(graph), load_external_data=False)
     sizes = {"capacity": capacity, "num_blocks": capacity // bundle.block_size}
-    write_in_place(model, bundle.graph.state, sizes, by_plugin=False)
+    flavour = Flavour(backend, None, (11, 4))
+    write_in_place(model, bundle.graph.state, sizes, lambda write: choose_writer(flavour, write, with_plugins=False))
+    drop_whole_updates(model)
     path = graph.with_suffix(f".{capacity}.onnx")
     path.write_bytes(model.SerializeToString())
     return path
@@ -349,9 +396,11 @@ def write_engine(bundle: Path, name: str = "fake", num_best: int = 0, as_built: 
     new_tokens = changes.get("new_tokens", [[1, manifest["limits"]["prefill_chunk"]], [1, 1]])
     graph = bundle / manifest["graph"]["file"]
     capacity = changes.get("capacity", 16 * manifest["block_size"])
-    graph = _write_in_place(read_manifest(bundle), capacity) if as_built else graph
+    backend = changes.get("backend", "tensorrt")
+    graph = _write_in_place(read_manifest(bundle), capacity, backend) if as_built else graph
     graph = _rank_logits(graph, num_best) if num_best else graph
-    facts = {"streams": changes.get("weight_streaming", False), "backend": changes.get("backend", "tensorrt")}
+    facts = {"streams": changes.get("weight_streaming", False), "backend": backend}
+    facts["plugins"] = bool(changes.get("plugins"))
     plan = json.dumps({"graph": str(graph), "new_tokens": new_tokens, **facts}).encode()
     folder = bundle / "engines"
     folder.mkdir(exist_ok=True)

@@ -43,15 +43,19 @@ def bundle(copied: Exported) -> Path:
     return copied("two_level")[1]
 
 
-@pytest.mark.parametrize(("precision", "archs", "times"), [("fp32", "80", 1), ("fp16", "89", 1), ("bf16", "120,86", 2)])
+@pytest.mark.parametrize(
+    ("precision", "archs", "times", "capacity", "chunk"),
+    [("fp32", "80", 1, 768, 512), ("fp16", "89", 1, 500, 512), ("bf16", "120,86", 2, 1024, 513)],
+)
 def test_the_example_models_engine(
-    precision: str, archs: str, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    precision: str, archs: str, times: int, capacity: int, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The engine of a whole model in every precision; a second one, for two architectures, is the same byte for byte."""
     bundle = tmp_path / "bundle"
     monkeypatch.setattr(bundle_module, "TWIN_PRECISIONS", ())  # no engine is built from the twin
     bundle_module.export_bundle(EXAMPLE, bundle, precision=precision)
-    sizes = ("--sm", archs, "--batch", "2", "--capacity", "500", "--prefill-chunk", "64", "--reproducible")
+    sizes = ("--sm", archs, "--batch", "2", "--reproducible")
+    sizes = (*sizes, "--capacity", str(capacity), "--prefill-chunk", str(chunk))
     phases: set[str] = set()
     manifests, plans = set(), set()
     for _ in range(times):
@@ -63,15 +67,24 @@ def test_the_example_models_engine(
     assert sorted(p.name for p in path.parent.iterdir()) == [path.name, f"{path.stem}.plan"]
     built, version = read_engine(path), load_flavour("tensorrt-rtx").trt.__version__
     assert (built.backend, built.version, built.platform) == ("tensorrt-rtx", version, None)
-    assert (built.capacity, built.batch) == (512, (1, 2))
+    assert (built.capacity, built.batch) == (-(-capacity // 32) * 32, (1, 2)), "a whole number of blocks"
     assert list(built.architectures) == sorted(map(int, archs.split(",")))
-    assert built.new_tokens == ((1, 64), (1, 1))
+    assert built.new_tokens == ((1, min(chunk, built.capacity)), (1, 1))
     manifest = json.loads((bundle / "bundle.json").read_text())
     assert built.precision == manifest["precision"] and built.graph_sha256 == manifest["files"]["model.onnx"]["sha256"]
     nodes = len(routed_nodes(onnx.load(str(bundle / "model.onnx"), load_external_data=False).graph))
-    assert built.plugins == {"nodes": nodes, "library": None} and nodes == 17
+    keys = sum("block_key" in each["input"] for each in manifest["graph"]["state"])  # plugins write these
+    assert built.plugins == {"nodes": nodes + keys, "library": None} and (nodes, keys) == (17, 7)
     for text in (b"RoutedAttention", b"format_version", b"num_selection_heads"):
         assert text in built.read_plan(), "the plan names the plugins and their fields"
+
+
+@pytest.mark.parametrize("plugins, capacity, chunk", [("python", 64, 64), ("python", 96, 65), ("none", 32, 32)])
+def test_chunks_as_long_as_the_caches(plugins: str, capacity: int, chunk: int, bundle: Path) -> None:
+    """Level 1's keys of a whole chunk are written where the cache has no room for more."""
+    path = build_engine(plan_of(bundle, "--plugins", plugins, "--capacity", str(capacity), "--prefill-chunk", str(chunk)))
+    built = read_engine(path)
+    assert (built.capacity, built.new_tokens) == (capacity, ((1, chunk), (1, 1)))
 
 
 def test_the_command_builds_and_inspect_shows(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,7 +248,7 @@ def test_what_is_captured_allocates_nothing(weight_streaming: bool, bundle: Path
     plan = plan_of(bundle, "--capacity", "32")
     job = engine_worker.Job("", "", 0, "tensorrt-rtx", (89,), plan.limits, "none", "", weight_streaming=weight_streaming)
     engine_worker.build_plan(replace(parsed, builder=Builder()), job, lambda **event: None)
-    assert configs[0].get_flag(rtx.trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    assert configs[0].get_flag(rtx.trt.BuilderFlag.REQUIRE_USER_ALLOCATION) != weight_streaming
     assert configs[0].get_flag(rtx.trt.BuilderFlag.WEIGHT_STREAMING) == weight_streaming
     jetpack = Flavour("tensorrt", SimpleNamespace(BuilderFlag=SimpleNamespace(__members__={"WEIGHT_STREAMING": 17})), (10, 3))
     assert builder_flags(jetpack, weight_streaming) == [17] * weight_streaming

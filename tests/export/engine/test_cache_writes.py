@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from onnx import TensorProto, helper
 from bilevel.bundle.format import Bundle, read_manifest
 from bilevel.contract import DOMAIN
 from bilevel.errors import EngineError, ExportError
-from bilevel.export.engine.cache_writes import check_caches, find_writes, write_in_place
+from bilevel.export.engine.cache_writes import check_caches, choose_writer, find_writes, write_in_place
 from bilevel.export.engine.versions import Flavour
+from tests.doubles.tensorrt import drop_whole_updates
 
 Exported = Callable[..., tuple[Path, Path]]
 CAPACITY = 48
@@ -26,10 +27,22 @@ def read(folder: Path) -> tuple[onnx.ModelProto, Bundle]:
     return onnx.load(str(folder / "model.onnx")), read_manifest(folder)
 
 
-def rewrite(bundle: Path, **options: Any) -> onnx.ModelProto:
+NEW, RTX, JETPACK = (
+    Flavour(*each) for each in (("tensorrt", None, (11,)), ("tensorrt-rtx", None, (1, 7)), ("tensorrt", None, (10, 3)))
+)
+FLAVOURS = [
+    (NEW, True, ("TensorScatter", "TensorScatter")),
+    (NEW, False, ("TensorScatter", "TensorScatter")),
+    (RTX, True, ("WriteCache", "TensorScatter")),
+    (RTX, False, ("ScatterND", "TensorScatter")),
+    (JETPACK, True, ("WriteCache", "WriteCache")),
+]
+
+
+def rewrite(bundle: Path, flavour: Flavour = NEW, with_plugins: bool = True, capacity: int = CAPACITY) -> onnx.ModelProto:
     model, manifest = read(bundle)
-    sizes = {"capacity": CAPACITY, "num_blocks": CAPACITY // manifest.block_size}
-    write_in_place(model, manifest.graph.state, sizes, **options)
+    sizes = {"capacity": capacity, "num_blocks": capacity // manifest.block_size}
+    write_in_place(model, manifest.graph.state, sizes, lambda write: choose_writer(flavour, write, with_plugins))
     return model
 
 
@@ -43,8 +56,13 @@ def as_function() -> onnx.FunctionProto:
     return helper.make_function(DOMAIN, "WriteCache", ["cache", "update", "start"], ["out"], nodes, opsets)
 
 
-def run_calls(model: onnx.ModelProto, capacity: int, block_size: int, tokens_are_written: bool) -> list[np.ndarray[Any, Any]]:
-    """Logits of a prompt in two pieces and of single tokens, rows of different lengths, as a runtime would call."""
+CALLS = ((7, 4), (5, 5), (1, 1), (1, 0), (1, 1), (1, 1))
+
+
+def run_calls(
+    model: onnx.ModelProto, capacity: int, block_size: int, tokens_are_written: bool, calls: Sequence[tuple[int, int]] = CALLS
+) -> list[np.ndarray[Any, Any]]:
+    """Logits of a prompt in pieces and of single tokens, rows of different lengths, as a runtime would call."""
     session = ort.InferenceSession(model.SerializeToString())
     kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64, "tensor(int32)": np.int32}
     sizes = {"batch": 2, "capacity": capacity, "num_blocks": capacity // block_size}
@@ -55,7 +73,7 @@ def run_calls(model: onnx.ModelProto, capacity: int, block_size: int, tokens_are
     }
     names = [port.name for port in session.get_outputs()]
     past, found = np.zeros(2, np.int32), []
-    for call, lengths in enumerate([(7, 4), (5, 5), (1, 1), (1, 0), (1, 1), (1, 1)]):
+    for call, lengths in enumerate(calls):
         new = np.array(lengths, np.int32)
         ids = (np.arange(2 * new.max()).reshape(2, -1) * 3 + call) % 7
         if tokens_are_written:
@@ -68,24 +86,54 @@ def run_calls(model: onnx.ModelProto, capacity: int, block_size: int, tokens_are
     return found
 
 
-@pytest.mark.parametrize(
-    "options", [{"by_plugin": False}, {"by_plugin": False, "with_long_updates": True}, {"by_plugin": True}]
-)
-def test_the_same_logits(options: dict[str, Any], exported: Exported) -> None:
+@pytest.mark.parametrize("flavour, with_plugins, writers", FLAVOURS)
+def test_the_same_logits(flavour: Flavour, with_plugins: bool, writers: tuple[str, str], exported: Exported) -> None:
+    """writers: of keys of blocks, and of every other cache of floats."""
     bundle = exported("two_level")[1]
     original, manifest = read(bundle)
-    model = rewrite(bundle, **options)
-    written = [node for node in model.graph.node if node.op_type in ("TensorScatter", "WriteCache")]
-    assert len(written) == len(manifest.graph.state) - 1 and all(node.op_type != "ScatterND" for node in model.graph.node)
-    assert {node.op_type for node in written} == {"WriteCache" if options["by_plugin"] else "TensorScatter"}
+    model = rewrite(bundle, flavour, with_plugins)
+    made = {name: node for node in model.graph.node for name in node.output}
+    found = {
+        ("num_blocks" in past.shape, made[present].op_type)
+        for past, present in manifest.graph.state
+        if past.name != "past.token_ids"
+    }
+    assert found == {(True, writers[0]), (False, writers[1])}
+    assert all(made[present].input[0] == past.name for past, present in manifest.graph.state if present in made)
     assert "present.token_ids" not in {value.name for value in model.graph.output}
-    if options["by_plugin"]:
-        assert all(node.domain == DOMAIN for node in written) and model.opset_import[0].version == 23
+    if "WriteCache" in writers:
+        assert all(node.domain == DOMAIN for node in model.graph.node if node.op_type == "WriteCache")
+        assert model.opset_import[0].version == (24 if "TensorScatter" in writers else 23)
         model.functions.append(as_function())
         model.opset_import[0].version = 24
+    drop_whole_updates(model)
     expected = run_calls(original, CAPACITY, manifest.block_size, tokens_are_written=False)
     for got, want in zip(run_calls(model, CAPACITY, manifest.block_size, tokens_are_written=True), expected, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("flavour, with_plugins, writers", FLAVOURS)
+def test_caches_that_are_filled_to_the_end(
+    flavour: Flavour, with_plugins: bool, writers: tuple[str, str], exported: Exported
+) -> None:
+    """Whatever writes them: no update goes beyond the end of a cache, where TensorRT would drop the whole of it."""
+    bundle = exported("two_level")[1]
+    original, manifest = read(bundle)
+    capacity, size = CAPACITY, manifest.block_size
+    model = rewrite(bundle, flavour, with_plugins)
+    if "WriteCache" in writers:
+        model.functions.append(as_function())
+        model.opset_import[0].version = 24
+    drop_whole_updates(model)
+    left = capacity - 16 - 2 * size
+    for calls in (
+        ((16, 16), (left, left), (size, size), (size, size)),
+        ((16, 16), (left, left), (2 * size, 2 * size)),
+        ((16, 16), (left + 1, left), (2 * size - 2, 2 * size - 2), (1, 1)),
+    ):
+        want = run_calls(original, capacity, size, tokens_are_written=False, calls=calls)
+        for got, expected in zip(run_calls(model, capacity, size, True, calls), want, strict=True):
+            np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("preset", ["moba", "dense"])
@@ -93,7 +141,7 @@ def test_other_presets(preset: str, exported: Exported) -> None:
     """No level 1, so no cache of token ids."""
     bundle = exported(preset)[1]
     original, manifest = read(bundle)
-    model = rewrite(bundle, by_plugin=False)
+    model = rewrite(bundle)
     pairs = zip(*(run_calls(each, CAPACITY, manifest.block_size, False) for each in (original, model)), strict=True)
     for want, got in pairs:
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
@@ -108,7 +156,7 @@ def test_where_each_cache_is_written(exported: Exported) -> None:
 
 
 def test_capacity_is_a_number(exported: Exported) -> None:
-    model = rewrite(exported("two_level")[1], by_plugin=True)
+    model = rewrite(exported("two_level")[1], JETPACK)
     values = (*model.graph.input, *model.graph.output, *model.graph.value_info)
     left = {dim.dim_param for value in values for dim in value.type.tensor_type.shape.dim} - {""}
     assert not left & {"capacity", "num_blocks"} and {"batch", "new_tokens"} <= left

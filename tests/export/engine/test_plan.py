@@ -25,7 +25,7 @@ from bilevel.export.engine.memory import Estimate, memory_problem
 from bilevel.export.engine.plugins import choose_plugins
 from bilevel.export.engine.versions import (
     compute_capabilities,
-    crashes_on_short_updates,
+    crashes_on_keys_of_blocks,
     has_cache_layer,
     is_weakly_typed,
     load_flavour,
@@ -180,7 +180,7 @@ def test_versions_differ() -> None:
     assert not must_strip_functions(flavour("tensorrt-rtx", 1, 7))
     assert [v for v in ((10, 14), (10, 15), (11, 0)) if has_cache_layer(flavour("tensorrt", *v))] == [(10, 15), (11, 0)]
     assert has_cache_layer(flavour("tensorrt-rtx", 1, 7))
-    assert [f.backend for f in (flavour("tensorrt", 11, 1), flavour("tensorrt-rtx", 1, 7)) if crashes_on_short_updates(f)] == [
+    assert [f.backend for f in (flavour("tensorrt", 11, 1), flavour("tensorrt-rtx", 1, 7)) if crashes_on_keys_of_blocks(f)] == [
         "tensorrt-rtx"
     ]
     assert [v for v in ((10, 3), (10, 16), (11, 0)) if is_weakly_typed(flavour("tensorrt", *v))] == [(10, 3), (10, 16)]

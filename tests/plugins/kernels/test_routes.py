@@ -154,3 +154,13 @@ def test_idle_rows_and_empty_calls() -> None:
                 assert outputs[0].numel() == 0
         nothing = {**inputs, "unit_key": inputs["unit_key"][:, :, :0].contiguous(), "past_len": int32(0, 0)}
         assert (check(name, nothing, case.attributes())[0] == -1).all()
+
+
+@pytest.mark.parametrize("name, only", [("CoarseRoute", "tiles"), ("CoarseRoute", "split"), ("FineRoute", "rows")])
+@pytest.mark.parametrize("past", [2000, 2**20])
+def test_a_length_beyond_the_cache(name: str, only: str, past: int) -> None:
+    """Garbage in past_len: no loop goes, and no route leads, beyond the blocks that there are."""
+    case = CASES["two-slices-and-two-tiles-of-blocks"]
+    inputs = {**case.inputs(2, fine=name == "FineRoute"), "past_len": int32(past, past)}
+    (routes,) = run_kernels(name, inputs, case.attributes(), only)[only]
+    assert int(routes.max()) < case.blocks

@@ -109,3 +109,17 @@ def test_parameters_are_counted() -> None:
     assert count_parameters(ptx, "f") == 2
     with pytest.raises(KernelError, match="has no kernel g; install the Triton that PyTorch was built with"):
         count_parameters(ptx, "g")
+
+
+def test_no_size_of_a_call_is_specialised() -> None:
+    """Triton makes a specialisable whole number of 1 a constant, which has no ``to``: a call of one token would not compile."""
+    found = set()
+    for op in contract.GPU_OPS:
+        for geometry in sweep.geometries(op.name):
+            for launch in (launch for plan in plans(op, geometry, "float16", 80) for launch in plan.launches):
+                module = importlib.import_module(f"bilevel.plugins.kernels.{launch.module}")
+                wholes = {argument.name for argument in launch.arguments if argument.kind == "int32"}
+                # The interpreter, which this process has Triton use, keeps what the decorator was told.
+                given = getattr(module, launch.kernel).kwargs["do_not_specialize"]
+                found |= {(launch.kernel, name) for name in wholes - set(given or ())}
+    assert not found

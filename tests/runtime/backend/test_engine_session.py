@@ -8,6 +8,9 @@ import inspect
 import json
 import platform
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,10 @@ from bilevel.runtime.generate.sampling import SamplingParams
 from bilevel.runtime.generate.text import BundleTokenizer
 from bilevel.runtime.schedule.route_stats import EVERY, RouteStats
 from tests.doubles.bundle import write_bundle
+from tests.doubles.gpu import request_of
 from tests.doubles.tensorrt import FakeDevice, FakeTensorrt, write_engine
+from tests.plugins.tensorrt.plugin_library import build_plugins
+from tests.support.operator_calls import make_call
 
 Copied = Callable[..., tuple[Path, Path]]
 
@@ -217,6 +223,36 @@ def test_plugins_are_loaded_before_the_plan(bundle: Path, device: FakeDevice, tr
     assert trt.libraries == [str(tmp_path / "library.so")]
     with pytest.raises(EngineError, match="cannot load the plugins of .*absent.so .*; build it anew: bilevel kernels build"):
         open_engine(bundle, device, tmp_path / "absent.so")
+
+
+def test_two_sessions_of_two_bundles(
+    bundle: Path, device: FakeDevice, trt: FakeTensorrt, tmp_path: Path, exported: Copied
+) -> None:
+    """In one process, with the same plugins and at the same time: each gives what its own bundle gives."""
+    (tmp_path / "library.so").write_text("")
+    other = Path(shutil.copytree(exported("moba")[1], tmp_path / "other"))
+    plugins = {"nodes": 3, "library": None}
+    sessions = [open_engine(each, device, tmp_path / "library.so", plugins=plugins) for each in (bundle, other, bundle)]
+    found = [run_calls(session, (3, 1, 1, 1)) for session in sessions]
+    for each, logits in zip((bundle, other, bundle), found, strict=True):
+        expected = run_calls(Generator.open(each, "onnx").session, (3, 1, 1, 1))
+        np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="NVIDIA's wheels of TensorRT-RTX are for x86-64")
+def test_registries_of_the_real_module(tmp_path: Path) -> None:
+    """What the double does, TensorRT-RTX does: a library fits into each local registry, and once into the process's."""
+    library = build_plugins([request_of("WriteCache", *make_call("WriteCache"))], tmp_path / "library.so")
+    program = """
+import sys
+import tensorrt_rtx as trt
+
+builders = [trt.Builder(trt.Logger(trt.Logger.INTERNAL_ERROR)) for _ in range(2)]
+registries = [each.get_plugin_registry() for each in builders] + [trt.get_plugin_registry()] * 2
+print(*[registry.load_library(sys.argv[1]) is not None for registry in registries])
+"""
+    run = subprocess.run([sys.executable, "-c", program, str(library)], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["True", "True", "True", "False"]
 
 
 def test_calls_outside_the_engine_are_refused(bundle: Path, device: FakeDevice, trt: FakeTensorrt) -> None:
