@@ -45,8 +45,8 @@ your own instead. Text like what the model is for makes better gates. One part i
   bilevel route my-model tuned --adapter --from my-adapter --tune 60      and a model that is used to them
 
 A run with --method gate or --tune keeps its progress in OUT.work; the same command goes on after a kill, and comes to the same
-result as without one, on the same machine and number of threads. With --method gate a row of 4,096 tokens takes 22 MB there (30
-layers of 9 heads of 64, blocks of 64).
+result as without one, on the same machine and number of threads. With --method gate a row of 4,096 tokens takes 45 MB there (30
+layers of 9 heads of 64, blocks of 16).
 """
 
 
@@ -73,7 +73,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--context", type=int, default=4096, metavar="N", help="tokens of the texts to calibrate on (default 4096)"
     )
-    parser.add_argument("--block-size", type=int, metavar="N", help="tokens per block (default: calibrated)")
+    parser.add_argument("--block-size", type=int, metavar="N", help="tokens per block (default: calibrated, gates: 16)")
     parser.add_argument(
         "--words",
         type=float,

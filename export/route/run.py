@@ -15,7 +15,7 @@ from torch import Tensor
 from bilevel.config import ModelConfig, Routing
 from bilevel.errors import CheckpointError
 from bilevel.export.route.adapter import LOG, Adapter, check_base, load_adapter
-from bilevel.export.route.calibrate import Calibration, calibrate, check_share, share_read, starting_routing
+from bilevel.export.route.calibrate import GATE_BLOCK, Calibration, calibrate, check_share, share_read, starting_routing
 from bilevel.export.route.facts import Score, evaluate
 from bilevel.export.route.source import Options, Report, Source, fast_precision, open_source
 from bilevel.export.route.train import train_gates
@@ -183,12 +183,11 @@ def _whole(options: Options) -> Options:
 
 
 def _candidates(options: Options) -> list[Routing]:
-    """Kinds of keys and sizes of blocks to choose among, the first of which ranks the layers.
-
-    Gates that were trained on blocks of 64 choose smaller ones well too (SmolLM2: better, for the same number of tokens).
-    """
+    """Kinds of keys and sizes of blocks to choose among, the first of which ranks the layers."""
+    if options.method == "gate":
+        return [starting_routing("gate", options.block_size or GATE_BLOCK)]
     sizes = (options.block_size,) if options.block_size else (64, 32, 16)
-    keys = (options.key,) if options.key else ("gate",) if options.method == "gate" else ("bounds", "mean")
+    keys = (options.key,) if options.key else ("bounds", "mean")
     return [starting_routing(key, size) for size in sizes for key in keys]
 
 

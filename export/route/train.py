@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from bilevel.config import ModelConfig
-from bilevel.export.route.calibrate import check_share, starting_routing
+from bilevel.export.route.calibrate import GATE_BLOCK, check_share, starting_routing
 from bilevel.export.route.distil import measure, step
 from bilevel.export.route.gates import GateStack
 from bilevel.export.route.rows import training_row
@@ -34,7 +34,7 @@ def train_gates(
     """Gates for every layer, trained as far as the plan says; goes on where an earlier run was killed."""
     precision = Work.precision_of(work_folder) or str(fast_precision()).removeprefix("torch.")
     source = open_source(checkpoint, options, getattr(torch, precision), report)
-    routing = dataclasses.replace(starting_routing("gate", options.block_size or 64), topk=8)
+    routing = dataclasses.replace(starting_routing("gate", options.block_size or GATE_BLOCK), topk=8)
     check_share(source.config, routing, share, options.context, options.dense_layers)  # before hours of training
     config = dataclasses.replace(source.config, routing=routing)
     longest = source.config.max_position_embeddings
