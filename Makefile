@@ -12,7 +12,7 @@ QUESTION ?= What is the capital of France?
 # Whatever is slow to import stays out of the way of two test processes on two cores.
 export OMP_NUM_THREADS ?= $(if $(filter test pytest,$(MAKECMDGOALS)),1,$(shell nproc 2>/dev/null || echo 2))
 
-.PHONY: help run test lint types pytest train train-two-level train-dense gpu-test gpu-bench smollm2 real dist clean
+.PHONY: help run test lint types pytest fuzz train train-two-level train-dense gpu-test gpu-bench smollm2 real dist clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*##/  make \1\t/'
@@ -33,6 +33,10 @@ types: $(VENV)/dev  ## type-check the package
 
 pytest: $(VENV)/dev
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal --durations 8
+
+# Other cases in every run, and an hour of them; FUZZ_EXAMPLES of each kind.
+fuzz: $(VENV)/dev  ## manifests, graphs, tokenizers, templates, requests and calls gone wrong, for an hour (FUZZ_EXAMPLES=20000)
+	FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-20000} $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal tests/fuzz
 
 smollm2: build/smollm2-bundle/bundle.json  ## a real model: SmolLM2-135M-Instruct from GGUF, exported, checked, asked a QUESTION (downloads 93 MB)
 	$(BIN)/bilevel check build/smollm2-bundle --against build/smollm2 --summary --tokens 256

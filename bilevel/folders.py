@@ -66,7 +66,7 @@ def read_json(path: Path) -> Any:
     except json.JSONDecodeError as error:
         raise ValueError(f"is not valid JSON ({error})") from None
     except ValueError as error:
-        if "int string conversion" in str(error):
+        if "integer string conversion" in str(error):
             raise ValueError("is not valid JSON (it holds a number of thousands of digits)") from None
         raise
 

@@ -4,7 +4,8 @@
 
 A tenth of the clients hang up midway, a tenth send what is no request; every whole answer is compared with what the model says
 alone (greedy). Prints the server's resident memory as it goes. Exit status 1 where memory grew by more than 5 % after the first
-fifth, an answer was wrong, a status was not the right one, or a row or a waiting request was left.
+fifth, an answer was wrong, a status was not the right one, or a row or a waiting request was left. Then it is attacked
+(``serving_attacks.py``), and what that does to ``/v2/health/live`` is printed, which depends on what else the machine does.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from serving_attacks import measure
 from serving_client import ask, metric, server
 
 from bilevel.bundle.format import load_bundle
@@ -142,7 +144,18 @@ def main() -> int:
     print(f"{len(soak.problems)} problems, {stuck:g} rows or waiting requests left")
     for problem in soak.problems[:5]:
         print(f"  {problem}")
-    result = {**soak.counts, "growth": growth, "problems": len(soak.problems), "stuck": stuck, "seconds": seconds}
+    print("\nwhile somebody attacks:")
+    attacks = measure(bundle, rounds=1)
+    worst = max(each["health_ms"] for each in attacks.values())
+    print(f"the server's health was told within {worst:.0f} ms")
+    result = {
+        "worst_health_ms": worst,
+        **soak.counts,
+        "growth": growth,
+        "problems": len(soak.problems),
+        "stuck": stuck,
+        "seconds": seconds,
+    }
     print(json.dumps(result))
     return 1 if growth > 0.05 or soak.problems or stuck else 0
 

@@ -19,6 +19,7 @@ from bilevel.sections import Section
 
 FORMAT, FORMAT_VERSION = "bilevel-bundle", 1
 MANIFEST = "bundle.json"
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 WEIGHT_FORMATS = ("fp32", "int8", "int4")
 CALL_INPUTS = {"input_ids": "int64", "past_len": "int32", "new_len": "int32"}
 
@@ -83,7 +84,7 @@ def open_manifest(folder: Path) -> Section:
     try:
         manifest = Section.read(folder / MANIFEST, fail)
     except (FileNotFoundError, NotADirectoryError):
-        if (folder / "config.json").is_file() or folder.is_file():
+        if folder.is_file() or any((folder / name).is_file() for name in _WEIGHTS):
             what = "a checkpoint" if folder.is_dir() else "a file"
             raise BundleError(f"{folder} is {what}, not a bundle; make one of it: bilevel export {folder} BUNDLE") from None
         raise BundleError(

@@ -84,6 +84,11 @@ def export_bundle(
         raise ExportError(f"prefill_chunk={prefill_chunk} must be at least 1 and at most {MOST_BLOCK}")
     config = _load_config(checkpoint, ignore_keys)
     tokenizer, ends = _read_tokenizer(checkpoint), end_tokens(checkpoint, config)
+    if not 0 <= (config.bos_token_id or 0) < config.vocab_size:
+        raise ExportError(
+            f"config.json of {checkpoint} names the first token {config.bos_token_id}; the model's tokens are 0 to "
+            f"{config.vocab_size - 1}: mend it"
+        )
     on_stage(f"loading {checkpoint}")
     model = load_model(checkpoint, dtype=getattr(torch, PRECISIONS[precision]), ignore=ignore_keys)
     with replacing(bundle, ExportError) as folder:

@@ -16,6 +16,9 @@ EPILOG = """\
                                                        /metrics for Prometheus, /openapi.json
   bilevel serve my-bundle --host 0.0.0.0 --api-key-file keys.txt     reachable from other machines, with a key
 
+No other page than the server's own may use it from a browser, and it answers to addresses, localhost and this machine's name:
+--allow-origin and --allow-host widen that. A client that takes nothing of its answer for a minute is cut off; 1,000 are served.
+
 One key a line; lines that begin with # are comments. Ctrl-C, or SIGTERM, refuses new requests and lets running answers finish
 for --grace seconds; a second one ends at once. The server speaks plain HTTP: put a proxy that does TLS in front of it.
 """

@@ -171,13 +171,17 @@ class WindowStream:
         self._decode = decode
         self._context = list(prompt[-_CONTEXT:])
         self._pending: list[int] = []
+        self._ends_in_space = False
         self._num_emitted = len(decode(self._context)) if prompt else 0  # characters of decode(context + pending) that are out
 
     def push(self, token: int) -> str:
         """The text that ``token`` completes."""
         self._pending.append(token)
+        if self._ends_in_space and not self._decode([token]).strip():
+            return ""  # more of the space that waits already: decoding all of it for each token would take quadratic time
         text = self._decode(self._context + self._pending)
         num_space = len(text) - len(text.rstrip())
+        self._ends_in_space = num_space > 0
         # A character has at most 4 bytes, so at most 3 replacements can still change.
         num_open = num_space or min(3, len(text) - len(text.rstrip(REPLACEMENT)))
         piece = self._emit(text, len(text) - num_open)

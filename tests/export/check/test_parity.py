@@ -45,6 +45,19 @@ def test_check_bundle_passes_and_is_recorded(copied: Exported, preset: str) -> N
     assert verdict["verdicts"] == dict.fromkeys(verdict["verdicts"], True)
 
 
+def test_a_verdict_that_cannot_be_recorded_is_given(copied: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A target that becomes read-only in the middle."""
+
+    def refuse(*_: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    checkpoint, bundle = copied("moba")
+    monkeypatch.setattr("bilevel.bundle.format.write_manifest", refuse)
+    remarks: list[str] = []
+    assert check_bundle(bundle, checkpoint, tokens=TOKENS, on_remark=remarks.append).passed
+    assert remarks == [f"the verdict could not be recorded in {bundle / 'bundle.json'} (Read-only file system)"]
+
+
 def test_check_bundle_records_a_failure_after_a_success(copied: Exported) -> None:
     checkpoint, bundle = copied("moba")
     check_bundle(bundle, checkpoint, tokens=TOKENS)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from bilevel.runtime.generate.streams import WindowStream
 from bilevel.runtime.generate.text import BundleTokenizer, Detokenizer
 from tests.support.tokenizers_of_kinds import KINDS, byte_fallback_bpe, byte_level_bpe, end_of_word_bpe, saved
 
@@ -135,3 +136,18 @@ def test_long_runs_of_spaces_by_any_decoder(text: str) -> None:
     tokenizer = Letters()
     stream = Detokenizer(tokenizer, [])  # type: ignore[arg-type]
     assert "".join([*(stream.push(token) for token in tokenizer.encode(text)), stream.flush()]) == text
+
+
+def test_a_long_run_of_spaces_is_decoded_once() -> None:
+    """By any decoder: not all of it again for each of its tokens."""
+    decoded = 0
+
+    def decode(ids: Sequence[int]) -> str:
+        nonlocal decoded
+        decoded += len(ids)
+        return "".join(map(chr, ids))
+
+    stream = WindowStream(decode, [])
+    text = "a" + " " * 4_000 + "b"
+    assert "".join([*(stream.push(ord(letter)) for letter in text), stream.flush()]) == text
+    assert decoded < 10 * len(text)
