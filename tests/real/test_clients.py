@@ -1,4 +1,4 @@
-"""Other people's clients against SmolLM2: chats, streams, tools, structured answers; ``make real`` brings them and the model."""
+"""Other people's clients against SmolLM2: chats, streams, tools, structured answers; ``make real`` brings clients and model."""
 
 from __future__ import annotations
 
