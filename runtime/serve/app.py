@@ -13,7 +13,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bilevel.errors import BilevelError
-from bilevel.runtime.serve import kserve, openai
+from bilevel.runtime.serve import kserve, openai, responses
 from bilevel.runtime.serve.errors import as_api_error, error_body, respond_with_error
 from bilevel.runtime.serve.http import HeldBodies
 from bilevel.runtime.serve.metrics import Metrics
@@ -94,6 +94,7 @@ def create_app(service: Service, metrics: Metrics) -> ASGIApp:
         Route("/v1/models/{model}", openai.show_model),
         Route("/v1/completions", openai.complete, methods=["POST"]),
         Route("/v1/chat/completions", openai.chat, methods=["POST"]),
+        Route("/v1/responses", responses.respond, methods=["POST"]),
         Route("/v2", kserve.describe_server),
         Route("/v2/health/live", kserve.live),
         Route("/v2/health/ready", kserve.ready),

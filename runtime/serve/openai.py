@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -59,6 +59,14 @@ async def chat(request: Request) -> Response:
     service: Service = request.app.state.service
     asked: ChatRequest = validated(ChatRequest, await service.body(request))
     service.check_model(asked.model)
+    answers, open_parser = await start_chat(service, request, asked)
+    kind = "chat.completion.chunk" if asked.stream else "chat.completion"
+    form = ChatFormat(service.tokenizer, _header("chatcmpl", kind, service), open_parser)
+    return await _answer(service, request, asked, answers, form)
+
+
+async def start_chat(service: Service, request: Request, asked: ChatRequest) -> tuple[Answers, Callable[[], CallParser] | None]:
+    """The answers to a chat, and what gives the reader of one answer's calls (None: there are none to read)."""
     if asked.top_logprobs is not None and not asked.logprobs:
         raise ApiError(400, f"top_logprobs={asked.top_logprobs} goes with logprobs=true; give both", param="top_logprobs")
     for place, message in enumerate(asked.messages):
@@ -76,11 +84,8 @@ async def chat(request: Request) -> Response:
         raise ApiError(400, "max_tokens=0 leaves no room for an answer; give at least 1", param="max_tokens")
     most = None if most == -1 else most
     answers = _submit(service, request, asked, [prompt], most, num_logprobs, compiled)
-    kind = "chat.completion.chunk" if asked.stream else "chat.completion"
     names = [tool.name for tool in use.functions]
-    parser = None if layout is None else partial(CallParser, layout, names, service.tokenizer.special.values())
-    form = ChatFormat(service.tokenizer, _header("chatcmpl", kind, service), parser)
-    return await _answer(service, request, asked, answers, form)
+    return answers, None if layout is None else partial(CallParser, layout, names, service.tokenizer.special.values())
 
 
 def _with_effort(service: Service, asked: ChatRequest) -> dict[str, Any] | None:

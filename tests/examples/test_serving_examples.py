@@ -67,3 +67,10 @@ def test_a_short_soak(bundle: Path) -> None:
     assert found["whole"] + found["cancelled"] + found["malformed"] >= 60
     assert (found["problems"], found["stuck"]) == (0, 0)
     assert status == (1 if found["growth"] > 0.05 else 0)
+
+
+def test_the_cost_of_a_schema_is_measured(bundle: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "structured_cost.py"), str(bundle), "--rows", "2", "--steps", "4"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, "--rounds", "1"], check=True, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("a step of 2 rows: ") and "following the schema" in done.stdout

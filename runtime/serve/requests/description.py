@@ -7,9 +7,10 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 import bilevel
+from bilevel.runtime.serve.requests.responses import ResponseRequest
 from bilevel.runtime.serve.requests.schemas import ChatRequest, CompletionRequest, InferRequest
 
-_MODELS = (CompletionRequest, ChatRequest, InferRequest)
+_MODELS = (CompletionRequest, ChatRequest, ResponseRequest, InferRequest)
 _ERRORS = {
     "400": "the request cannot be served as it is",
     "401": "the API key is missing or wrong",
@@ -28,7 +29,7 @@ def describe_api(model: str) -> dict[str, Any]:
     """OpenAPI 3.1 of a server of ``model``."""
     _, schemas = models_json_schema([(each, "validation") for each in _MODELS], ref_template="#/components/schemas/{model}")
     definitions = schemas["$defs"]
-    for each in ("CompletionRequest", "ChatRequest"):
+    for each in ("CompletionRequest", "ChatRequest", "ResponseRequest"):
         definitions[each]["properties"]["model"] = {"type": "string", "const": model}
     name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "const": model}}
     paths = {
@@ -36,6 +37,7 @@ def describe_api(model: str) -> dict[str, Any]:
         "/v1/models/{model}": {"get": _operation("The model that is served", name)},
         "/v1/completions": {"post": _operation("Continue a prompt", body="CompletionRequest", stream=True)},
         "/v1/chat/completions": {"post": _operation("Answer a conversation", body="ChatRequest", stream=True)},
+        "/v1/responses": {"post": _operation("Answer a conversation, as items", body="ResponseRequest", stream=True)},
         "/v2": {"get": _operation("The server and its protocol extensions")},
         "/v2/health/live": {"get": _operation("Whether the server works")},
         "/v2/health/ready": {"get": _operation("Whether the server takes requests")},

@@ -25,6 +25,7 @@ from bilevel.runtime.generate.sampling import Sampler, SamplingParams
 from bilevel.runtime.generate.text import BundleTokenizer
 from bilevel.runtime.grammar import sources, worker
 from bilevel.runtime.grammar.compiler import MOST_CHARACTERS, Compiled, Compiler
+from bilevel.runtime.grammar.narrow import narrowed
 from tests.support import tokenizers_of_kinds as kinds
 
 KINDS = (kinds.byte_level_bpe, kinds.byte_fallback_bpe, kinds.byte_fallback_bpe_without_prefix)
@@ -169,6 +170,33 @@ def _beginning(data: bytes, pattern: str) -> set[str]:
                 decoded = (data + bytes(tail[:size])).decode()
                 found |= {decoded} if len(decoded) == 1 else set()
     return found
+
+
+def test_objects_hold_what_the_schema_names(plain: Compiler) -> None:
+    schema: dict[str, Any] = {"properties": {"properties": {"enum": [1]}, "b": {"$ref": "#/$defs/b"}}, "required": ["b"]}
+    schema |= {"type": "object", "$defs": {"b": {"type": "object", "properties": {"c": {"type": "null"}}}}}
+    compiled = plain.compile(sources.json_grammar(schema, "s"), "s")
+    for seed in range(20):
+        found = json.loads(write(plain, compiled, seed) or "")
+        jsonschema.validate(found, schema)
+        assert set(found) <= {"properties", "b"} and set(found["b"]) <= {"c"}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"properties": {"a": {}}, "additionalProperties": {"type": "null"}},
+        {"properties": {"a": {}}, "patternProperties": {"^x": {}}},
+        {"allOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]},
+        {"properties": {"a": {}}, "$ref": "#/$defs/b", "$defs": {"b": {"properties": {"b": {}}}}},
+        {"anyOf": [{"required": ["b"]}], "properties": {"a": {}}},
+        {"enum": [{"properties": {}}], "default": {"properties": {}}},
+        {"type": "object"},
+        {"properties": 5},
+    ],
+)
+def test_schemas_that_say_more_are_left_alone(schema: dict[str, Any]) -> None:
+    assert narrowed(schema) == schema
 
 
 def test_choices_and_grammars(plain: Compiler) -> None:

@@ -44,7 +44,7 @@ def test_no_request_breaks_the_server(server: RunningServer, mode: GenerationMod
     # Not through schemathesis' pytest plugin, which does not run on pytest 9.
     described = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     operations = [result.ok() for result in described.get_all_operations()]
-    assert len(operations) == 11
+    assert len(operations) == 12
     statuses: set[int] = set()
     for operation in operations:
 

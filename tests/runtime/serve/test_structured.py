@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -13,6 +14,8 @@ import pytest
 import regex
 from pydantic import BaseModel
 
+from bilevel.errors import MissingDependency
+from bilevel.runtime.serve.errors import as_api_error
 from tests.doubles.bundle import edit_manifest
 from tests.runtime.serve.test_openai import write_chat_bundle
 from tests.runtime.serve.test_tools import CITY, HERMES_TEMPLATE, SUM
@@ -58,6 +61,15 @@ def test_the_clients_own_parser_gets_its_type(client: openai.OpenAI) -> None:
         answer = client.chat.completions.parse(model=NAME, messages=ASK, response_format=Person, seed=seed, max_tokens=800)
         assert isinstance(answer.choices[0].message.parsed, Person)
         assert answer.choices[0].finish_reason == "stop"
+        again: Any = [*ASK, answer.choices[0].message, *ASK]  # with "parsed", which only the client's object has
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the client, at its own object
+            assert ask(client, again, max_tokens=1).choices
+
+
+def test_a_package_that_is_missing_is_named() -> None:
+    refused = as_api_error(MissingDependency("llguidance is not installed: pip install 'bilevel[serve]'"))
+    assert refused.status == 501 and "llguidance" in refused.message
 
 
 @pytest.mark.parametrize(
