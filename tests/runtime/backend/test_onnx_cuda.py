@@ -223,5 +223,5 @@ def test_without_cuda_bindings(module: str, exported: Any, monkeypatch: pytest.M
     for name in [name for name in sys.modules if name.startswith("cuda.bindings")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(MissingDependency, match="cuda.bindings.runtime is not installed: pip install 'bilevel.gpu.'"):
+    with pytest.raises(MissingDependency, match="cuda.bindings.driver is not installed: pip install 'bilevel.gpu.'"):
         CudaSession(load_bundle(exported("two_level")[1]))
