@@ -27,6 +27,19 @@ PACKAGES = {
 }
 # What shows whether a module loads, where that is not the module itself.
 _PARTS = {"cuda.bindings": "cuda.bindings.driver"}
+# Shared memory that one program may use, by compute capability (CUDA programming guide, "Technical specifications").
+SHARED_LIMIT = {
+    80: 163 * 1024,
+    86: 99 * 1024,
+    87: 163 * 1024,
+    89: 99 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+    103: 227 * 1024,
+    110: 227 * 1024,
+    120: 99 * 1024,
+    121: 99 * 1024,
+}
 _MAJOR, _MINOR, _INTEGRATED = 75, 76, 18  # CUdevice_attribute
 _ROOT = Path("/")
 _TEGRA, _DPKG = Path("/etc/nv_tegra_release"), Path("/var/lib/dpkg/status")

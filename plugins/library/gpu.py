@@ -20,8 +20,7 @@ from typing import Any
 
 from bilevel import contract
 from bilevel.errors import KernelError
-from bilevel.machine import runs_on
-from bilevel.plugins.launch.tiles import ARCHITECTURES, SHARED_LIMIT, nearest_architecture
+from bilevel.machine import SHARED_LIMIT, runs_on
 
 ABI, MARK = 1, "bilevel kernels"
 _REMEDY = "build one: bilevel kernels build --geometry BUNDLE"
@@ -108,9 +107,7 @@ def _attributes(values: Mapping[str, int | float | str]) -> Any:
 
 def serves(info: Mapping[str, Any], capability: int) -> bool:
     """Whether kernels of a library run on a GPU: by the kind of its code, and by the shared memory that all of them get."""
-    if capability < ARCHITECTURES[0]:
-        return False
-    room, shared = SHARED_LIMIT[nearest_architecture(capability)], info.get("shared", {})
+    room, shared = SHARED_LIMIT.get(capability, 0), info.get("shared", {})
     return any(runs_on(int(code), capability) and shared.get(code, 0) <= room for code in info["architectures"])
 
 

@@ -8,13 +8,14 @@ import pytest
 
 from bilevel import contract
 from bilevel.errors import ContractError
+from bilevel.machine import SHARED_LIMIT
 from bilevel.plugins.launch import tiles
 
 WIDTHS, GROUPS, BLOCKS = [16, 32, 80, 96, 128, 256], [1, 3, 4, 16, 64], [5, 16, 48, 64, 80, 128]
 
 
 def test_limits_are_nvidias() -> None:
-    assert {arch: limit // 1024 for arch, limit in tiles.SHARED_LIMIT.items()} == {
+    assert {arch: limit // 1024 for arch, limit in SHARED_LIMIT.items()} == {
         **dict.fromkeys((80, 87), 163),
         **dict.fromkeys((86, 89, 120, 121), 99),
         **dict.fromkeys((90, 100, 103, 110), 227),
