@@ -15,7 +15,6 @@ import pytest
 from bilevel import contract
 from bilevel.errors import ContractError, KernelError
 from bilevel.machine import SHARED_LIMIT
-from bilevel.plugins.launch import tiles
 from bilevel.plugins.launch.plans import plans
 from bilevel.plugins.library import sweep
 from bilevel.plugins.library.compile import compile_launch, count_parameters
