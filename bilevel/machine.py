@@ -25,6 +25,21 @@ PACKAGES = {
     "tensorrt_rtx": ("tensorrt-rtx", "tensorrt-rtx-cu13"),
     "cuda.bindings": ("cuda-bindings",),
 }
+# What shows whether a module loads, where that is not the module itself.
+_PARTS = {"cuda.bindings": "cuda.bindings.driver"}
+# Shared memory that one program may use, by compute capability (CUDA programming guide, "Technical specifications").
+SHARED_LIMIT = {
+    80: 163 * 1024,
+    86: 99 * 1024,
+    87: 163 * 1024,
+    89: 99 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+    103: 227 * 1024,
+    110: 227 * 1024,
+    120: 99 * 1024,
+    121: 99 * 1024,
+}
 _MAJOR, _MINOR, _INTEGRATED = 75, 76, 18  # CUdevice_attribute
 _ROOT = Path("/")
 _TEGRA, _DPKG = Path("/etc/nv_tegra_release"), Path("/var/lib/dpkg/status")
@@ -69,12 +84,12 @@ class Machine:
 def runs_on(code: int, capability: int) -> bool:
     """Whether machine code for a compute capability (as in 86) runs on a GPU of another one.
 
-    Within 8.x code runs on later ones, but for Orin's (87); everything from 90 on runs on its own only.
+    Among 80, 86 and 89 code runs on later ones; every other GPU, those of Jetsons (87, 88) among them, runs its own only.
     ``plugins/csrc/gpu/kernel_library.cpp`` has the same rule.
     """
     if code == capability:
         return True
-    return code // 10 == capability // 10 == 8 and code < capability and 87 not in (code, capability)
+    return {code, capability} <= {80, 86, 89} and code < capability
 
 
 def look() -> Machine:
@@ -154,6 +169,7 @@ def _read(path: Path) -> str:
 def find_package(module: str) -> str | None:
     """The version of a module that loads, None where it is not installed; in brackets why one does not load."""
     try:
+        importlib.import_module(_PARTS.get(module, module))
         loaded = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if module.startswith(error.name or "?"):
@@ -161,12 +177,15 @@ def find_package(module: str) -> str | None:
         return f"(installed, but does not load: {error})"
     except Exception as error:  # noqa: BLE001 (TensorRT's wheels raise what they like where a library is missing)
         return f"(installed, but does not load: {str(error).splitlines()[0] if str(error) else type(error).__name__})"
+    own = getattr(loaded, "__version__", None)
+    if isinstance(own, str):  # a distribution's may have another form, or be another's: JetPack's TensorRT has none
+        return own
     for distribution in PACKAGES[module]:
         try:
             return importlib.metadata.version(distribution)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return str(getattr(loaded, "__version__", "unknown version"))
+    return "unknown version"
 
 
 def find_provider_problem() -> str:

@@ -110,7 +110,7 @@ def make_plan(args: argparse.Namespace) -> tuple[Plan, Gpu | None]:
     require("onnx")
     from bilevel.export.engine.build import Plan
     from bilevel.export.engine.cache_writes import check_caches
-    from bilevel.export.engine.memory import estimate_memory
+    from bilevel.export.engine.memory import check_volumes, estimate_memory
     from bilevel.export.engine.network import Limits
     from bilevel.export.engine.plugins import choose_plugins
     from bilevel.export.engine.versions import load_flavour, measures_kernels
@@ -125,6 +125,7 @@ def make_plan(args: argparse.Namespace) -> tuple[Plan, Gpu | None]:
     if chunk < 1:
         raise EngineError(f"--prefill-chunk {chunk} must be at least 1")
     limits = Limits(most, capacity, min(chunk, capacity), block, least)
+    check_volumes(bundle, limits)
     flavour = load_flavour(args.backend)
     gpu = machine.find_gpu() if args.backend == "tensorrt" else None
     archs = _check_architectures(flavour, archs, gpu)

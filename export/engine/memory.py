@@ -12,6 +12,7 @@ import onnx
 
 from bilevel.bundle.format import Bundle
 from bilevel.bundle.tensors import DTYPES
+from bilevel.errors import EngineError
 from bilevel.export.engine.network import Limits
 from bilevel.export.graph.operator_geometry import read_requests
 from bilevel.machine import Gpu
@@ -19,6 +20,7 @@ from bilevel.plugins.launch.plans import plans_everywhere
 from bilevel.plugins.tensorrt.fields import workspace_limit
 
 # Measured with TensorRT-RTX 1.7: the process peaks at 0.45 GiB for 8 MiB of weights, at 2.3 GiB for 370 MiB.
+MOST_ELEMENTS = 2**31 - 1  # of a tensor in TensorRT
 _BUILD_FIXED, _BUILD_FACTOR = 512 * 2**20, 6
 
 
@@ -70,6 +72,24 @@ def estimate_memory(bundle: Bundle, limits: Limits, with_plugins: bool) -> Estim
     if with_plugins:
         activations += _workspace(bundle.graph_path, limits)
     return Estimate(weights, activations, caches, _BUILD_FIXED + _BUILD_FACTOR * weights)
+
+
+def check_volumes(bundle: Bundle, limits: Limits) -> None:
+    """Raises EngineError where a tensor of the largest call has more elements than TensorRT's tensors have."""
+    sizes, config = limits.sizes(limits.batch, limits.chunk), bundle.config
+    graph = bundle.graph
+    volumes = {
+        spec.name: math.prod(spec.resolve(sizes))
+        for spec in (*graph.inputs, *graph.outputs, *(past for past, _ in graph.state))
+    }
+    width = max(config[name] for name in ("hidden_size", "intermediate_size"))
+    volumes["a layer's activations"] = limits.batch * limits.chunk * width
+    name = max(volumes, key=lambda each: volumes[each])
+    if volumes[name] > MOST_ELEMENTS:
+        raise EngineError(
+            f"{name} would have {volumes[name]:,} elements, and TensorRT's tensors have at most {MOST_ELEMENTS:,}; "
+            "lower --batch, --capacity or --prefill-chunk"
+        )
 
 
 def memory_problem(estimate: Estimate, available: int | None, gpu: Gpu | None) -> str:

@@ -10,8 +10,7 @@ from pathlib import Path
 from bilevel.errors import EngineError
 from bilevel.export.engine.worker import NO_PLUGINS, PYTHON_PLUGINS
 from bilevel.folders import file_sha256
-from bilevel.machine import runs_on
-from bilevel.plugins.library.gpu import distrust_problem, read_info
+from bilevel.plugins.library.gpu import distrust_problem, read_info, serves
 
 LIBRARY = "libbilevel_kernels.so"
 
@@ -34,7 +33,7 @@ def library_problem(library: Path, archs: Sequence[int]) -> str:
         return f"{library} is for {info['target']}, this machine is {platform.machine()}; build one for it: {remedy}"
     if info.get("tensorrt") is None:
         return f"{library} has no TensorRT plugins; install NVIDIA's headers and build it anew: {remedy} --tensorrt required"
-    missing = [arch for arch in archs if not any(runs_on(int(code), arch) for code in info["architectures"])]
+    missing = [arch for arch in archs if not serves(info, arch)]
     if missing:
         return f"{library} has no kernels for {', '.join(f'sm_{arch}' for arch in missing)}; build it anew: {remedy}"
     return ""

@@ -11,18 +11,8 @@ from dataclasses import dataclass
 
 from bilevel.contract import DTYPE_BYTES
 from bilevel.errors import ContractError
+from bilevel.machine import SHARED_LIMIT
 
-# Shared memory that one program may use, by compute capability (CUDA programming guide, "Technical specifications").
-SHARED_LIMIT = {
-    80: 163 * 1024,
-    86: 99 * 1024,
-    87: 163 * 1024,
-    89: 99 * 1024,
-    90: 227 * 1024,
-    100: 227 * 1024,
-    110: 227 * 1024,
-    120: 99 * 1024,
-}
 ARCHITECTURES = tuple(SHARED_LIMIT)
 
 

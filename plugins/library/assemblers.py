@@ -18,7 +18,8 @@ from pathlib import Path
 from bilevel.errors import KernelError, MissingDependency
 
 # The first CUDA whose assembler makes code for an architecture (CUDA release notes); 8.x and 9.0 are older than CUDA 12.
-FIRST_CUDA = {80: (12, 0), 86: (12, 0), 87: (12, 0), 89: (12, 0), 90: (12, 0), 100: (12, 8), 110: (13, 0), 120: (12, 8)}
+FIRST_CUDA = {80: (12, 0), 86: (12, 0), 87: (12, 0), 89: (12, 0), 90: (12, 0), 100: (12, 8)}
+FIRST_CUDA |= {103: (12, 9), 110: (13, 0), 120: (12, 8), 121: (12, 9)}
 CHOICES = ("auto", "12", "13")
 
 

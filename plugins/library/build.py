@@ -138,7 +138,11 @@ def _embed(
 
 
 def _describe(
-    variants: Sequence[Variant], tools: Mapping[int, Assembler], target: str, headers: Headers | str
+    variants: Sequence[Variant],
+    codes: Mapping[CodeKey, Compiled],
+    tools: Mapping[int, Assembler],
+    target: str,
+    headers: Headers | str,
 ) -> dict[str, object]:
     """What ``bilevel_library_info`` returns, as ``plugins/library/gpu.py`` documents it."""
     return {
@@ -148,6 +152,7 @@ def _describe(
         "target": target,
         "operators": {op.name: op.version for op in contract.GPU_OPS},
         "architectures": {str(arch): "{}.{}".format(*tool.version) for arch, tool in sorted(tools.items())},
+        "shared": {str(arch): max((code.shared for key, code in codes.items() if key[1] == arch), default=0) for arch in tools},
         "tensorrt": headers.version if isinstance(headers, Headers) else None,
         "variants": [{"op": v.op.name, "dtype": v.dtype, "geometry": fixed_values(v.op, v.geometry)} for v in variants],
     }
@@ -213,7 +218,7 @@ def build_library(
     headers = choose_headers(plugins)
     out.parent.mkdir(parents=True, exist_ok=True)
     codes = compile_all(launches_of(variants), tools, jobs or os.cpu_count() or 1, on_progress)
-    info = _describe(variants, tools, target, headers)
+    info = _describe(variants, codes, tools, target, headers)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as name:
         folder = Path(name)
         kernels, indices = _embed(folder, codes, tools)

@@ -3,6 +3,7 @@
 ``KernelLibrary.info`` is the library's own description (``read_info`` finds it in a library for another machine too):
 library: "bilevel kernels" · abi: int · bilevel: version that built it · target: "x86_64" or "aarch64" ·
 operators: {name: version} · architectures: {"87": CUDA version of its machine code, as in "12.6"} ·
+shared: {"87": bytes of shared memory that the largest of these kernels takes} ·
 variants: list of {op, dtype, geometry: {size or attribute: value}} ·
 tensorrt: version of the headers that its TensorRT plugins were built with, None where it has none.
 """
@@ -21,6 +22,7 @@ from typing import Any
 from bilevel import contract
 from bilevel.errors import KernelError
 from bilevel.folders import file_sha256
+from bilevel.machine import SHARED_LIMIT, runs_on
 
 ABI, MARK = 1, "bilevel kernels"
 _REMEDY = "build one: bilevel kernels build --geometry BUNDLE"
@@ -105,6 +107,12 @@ def _attributes(values: Mapping[str, int | float | str]) -> Any:
     return array
 
 
+def serves(info: Mapping[str, Any], capability: int) -> bool:
+    """Whether kernels of a library run on a GPU: by the kind of its code, and by the shared memory that all of them get."""
+    room, shared = SHARED_LIMIT.get(capability, 0), info.get("shared", {})
+    return any(runs_on(int(code), capability) and shared.get(code, 0) <= room for code in info["architectures"])
+
+
 def read_info(path: Path) -> dict[str, Any]:
     """The description in a library's file, which is read, not loaded. Raises KernelError."""
     try:
@@ -172,6 +180,7 @@ class KernelLibrary:
             self._library = ctypes.CDLL(str(path))
             self._library.bilevel_library_info.restype = ctypes.c_char_p
             self._library.bilevel_last_error.restype = ctypes.c_char_p
+            self._library.bilevel_num_copies.restype = ctypes.c_uint64
             abi = int(self._library.bilevel_abi_version())
         except (OSError, AttributeError) as error:
             raise KernelError(f"{path} is no kernel library for this machine ({error}); {_REMEDY}") from None
@@ -199,6 +208,10 @@ class KernelLibrary:
         size = ctypes.c_size_t()
         self._check(self._library.bilevel_workspace_size(ctypes.byref(self._call(call)), arch, ctypes.byref(size)))
         return size.value
+
+    def num_copies(self) -> int:
+        """How many calls of WriteCache copied the whole cache so far, because their output lay elsewhere."""
+        return int(self._library.bilevel_num_copies())
 
     def prepare(self, call: KernelCall) -> None:
         """Load what calls of this geometry need into the current GPU. Raises KernelError."""

@@ -19,7 +19,7 @@ from bilevel.plugins.launch.launches import LaunchPlan, evaluate
 from bilevel.plugins.launch.plans import RUNTIME_SIZES
 
 # Also grows with the workspace that any plan takes: an engine keeps the workspace that it was built with.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _FLOAT_CODES = {"": 0, **{name: contract.DTYPE_CODES[name] for name in contract.FLOAT_TYPES}}
 _KINDS = {"int": "INT32", "float": "FLOAT32", "string": "CHAR"}
 _EXTRA = {"format_version": "INT32", "dtype": "INT32", "dims": "INT64"}

@@ -21,6 +21,7 @@ import numpy as np
 
 from bilevel import contract
 from bilevel.errors import BilevelError, ContractError, KernelError
+from bilevel.plugins.launch.launches import ALIGNMENT
 from bilevel.plugins.launch.plans import plans_everywhere
 from bilevel.plugins.tensorrt.fields import (
     Field,
@@ -95,6 +96,16 @@ def _most_workspace(node: PluginNode) -> int:
     sizes = largest_sizes(node.op, node.dims, [[False] * len(shape) for shape in node.dims])
     geometry, dtype = geometry_of(node, sizes), node.dtype or "float32"
     return max(workspace_limit(plans, sizes) for plans in plans_everywhere(node.op, geometry, dtype).values())
+
+
+def with_room(num_bytes: int) -> int:
+    """Bytes to ask for, so that an address can be rounded up: nobody promises how a workspace is aligned."""
+    return num_bytes + ALIGNMENT - 1 if num_bytes else 0
+
+
+def aligned(workspace: int) -> int:
+    """The first address from ``workspace`` on that buffers may begin at."""
+    return -(-workspace // ALIGNMENT) * ALIGNMENT
 
 
 class _Plugin:
@@ -172,7 +183,7 @@ class _Plugin:
         _most_workspace(self.node)
 
     def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
-        return self._guarded("gets no workspace", 0, lambda: _most_workspace(self._profiled(inputs)))
+        return self._guarded("gets no workspace", 0, lambda: with_room(_most_workspace(self._profiled(inputs))))
 
     def get_valid_tactics(self) -> list[int]:
         return []
@@ -206,7 +217,7 @@ class _Plugin:
         def work() -> int:
             node = dataclasses.replace(self.node, dtype=self._float_type(input_desc))
             shapes = [tuple(given.dims) for given in input_desc]
-            run_at(node, shapes, [*inputs, *outputs], workspace, stream, self.device)
+            run_at(node, shapes, [*inputs, *outputs], aligned(workspace), stream, self.device)
             return 0
 
         return self._guarded("was not run", 1, work)

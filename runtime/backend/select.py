@@ -8,7 +8,6 @@ whose speed on a GPU has been measured nowhere, while the CPU has kernels for th
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,8 @@ from bilevel.bundle.engines import BACKENDS, FOLDER, Engine, find_engines
 from bilevel.bundle.format import Bundle, load_bundle
 from bilevel.errors import EngineError, KernelError, RequestError
 from bilevel.folders import file_sha256
-from bilevel.machine import Machine, is_loaded, look, runs_on
-from bilevel.plugins.library.gpu import distrust_problem, read_info
+from bilevel.machine import Machine, is_loaded, look
+from bilevel.plugins.library.gpu import distrust_problem, read_info, serves
 from bilevel.runtime.backend.onnx import OnnxSession
 from bilevel.runtime.backend.session import Session
 
@@ -28,6 +27,7 @@ AUTO, ONNX, ONNX_CUDA = "auto", "onnx", "onnx-cuda"
 CHOICES = (AUTO, ONNX, ONNX_CUDA, *BACKENDS)
 LIBRARY_VARIABLE, LIBRARY_NAME = "BILEVEL_KERNEL_LIBRARY", "libbilevel_kernels.so"
 MOST_THREADS = 1024
+RTX_ARCHITECTURES = frozenset({75, 80, 86, 89, 120, 121})  # GPUs that TensorRT-RTX serves
 _RESERVE = 256 * 2**20  # bytes of a GPU's memory that driver and libraries take for themselves
 
 
@@ -100,8 +100,7 @@ def library_problem(library: Path, machine: Machine) -> str:
         )
     if info.get("tensorrt") is None:
         return f"{library} was built without TensorRT's headers and has no plugins; build it again with them: {remedy}"
-    pairs = itertools.product(map(int, info["architectures"]), machine.architectures)
-    if machine.architectures and not any(runs_on(code, capability) for code, capability in pairs):
+    if machine.architectures and not any(serves(info, capability) for capability in machine.architectures):
         return f"{library} holds no kernels for this GPU; build one: {remedy}"
     return ""
 
@@ -122,8 +121,8 @@ def engine_problem(engine: Engine, bundle: Bundle, machine: Machine, library: Pa
         return f"the Python module {module} is {installed or 'not installed'}; install version {engine.version}"
     if installed != engine.version:
         return f"it was built by {module} {engine.version}, installed is {installed}; {engine.remedy}"
-    if machine.packages.get("cuda.bindings") is None:
-        return "cuda.bindings is not installed; pip install cuda-bindings"
+    if problem := _bindings_problem(machine):
+        return problem
     graph = bundle.files[bundle.graph.file].sha256
     if engine.graph_sha256 != graph:
         return f"it was built from another graph than {bundle.graph.file}; {engine.remedy}"
@@ -134,7 +133,7 @@ def _rebuild(engine: Engine, machine: Machine) -> str:
     """How to make an engine for this machine's GPU."""
     folder = engine.path.parent.parent
     if engine.backend == "tensorrt-rtx":
-        supported = sorted(machine.architectures & {75, 80, 86, 89, 120, 121})
+        supported = sorted(machine.architectures & RTX_ARCHITECTURES)
         if not supported:
             return f"TensorRT-RTX does not serve this GPU, TensorRT does: bilevel build {folder} --backend tensorrt"
         return f"build one: bilevel build {folder} --backend tensorrt-rtx --sm {','.join(map(str, supported))}"
@@ -199,9 +198,17 @@ def _cuda_problem(machine: Machine) -> str:
     """Why ONNX Runtime does not run on the GPU here; "" where it does."""
     if problem := _onnx_problem(machine, "gpu") or machine.driver_problem or machine.cuda_provider_problem:
         return problem
-    return (
-        "" if is_loaded(machine.packages.get("cuda.bindings")) else "cuda.bindings is not installed; pip install cuda-bindings"
-    )
+    return _bindings_problem(machine)
+
+
+def _bindings_problem(machine: Machine) -> str:
+    """Why NVIDIA's bindings do not serve, for whatever runs on the GPU; "" where they do."""
+    installed = machine.packages.get("cuda.bindings")
+    if is_loaded(installed):
+        return ""
+    major = (machine.driver_cuda or "").partition(".")[0]
+    wanted = f"'cuda-bindings=={major}.*'" if major else "cuda-bindings"
+    return f"cuda.bindings is {installed or 'not installed'}; pip install {wanted}"
 
 
 def choose(options: list[BackendOption], backend: str = AUTO) -> tuple[BackendOption, str]:
@@ -236,12 +243,17 @@ def open_session(
     if backend == ONNX or (backend == AUTO and not any((bundle.folder / FOLDER).glob("*.json"))):
         return OnnxSession(bundle, threads), "ONNX Runtime on the CPU"
     option, why = choose(list_options(bundle, look(), library), backend)
+    return open_option(bundle, option, threads), why
+
+
+def open_option(bundle: Bundle, option: BackendOption, threads: int = 0) -> Session:
+    """A bundle on one of its options. Raises what ``open_session`` raises."""
     if option.backend == ONNX:
-        return OnnxSession(bundle, threads), why
+        return OnnxSession(bundle, threads)
     if option.engine is None:
         from bilevel.runtime.backend.onnx_cuda import CudaSession
 
-        return CudaSession(bundle, threads), why
+        return CudaSession(bundle, threads)
     from bilevel.runtime.backend.engine import EngineSession
 
-    return EngineSession(bundle, option.engine, option.library), why
+    return EngineSession(bundle, option.engine, option.library)

@@ -14,10 +14,12 @@ from bilevel.folders import file_sha256
 from bilevel.machine import Machine, look
 from bilevel.plugins.library.gpu import distrust_problem, read_info
 from bilevel.runtime.backend.select import LIBRARY_VARIABLE, find_library, library_places, library_problem, list_options
+from bilevel.runtime.cli.trials import try_all
 
 EPILOG = """\
-Without a bundle: the machine, its GPU and driver, the packages that backends need, and the kernel library. With one: also which
-of its engines run here, and for each that does not, the command that mends it.
+Without a bundle: the machine, its GPU and driver, the packages that backends need, and the kernel library; the driver, a little
+memory of the GPU and the library are really used, and versions that do not fit each other are named. With one: also which of
+its engines run here, and for each that does not, the command that mends it.
 
 The kernel library for TensorRT's plugins is looked for in this order: the argument, BUNDLE/kernels/MACHINE, the environment's
 BILEVEL_KERNEL_LIBRARY, the package; the first that is there is taken, and an engine that was built with another refuses it. The
@@ -26,9 +28,9 @@ Exit status: 0 when something runs the bundle here, else 1.
 
 --json prints one object: "machine" {system, machine, python, memory_bytes, gpus [{name, capability, memory_bytes,
 is_integrated}], driver_cuda (null: none), driver_problem, jetpack, packages {module: version, null, or why it does not load},
-cuda_provider_problem}; "libraries", in their order [{from, path, found, is_taken, sha256, architectures, problem}]; and with a
-bundle "bundle" and "backends", the best first [{backend, name, runs, problem}]. A problem is a sentence with its remedy, ""
-where there is none.
+cuda_provider_problem}; "trials", calls that were made [{what, measure, problem}]; "libraries", in order [{from, path, found,
+is_taken, sha256, architectures, problem}]; and with a bundle "bundle" and "backends", the best first [{backend, name, runs,
+problem}]. A problem is a sentence with its remedy, "" where there is none.
 """
 
 
@@ -51,7 +53,10 @@ def main(args: argparse.Namespace) -> int:
 
 def describe(machine: Machine, folder: Path | None, library: Path | None) -> dict[str, Any]:
     """Everything that ``--json`` prints."""
-    facts: dict[str, Any] = {"machine": asdict(machine), "libraries": _libraries(machine, folder, library)}
+    libraries = _libraries(machine, folder, library)
+    paths = [Path(each["path"]) for each in libraries if each["found"] and not each["problem"]]
+    facts: dict[str, Any] = {"machine": asdict(machine), "libraries": libraries}
+    facts["trials"] = [asdict(trial) for trial in try_all(machine, paths)]
     if folder is not None:
         bundle = read_manifest(folder)
         facts["bundle"] = str(folder)
@@ -95,6 +100,8 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         rows.append(("GPU", f"{gpu['name']}, sm_{gpu['capability']}, {gpu['memory_bytes'] / 2**30:.1f} GiB{shared}"))
     lines = ["machine", *_table(rows), "", "packages"]
     lines += _table([(name, version or "not installed") for name, version in machine["packages"].items()])
+    lines += ["", "calls that were made"]
+    lines += _table([("fails" if each["problem"] else "works", _trial(each)) for each in facts["trials"]])
     lines += ["", "kernel library, in the order in which it is looked for"]
     lines += _table([(each["from"], _library_state(each)) for each in facts["libraries"]])
     if not any(each["found"] for each in facts["libraries"]):
@@ -103,6 +110,10 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         lines += ["", f"{facts['bundle']}"]
         lines += _table([("runs" if each["runs"] else "does not", _option(each)) for each in facts["backends"]])
     return lines
+
+
+def _trial(trial: dict[str, Any]) -> str:
+    return f"{trial['what']}: {trial['problem'] or trial['measure']}"
 
 
 def _option(option: dict[str, Any]) -> str:

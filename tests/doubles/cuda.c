@@ -7,17 +7,23 @@ typedef int (*launch_t)(const void* image, const char* symbol, const unsigned* g
 
 static int version = 13000, capability = 80, context = 1, refused_load = 0;
 static int loads = 0, shared_requests = 0, launches = 0, copies = 0;
+static int capturing = 0, most_shared = 1 << 20;
 static launch_t on_launch = 0;
+static const int refused_in_capture = 900; /* CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED */
 
 typedef struct {
   const void* image;
   char symbol[128];
+  int is_loaded;
 } kernel_t;
 
 void fake_configure(int v, int c, int has_context, int load_result, launch_t callback) {
   version = v, capability = c, context = has_context, refused_load = load_result, on_launch = callback;
-  loads = shared_requests = launches = copies = 0;
+  loads = shared_requests = launches = copies = capturing = 0, most_shared = 1 << 20;
 }
+/* Code that is not loaded yet cannot be while a stream is captured. */
+void fake_capture(int is_on) { capturing = is_on; }
+void fake_most_shared(int bytes) { most_shared = bytes; }
 int fake_loads(void) { return loads; }
 int fake_shared_requests(void) { return shared_requests; }
 int fake_launches(void) { return launches; }
@@ -41,12 +47,13 @@ int cuGetErrorString(int result, const char** text) { return *text = result == 2
 int cuCtxGetDevice(int* device) { return *device = 0, context ? 0 : 201; }
 int cuDeviceGetAttribute(int* value, int attribute, int device) {
   (void)device;
+  if (attribute == 97) return *value = most_shared, 0;
   *value = attribute == 75 ? capability / 10 : attribute == 76 ? capability % 10 : capability == 87; /* 18: integrated */
   return attribute == 75 || attribute == 76 || attribute == 18 ? 0 : 1;
 }
 int cuLibraryLoadData(void** library, const void* image, int* o, void** v, unsigned n, int* lo, void** lv, unsigned ln) {
   (void)o, (void)v, (void)n, (void)lo, (void)lv, (void)ln;
-  if (refused_load) return refused_load;
+  if (refused_load || capturing) return refused_load ? refused_load : refused_in_capture;
   ++loads;
   *library = (void*)image;
   return 0;
@@ -58,6 +65,13 @@ int cuLibraryGetKernel(void** kernel, void* library, const char* name) {
   *kernel = made;
   return 0;
 }
+/* Lazy: code comes to the GPU with cuFuncLoad or with the first launch. */
+static int bring(kernel_t* kernel) {
+  if (!kernel->is_loaded && capturing) return refused_in_capture;
+  return kernel->is_loaded = 1, 0;
+}
+int cuKernelGetFunction(void** function, void* kernel) { return *function = kernel, 0; }
+int cuFuncLoad(void* function) { return bring(function); }
 int cuKernelSetAttribute(int attribute, int value, void* kernel, int device) {
   (void)value, (void)kernel, (void)device;
   ++shared_requests;
@@ -67,7 +81,9 @@ int cuLaunchKernel(void* kernel, unsigned gx, unsigned gy, unsigned gz, unsigned
                    void* stream, void** parameters, void** extra) {
   (void)by, (void)bz, (void)extra;
   const unsigned grid[3] = {gx, gy, gz};
-  const kernel_t* made = kernel;
+  kernel_t* made = kernel;
+  const int refusal = bring(made);
+  if (refusal) return refusal;
   ++launches;
   return on_launch ? on_launch(made->image, made->symbol, grid, bx, shared, stream, parameters) : 0;
 }

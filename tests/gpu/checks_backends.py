@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,17 @@ from bilevel.bundle.engines import BACKENDS
 from bilevel.bundle.format import load_bundle
 from bilevel.errors import BilevelError
 from bilevel.machine import is_loaded, look
-from bilevel.runtime.backend.select import ONNX, ONNX_CUDA, BackendOption, list_options, open_session
+from bilevel.plugins.library.gpu import KernelLibrary
+from bilevel.plugins.tensorrt.headers import find_headers
+from bilevel.runtime.backend.select import (
+    LIBRARY_NAME,
+    ONNX,
+    ONNX_CUDA,
+    RTX_ARCHITECTURES,
+    BackendOption,
+    list_options,
+    open_option,
+)
 from bilevel.runtime.backend.session import Session
 from bilevel.runtime.generate.sampling import Sampler, SamplingParams
 from tests import ROOT
@@ -29,7 +40,7 @@ from tests.gpu.result import Result
 VARIABLE = "BILEVEL_GPU_BUNDLE"
 ROWS, PROMPT, TOKENS, CHUNK = 2, 90, 24, 32
 _TOLERANCE = {"float32": 2e-3, "float16": 5e-2, "bfloat16": 4e-1}  # of a logit: another order of summing, on another machine
-Open = Callable[[Path, str], tuple[Session, str]]
+Open = Callable[[Path, BackendOption], Session]
 
 
 def find_bundle(folder: Path) -> Path | str:
@@ -94,43 +105,98 @@ def compare(name: str, session: Session, expected: tuple[np.ndarray, np.ndarray]
     return Result("backend", name, measure, bool(error <= tolerance and (excused | ~differ).all()))
 
 
+def build_library(bundle: Path) -> Result:
+    """The bundle's kernel library with its plugins, for this GPU."""
+    archs = ",".join(f"sm_{arch}" for arch in sorted(look().architectures))
+    name = f"kernel library for {archs}"
+    headers = find_headers()
+    if isinstance(headers, str):
+        return Result("engine", name, headers, None)
+    if missing := [each for each in ("torch", "triton", "onnx") if importlib.util.find_spec(each) is None]:
+        return Result("engine", name, f"{', '.join(missing)} not installed, by which kernels are compiled", None)
+    out = bundle / "kernels" / platform.machine() / LIBRARY_NAME
+    given = ("--geometry", str(bundle), "--arch", archs, "--out", str(out), "--tensorrt", "required")
+    run = _bilevel("kernels", "build", *given)
+    return Result("engine", name, (run.stderr.strip().splitlines() or ["built"])[-1], run.returncode == 0)
+
+
+def judge_build(name: str, status: int, said: str) -> Result:
+    """What a build ended with. That some TensorRTs need the plugins is by design, and no failure."""
+    by_design = status == 2 and "needs the plugin WriteCache" in said
+    return Result("engine", f"build {name}", said, None if by_design else status == 0)
+
+
 def build_engines(bundle: Path) -> Iterator[Result]:
-    """An engine of each TensorRT that is installed, without plugins: the checks of the kernel library are elsewhere."""
+    """Engines of each TensorRT that is installed: with plugins of the bundle's library, without, with streamed weights."""
     machine = look()
+    yield (built := build_library(bundle))
     for backend, module in BACKENDS.items():
         if not is_loaded(machine.packages.get(module)):
-            yield Result("backend", f"build with {backend}", f"the Python module {module} is not installed", None)
+            yield Result("engine", f"build with {backend}", f"the Python module {module} is not installed", None)
             continue
-        options = ["--batch", str(ROWS), "--prefill-chunk", str(CHUNK), "--plugins", "none"]
+        options = ["--batch", str(ROWS), "--prefill-chunk", str(CHUNK)]
         if backend == "tensorrt-rtx":
-            served = sorted(machine.architectures & {75, 80, 86, 89, 120, 121})
+            served = sorted(machine.architectures & RTX_ARCHITECTURES)
             if not served:
-                yield Result("backend", f"build with {backend}", "TensorRT-RTX does not serve this machine's GPU", None)
+                yield Result("engine", f"build with {backend}", "TensorRT-RTX does not serve this machine's GPU", None)
                 continue
             options += ["--sm", ",".join(map(str, served))]
-        run = _bilevel("build", str(bundle), "--backend", backend, *options)
-        said = (run.stderr.strip().splitlines() or ["built"])[-1]
-        yield Result("backend", f"build with {backend}", said, run.returncode == 0)
+        library = str(bundle / "kernels" / platform.machine() / LIBRARY_NAME)
+        for name, wanted in (
+            ("with plugins", ["--plugins", library]),
+            ("without plugins", ["--plugins", "none"]),
+            ("streaming weights", ["--plugins", library if built.ok else "none", "--weight-streaming"]),
+        ):
+            title = f"with {backend}, {name}"
+            if name == "with plugins" and not built.ok:
+                yield Result("engine", f"build {title}", f"there is no kernel library: {built.measure}", None)
+            elif name == "streaming weights" and all(gpu.is_integrated for gpu in machine.gpus):
+                yield Result("engine", f"build {title}", "this GPU's memory is the host's", None)
+            else:
+                run = _bilevel("build", str(bundle), "--backend", backend, *options, *wanted)
+                yield judge_build(title, run.returncode, (run.stderr.strip().splitlines() or ["built"])[-1])
 
 
 def _options(bundle: Path) -> list[BackendOption]:
     return [option for option in list_options(load_bundle(bundle), look()) if option.backend != ONNX]
 
 
-def run_options(bundle: Path, options: list[BackendOption], open_option: Open = open_session) -> Iterator[Result]:
-    """Every backend beside ONNX Runtime on the CPU."""
-    expected = read_and_write(open_option(bundle, ONNX)[0])
-    done = set()
+def open_crowded(bundle: Path, option: BackendOption) -> Session:
+    """The option's session; one whose weights may stream finds a GPU without room for any, so that all of them do."""
+    if option.engine is None or not option.engine.weight_streaming:
+        return open_option(load_bundle(bundle), option)
+    from bilevel.runtime.backend.device_memory import CudaDevice
+    from bilevel.runtime.backend.engine import EngineSession
+
+    class Crowded(CudaDevice):
+        def free_bytes(self) -> int:
+            return 0
+
+    return EngineSession(load_bundle(bundle), option.engine, option.library, Crowded())
+
+
+def copied_caches(option: BackendOption) -> int:
+    """Calls of WriteCache so far that copied their cache, in the library that the option's plugins are in."""
+    return 0 if option.library is None else KernelLibrary(option.library).num_copies()
+
+
+def run_options(bundle: Path, options: list[BackendOption], open_it: Open = open_crowded) -> Iterator[Result]:
+    """Every backend beside ONNX Runtime on the CPU, every engine; engines twice in this process, at the same time."""
+    expected = read_and_write(open_it(bundle, BackendOption(ONNX, ONNX, "")))
     for option in options:
-        if option.problem or option.backend in done:
-            if option.problem:
-                yield Result("backend", option.name, option.problem, None)
+        title = f"{option.backend}: {option.name}"
+        if option.problem:
+            yield Result("backend", title, option.problem, None)
             continue
-        done.add(option.backend)
         try:
-            yield compare(f"{option.backend}: {option.name}", open_option(bundle, option.backend)[0], expected)
+            first = open_it(bundle, option)
+            yield compare(title, first, expected)
+            if option.engine is not None:
+                yield compare(f"{title}, a second session", open_it(bundle, option), expected)
+                copies = copied_caches(option)
+                yield Result("backend", f"{title}, caches in place", f"{copies} caches copied", copies == 0)
         except BilevelError as error:
-            yield Result("backend", f"{option.backend}: {option.name}", str(error), False)
+            yield Result("backend", title, str(error), False)
 
 
 def backends(folder: Path) -> Iterator[Result]:
@@ -140,6 +206,5 @@ def backends(folder: Path) -> Iterator[Result]:
     if isinstance(bundle, str):
         yield Result("backend", f"{ONNX_CUDA} and engines", bundle, None)
         return
-    if not any(option.engine for option in _options(bundle) if not option.problem):
-        yield from build_engines(bundle)
+    yield from build_engines(bundle)
     yield from run_options(bundle, _options(bundle))

@@ -4,7 +4,8 @@ Needs an NVIDIA GPU, PyTorch with its Triton, NumPy and g++; no network and no t
 ran, the worst error or a count, ok or FAILED; exit status 1 where one failed. NVIDIA's TensorRT headers (TENSORRT_ROOT),
 compute-sanitizer, ONNX Runtime's CUDA provider and TensorRT are used where they are found, and a line says so where they are
 not. Without PyTorch, as on a board that only runs engines, the runtime's checks are made (cuda-bindings and NumPy are enough),
-and a line says so.
+and a line says so. It ends with one table of what passed, failed and was not run, and why; build/gpu-test.json holds the same
+and a line for the table of evidence in tests/README.md.
 
 The groups of checks run side by side in processes of their own: Triton compiles for minutes on one core, and a kernel that
 fails takes its process's GPU context with it.
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from tests import ROOT
+from tests.gpu import report
 
 GROUPS = ("attention", "routes", "experts", "library")
 RUNTIME = ("device", "backends")
@@ -241,6 +243,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--group", help="run one group in this process and print JSON: " + ", ".join((*GROUPS, *ALONE, SANITIZED))
     )
     parser.add_argument("--folder", type=Path, help="where the kernel library is built (with --group)")
+    parser.add_argument("--json", type=Path, default=ROOT / "build" / "gpu-test.json", help="where the results are written")
     options = parser.parse_args(arguments)
     problem = "" if options.group in RUNTIME else what_is_missing()
     if problem and (options.group or not has_gpu()):
@@ -251,12 +254,15 @@ def main(arguments: list[str] | None = None) -> int:
             _group(options.group, options.folder or Path(tempfile.mkdtemp())), lambda line: print(line, flush=True)
         )
     begin = time.monotonic()
-    print(describe_machine(not problem), flush=True)
+    machine = describe_machine(not problem)
+    print(machine, flush=True)
     with tempfile.TemporaryDirectory(prefix="bilevel-gpu-test-") as folder:
         results = run_runtime(Path(folder), problem) if problem else run_all(Path(folder))
-    counts = {verdict: sum(result[3] is verdict for result in results) for verdict in (True, False, None)}
-    print(f"{counts[True]} ok, {counts[False]} failed, {counts[None]} not run, {time.monotonic() - begin:.0f} s")
-    return int(counts[False] > 0)
+    seconds, counts = time.monotonic() - begin, report.count(results)
+    report.write(options.json, machine, results, seconds)
+    print("", *report.table(results), "", sep="\n")
+    print(f"{counts['passed']} ok, {counts['failed']} failed, {counts['not run']} not run, {seconds:.0f} s; {options.json}")
+    return int(counts["failed"] > 0)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -257,13 +258,16 @@ def test_the_memory_checker_is_judged(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [result[3] for result in gpu_test.sanitize(tmp_path)] == [None]
 
 
+OUT = ["--json", os.devnull]
+
+
 def test_where_nothing_can_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert gpu_test.main([]) == 2
+    assert gpu_test.main(OUT) == 2
     assert "is built without CUDA; name another Python: make gpu-test GPU_PYTHON=" in capsys.readouterr().err
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu_test.main([]) == 2
+    assert gpu_test.main(OUT) == 2
     assert "PyTorch sees no NVIDIA GPU" in capsys.readouterr().err
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert "TRITON_INTERPRET is set" in gpu_test.what_is_missing()
@@ -281,7 +285,7 @@ def test_a_board_without_pytorch(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         return [json.dumps(["a", name, "c", True])], 0, ""
 
     monkeypatch.setattr(gpu_test, "start", noted)
-    assert gpu_test.main([]) == 0 and started == ["device", "backends"]
+    assert gpu_test.main(OUT) == 0 and started == ["device", "backends"]
     printed = capsys.readouterr().out
     assert "not run kernels" in printed and "this Python has no PyTorch" in printed and "2 ok, 0 failed, 1 not run" in printed
 
@@ -293,6 +297,33 @@ def test_the_report_fails_where_a_check_failed(monkeypatch: pytest.MonkeyPatch, 
     for ok, status in ((True, 0), (False, 1)):
         line = json.dumps(["a", "b", "c", ok])
         monkeypatch.setattr(gpu_test, "start", lambda name, folder, line=line: ([line], 0, ""))
-        assert gpu_test.main([]) == status
+        assert gpu_test.main(OUT) == status
         printed = capsys.readouterr().out
         assert ("7 ok, 0 failed, 1 not run" if ok else "0 ok, 7 failed, 1 not run") in printed
+
+
+def test_it_ends_with_a_table_and_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Counts of every kind of check, each failure and what was not run with its reason; as JSON, and as a line of evidence."""
+    results = [["routes", "a", "0", True], ["routes", "b", "off by 1", False], ["backend", "rtx", "no wheel", None]]
+    monkeypatch.setattr(gpu_test, "what_is_missing", lambda: "")
+    monkeypatch.setattr(gpu_test, "describe_machine", lambda has_torch: "a GPU")
+    monkeypatch.setattr(gpu_test, "run_all", lambda folder: results)
+    file = tmp_path / "build" / "gpu.json"
+    assert gpu_test.main(["--json", str(file)]) == 1
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for line in (
+        "check passed failed not run",
+        "routes 1 1 0",
+        "failed: b: off by 1",
+        "backend 0 0 1",
+        "not run: rtx: no wheel",
+    ):
+        assert line.split() in printed
+    written = json.loads(file.read_text())
+    assert written["counts"] == {"passed": 1, "failed": 1, "not run": 1} and written["machine"] == "a GPU"
+    assert [each["verdict"] for each in written["checks"]] == ["passed", "failed", "not run"]
+    assert written["evidence"] == (
+        f"| `make gpu-test`: routes: 1 checks; 1 checks failed | device | a GPU | {written['date']} |"
+    )

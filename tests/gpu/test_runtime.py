@@ -131,26 +131,39 @@ class Altered:
         return Caches()
 
 
-def test_backends_are_compared_with_the_cpu(bundle: Path) -> None:
+def test_backends_are_compared_with_the_cpu(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rounding passes, an error does not; what does not run here is not run, with its reason."""
 
-    def opened(path: Path, backend: str) -> tuple[Session, str]:
+    copied = [0, 3]
+
+    def opened(path: Path, option: BackendOption) -> Session:
         session: Any = OnnxSession(load_bundle(path), 1)
-        by = {"onnx": 0.0, "onnx-cuda": 1e-4, "tensorrt": 1e-1}.get(backend)
+        by = {"onnx": 0.0, "onnx-cuda": 1e-4, "tensorrt": 1e-1}.get(option.backend)
         if by is None:
             raise EngineError("the plan does not load")
-        return Altered(session, by), backend  # type: ignore[return-value]
+        return Altered(session, 0.0 if option.name == "engine" else by)  # type: ignore[return-value]
 
+    monkeypatch.setattr(backends, "copied_caches", lambda option: copied.pop(0))
+    engine: Any = object()
     options = [
         BackendOption("onnx-cuda", "graph", ""),
-        BackendOption("tensorrt", "engine", ""),
-        BackendOption("tensorrt", "another", ""),
-        BackendOption("tensorrt-rtx", "rtx", ""),
-        BackendOption("tensorrt-rtx", "old", "it was built for another GPU"),
+        BackendOption("tensorrt", "engine", "", engine),
+        BackendOption("tensorrt", "another", "", engine),
+        BackendOption("tensorrt-rtx", "rtx", "", engine),
+        BackendOption("tensorrt-rtx", "old", "it was built for another GPU", engine),
     ]
     found = list(backends.run_options(bundle, options, opened))
-    assert [result.ok for result in found] == [True, False, False, None]
-    assert "48 of 48 tokens equal" in found[0].measure and found[2].measure == "the plan does not load"
+    assert [result.ok for result in found] == [True, True, True, True, False, False, False, False, None]
+    assert "48 of 48 tokens equal" in found[0].measure and found[7].measure == "the plan does not load"
+    assert (found[3].measure, found[6].measure) == ("0 caches copied", "3 caches copied")
+    assert found[5].what.endswith("a second session")
+
+
+def test_a_refusal_by_design_is_not_a_failure() -> None:
+    """TensorRT before 10.15 needs the plugins; whatever else a build ends with is a failure."""
+    said = "tensorrt 10.3 has no layer that writes caches in place, so that an engine needs the plugin WriteCache: build"
+    verdicts = [backends.judge_build("x", status, text).ok for status, text in ((0, "built"), (2, said), (2, "no"), (1, said))]
+    assert verdicts == [True, None, False, False]
 
 
 def test_where_a_bundle_comes_from(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

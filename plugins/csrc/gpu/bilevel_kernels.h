@@ -81,6 +81,10 @@ BILEVEL_EXPORT const char* bilevel_status_text(int32_t status);
 /* One sentence on the last failure in this thread, "" before the first; valid until the thread's next failure. */
 BILEVEL_EXPORT const char* bilevel_last_error(void);
 
+/* How many calls of an operator in place (WriteCache) had their output elsewhere and began by copying the whole of their input,
+ * since the library was loaded. Right results, but each costs the cache's size: a runtime that shares the address has none. */
+BILEVEL_EXPORT uint64_t bilevel_num_copies(void);
+
 /* *bytes: the workspace, aligned to 256 bytes, that suffices for this call and for every call whose sizes B, L, U, M, T are not
  * larger. arch: a compute capability as in 87; 0: the most that any architecture needs, whichever the library was built for, so
  * that an engine built with one library has room for another's kernels. Asks no GPU. */

@@ -34,11 +34,13 @@ bool open(CudaDriver& driver, std::string& problem) {
               std::to_string(driver.version % 1000 / 10) + ", the kernels need 12.0; install a newer driver";
     return false;
   }
+  driver.cuFuncLoad = reinterpret_cast<decltype(driver.cuFuncLoad)>(dlsym(library, "cuFuncLoad"));
   return find(library, "cuGetErrorString", driver.cuGetErrorString, problem) &&
          find(library, "cuCtxGetDevice", driver.cuCtxGetDevice, problem) &&
          find(library, "cuDeviceGetAttribute", driver.cuDeviceGetAttribute, problem) &&
          find(library, "cuLibraryLoadData", driver.cuLibraryLoadData, problem) &&
          find(library, "cuLibraryGetKernel", driver.cuLibraryGetKernel, problem) &&
+         find(library, "cuKernelGetFunction", driver.cuKernelGetFunction, problem) &&
          find(library, "cuKernelSetAttribute", driver.cuKernelSetAttribute, problem) &&
          find(library, "cuLaunchKernel", driver.cuLaunchKernel, problem) &&
          find(library, "cuMemcpyDtoDAsync_v2", driver.cuMemcpyDtoDAsync, problem);

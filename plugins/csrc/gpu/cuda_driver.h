@@ -13,10 +13,12 @@ using CuResult = int;  // 0: success
 using CuDevice = int;
 using CuLibrary = struct CuLibraryHandle*;
 using CuKernel = struct CuKernelHandle*;  // also passed where the driver takes a CUfunction (CUDA 12.0)
+using CuFunction = struct CuFunctionHandle*;
 using CuStream = struct CuStreamHandle*;
 
 // Attributes of the driver's API, with its numbers.
 constexpr int kComputeCapabilityMajor = 75, kComputeCapabilityMinor = 76;  // CUdevice_attribute
+constexpr int kMostSharedBytes = 97;                                       // of a block that asks for it
 constexpr int kMaxDynamicSharedBytes = 8;                                  // CUfunction_attribute
 
 struct CudaDriver {
@@ -27,6 +29,8 @@ struct CudaDriver {
   CuResult (*cuLibraryLoadData)(CuLibrary* library, const void* image, int* jit_options, void** jit_values, unsigned num_jit,
                                 int* library_options, void** library_values, unsigned num_library);
   CuResult (*cuLibraryGetKernel)(CuKernel* kernel, CuLibrary library, const char* name);
+  CuResult (*cuKernelGetFunction)(CuFunction* function, CuKernel kernel);
+  CuResult (*cuFuncLoad)(CuFunction function);  // CUDA 12.4; null before
   CuResult (*cuKernelSetAttribute)(int attribute, int value, CuKernel kernel, CuDevice device);
   CuResult (*cuLaunchKernel)(CuKernel kernel, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                              unsigned block_y, unsigned block_z, unsigned shared_bytes, CuStream stream, void** parameters,

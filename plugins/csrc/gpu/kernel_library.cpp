@@ -46,11 +46,12 @@ Device current_device(const CudaDriver& driver) {
   return device;
 }
 
-// Code for sm_80 runs on 86 and 89, code for 86 on 89; Orin (87) and everything from 90 on runs its own only
+// Code for sm_80 runs on 86 and 89, code for 86 on 89; every other GPU, those of Jetsons (87, 88) among them, runs its own only
 // (bilevel/machine.py has the same rule).
 bool runs_on(int32_t arch, int32_t capability) {
   if (arch == capability) return true;
-  return arch / 10 == 8 && capability / 10 == 8 && arch != 87 && capability != 87 && arch < capability;
+  const bool is_family = (arch == 80 || arch == 86) && (capability == 86 || capability == 89);
+  return is_family && arch < capability;
 }
 
 const ArchitecturePlans& plans_for(const Variant& variant, int32_t capability) {
@@ -97,12 +98,24 @@ void load(const CudaDriver& driver, const Kernel& kernel, const Device& device, 
     check(driver, driver.cuLibraryGetKernel(&found, library, kernel.symbol), name + " is not in its module");
     loaded.kernel.store(found, std::memory_order_release);
   }
+  int most = 0;
+  if (kernel.shared > kDefaultShared && driver.cuDeviceGetAttribute(&most, kMostSharedBytes, device.number) == 0 &&
+      kernel.shared > most) {
+    const std::string arch = std::to_string(device.capability);
+    fail(BILEVEL_NO_ARCHITECTURE, name + " takes " + std::to_string(kernel.shared) + " bytes of shared memory, sm_" + arch +
+                                      " has " + std::to_string(most) + "; build it for that GPU: bilevel kernels build " +
+                                      "--geometry BUNDLE --arch sm_" + arch);
+  }
   if (kernel.shared > kDefaultShared) {
     check(driver,
           driver.cuKernelSetAttribute(kMaxDynamicSharedBytes, kernel.shared, loaded.kernel.load(std::memory_order_relaxed),
                                       device.number),
           name + " does not get " + std::to_string(kernel.shared) + " bytes of shared memory");
   }
+  // Lazy loading would bring the code to the GPU with the first launch, which a capture refuses.
+  CuFunction function = nullptr;
+  check(driver, driver.cuKernelGetFunction(&function, loaded.kernel.load(std::memory_order_relaxed)), name + " cannot be loaded");
+  if (driver.cuFuncLoad != nullptr) check(driver, driver.cuFuncLoad(function), name + " cannot be loaded");
   loaded.devices.fetch_or(uint64_t{1} << device.number, std::memory_order_release);
 }
 
@@ -164,11 +177,14 @@ bool grid_of(const CheckedCall& call, const Launch& launch, unsigned (&grid)[3])
   return true;
 }
 
+std::atomic<uint64_t> num_copies{0};
+
 // The kernels of an operator in place write what changes: at another address the output begins as a copy.
 void copy_first(const CudaDriver& driver, const CheckedCall& call, void* stream) {
   if (!call.op->in_place || call.tensors[0] == call.tensors[call.op->num_inputs]) return;
   const auto source = reinterpret_cast<uintptr_t>(call.tensors[0]);
   const auto target = reinterpret_cast<uintptr_t>(call.tensors[call.op->num_inputs]);
+  num_copies.fetch_add(1, std::memory_order_relaxed);
   check(driver, driver.cuMemcpyDtoDAsync(target, source, call.output_bytes, static_cast<CuStream>(stream)),
         std::string(call.op->name) + " cannot copy " + std::to_string(call.output_bytes) + " bytes");
 }
@@ -285,6 +301,8 @@ const char* bilevel_status_text(int32_t status) {
     default: return "unknown status";
   }
 }
+
+uint64_t bilevel_num_copies(void) { return num_copies.load(std::memory_order_relaxed); }
 
 const char* bilevel_last_error(void) { return last_error.c_str(); }
 

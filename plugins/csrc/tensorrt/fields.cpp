@@ -12,7 +12,7 @@ namespace {
 using nvinfer1::PluginField;
 using nvinfer1::PluginFieldType;
 
-constexpr int32_t kFormatVersion = 1;  // of plugins/tensorrt/fields.py
+constexpr int32_t kFormatVersion = 2;  // of plugins/tensorrt/fields.py
 constexpr char kRemedy[] = "; build the engine anew: bilevel build BUNDLE";
 
 [[noreturn]] void refuse(const std::string& sentence) { throw Refusal{sentence}; }

@@ -35,6 +35,14 @@ std::string timing_key(const Node& node) {
   return text.str();
 }
 
+// No header promises how a workspace is aligned: what it takes to round the address up is asked for on top.
+constexpr uintptr_t kWorkspaceAlignment = 256;
+
+void* aligned(void* workspace) {
+  const auto address = reinterpret_cast<uintptr_t>(workspace);
+  return reinterpret_cast<void*>((address + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment);
+}
+
 class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBuild, public IPluginV3OneRuntime {
  public:
   explicit Plugin(const Node& node) : node_(node), timing_key_(timing_key(node)) {}
@@ -132,7 +140,8 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
     return guarded<size_t>(op().name, "gets no workspace", 0, [&] {
       check_counts(num_inputs, num_outputs);
       const Node node = seen(inputs);
-      return Call(node, split_dims(op(), node.dims)).workspace_size();
+      const size_t bytes = Call(node, split_dims(op(), node.dims)).workspace_size();
+      return bytes == 0 ? 0 : bytes + kWorkspaceAlignment - 1;
     });
   }
 
@@ -165,7 +174,8 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
       // TensorRT does not say how large the workspace is: what calls of these shapes need is within what it was asked for.
       if (!workspace_bytes_) workspace_bytes_ = needed(input_desc, output_desc);
       const Call call(node_, input_desc, inputs, output_desc, outputs);
-      if (bilevel_launch(call.get(), workspace, *workspace_bytes_, stream) != BILEVEL_OK) throw Refusal{bilevel_last_error()};
+      if (op().in_place && inputs[0] != outputs[0]) tell_of_copies();
+      if (bilevel_launch(call.get(), aligned(workspace), *workspace_bytes_, stream) != BILEVEL_OK) throw Refusal{bilevel_last_error()};
       return 0;
     });
   }
@@ -181,6 +191,13 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
   const Op& op() const { return *node_.op; }
   const Port& port(int32_t position) const {
     return position < op().num_inputs ? op().inputs[position] : op().outputs[position - op().num_inputs];
+  }
+
+  void tell_of_copies() const {
+    static std::atomic<bool> is_told{false};
+    if (is_told.exchange(true)) return;
+    write_log(ILogger::Severity::kWARNING, op().name, "copies its cache",
+              "TensorRT gave input and output different addresses, so that every call copies the whole cache; report this");
   }
 
   void check_counts(int32_t num_inputs, int32_t num_outputs) const {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +18,13 @@ if importlib.util.find_spec("tensorrt_rtx") is None:
 
 from bilevel import machine
 from bilevel.bundle.engines import find_engines
+from bilevel.bundle.format import read_manifest
 from bilevel.errors import BilevelError, EngineError, KernelError
 from bilevel.export.cli import build as cli_build
 from bilevel.export.engine import build as engine
 from bilevel.export.engine.build import Plan
-from bilevel.export.engine.memory import Estimate, memory_problem
+from bilevel.export.engine.memory import Estimate, check_volumes, memory_problem
+from bilevel.export.engine.network import Limits
 from bilevel.export.engine.plugins import choose_plugins
 from bilevel.export.engine.versions import (
     compute_capabilities,
@@ -226,3 +229,16 @@ def test_a_device_without_a_gpu_is_told(exported: Exported, monkeypatch: pytest.
     monkeypatch.setattr(machine, "find_gpu", lambda: Gpu("GPU", 87, 8 * 2**30, True))
     plan, gpu = cli_build.make_plan(arguments)
     assert plan.archs == (87,) and plan.name.startswith("tensorrt-sm87-float32-") and gpu is not None and gpu.is_integrated
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_tensors_that_tensorrt_cannot_have(rows: int, exported: Exported) -> None:
+    """2^31 elements of a cache are refused before anything is built, with the cache's name; fewer are not."""
+    bundle = read_manifest(exported("two_level")[1])
+    block = bundle.block_size
+    (spec, _), *_ = bundle.graph.state
+    elements = math.prod(spec.resolve(bundle.sizes(1, 1024 * block))) // 1024  # of one row and block
+    blocks = -(-(2**31) // (elements * rows))
+    check_volumes(bundle, Limits(rows, (blocks - 1) * block, 1, block))
+    with pytest.raises(EngineError, match="past.* would have .* elements, .* at most 2,147,483,647; lower --batch"):
+        check_volumes(bundle, Limits(rows, blocks * block, 1, block))

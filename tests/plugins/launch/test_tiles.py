@@ -8,16 +8,17 @@ import pytest
 
 from bilevel import contract
 from bilevel.errors import ContractError
+from bilevel.machine import SHARED_LIMIT
 from bilevel.plugins.launch import tiles
 
 WIDTHS, GROUPS, BLOCKS = [16, 32, 80, 96, 128, 256], [1, 3, 4, 16, 64], [5, 16, 48, 64, 80, 128]
 
 
 def test_limits_are_nvidias() -> None:
-    assert {arch: limit // 1024 for arch, limit in tiles.SHARED_LIMIT.items()} == {
+    assert {arch: limit // 1024 for arch, limit in SHARED_LIMIT.items()} == {
         **dict.fromkeys((80, 87), 163),
-        **dict.fromkeys((86, 89, 120), 99),
-        **dict.fromkeys((90, 100, 110), 227),
+        **dict.fromkeys((86, 89, 120, 121), 99),
+        **dict.fromkeys((90, 100, 103, 110), 227),
     }
 
 
@@ -68,14 +69,14 @@ def test_what_does_not_fit_is_refused() -> None:
     assert tiles.attention_tile(256, 64, 64, "float32", 80).shared <= tiles.shared_limit(80)
 
 
-@pytest.mark.parametrize("arch", [75, 88, 121, 0])
+@pytest.mark.parametrize("arch", [75, 88, 122, 0])
 def test_unknown_architecture_is_refused(arch: int) -> None:
     with pytest.raises(ContractError, match=rf"no architecture sm_{arch}; take one of sm_80, sm_86, .*, sm_120"):
         tiles.attention_tile(64, 1, 64, "float16", arch)
 
 
 def test_nearest_architecture_is_not_newer() -> None:
-    capabilities = {80: 80, 86: 86, 88: 87, 89: 89, 90: 90, 103: 100, 110: 110, 120: 120, 121: 120}
+    capabilities = {80: 80, 86: 86, 88: 87, 89: 89, 90: 90, 103: 103, 110: 110, 120: 120, 121: 121, 130: 121}
     assert {found: tiles.nearest_architecture(found) for found in capabilities} == capabilities
     with pytest.raises(ContractError, match=r"need compute capability 8\.0 or newer, not 7\.5"):
         tiles.nearest_architecture(75)

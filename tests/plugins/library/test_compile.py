@@ -14,7 +14,7 @@ import pytest
 
 from bilevel import contract
 from bilevel.errors import ContractError, KernelError
-from bilevel.plugins.launch import tiles
+from bilevel.machine import SHARED_LIMIT
 from bilevel.plugins.launch.plans import plans
 from bilevel.plugins.library import sweep
 from bilevel.plugins.library.compile import compile_launch, count_parameters
@@ -68,7 +68,7 @@ def test_compiled_kernels_keep_the_limit_and_the_estimate(tmp_path: Path) -> Non
     found: list[dict[str, Any]] = [json.loads(line) for line in lines]
     assert [line["kernel"] for line in found] == [kernel for *_, kernels in SPREAD for kernel in kernels]
     for line in found:
-        assert line["shared"] <= line["estimate"] <= tiles.SHARED_LIMIT[line["arch"]], line
+        assert line["shared"] <= line["estimate"] <= SHARED_LIMIT[line["arch"]], line
         assert line["symbol"] and line["elf"] and line["threads"] == 32 * line["warps"] and line["scratch"] == 2, line
     largest = {line["kernel"]: line["shared"] / line["estimate"] for line in found}
     assert largest["attention_split"] > 0.5 and largest["attention_tiles"] > 0.3  # the estimates are not mere guesses

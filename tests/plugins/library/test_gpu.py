@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,7 +19,7 @@ from bilevel.errors import KernelError, MissingDependency
 from bilevel.plugins.launch.plans import RUNTIME_SIZES
 from bilevel.plugins.launch.tiles import ARCHITECTURES
 from bilevel.plugins.library.build import build_library, find_compiler, launches_of, plan_variants
-from bilevel.plugins.library.gpu import DeviceTensor, KernelCall, KernelLibrary
+from bilevel.plugins.library.gpu import DeviceTensor, KernelCall, KernelLibrary, serves
 from bilevel.plugins.tensorrt.fields import workspace_limit
 from tests.doubles.gpu import Gpu, build, call_of, fake_gpu, number_kernels, request_of
 from tests.support.operator_calls import assert_same, make_call, run_reference
@@ -366,3 +367,46 @@ def test_a_failing_build_leaves_what_was_there(tmp_path: Path, monkeypatch: pyte
         build_library([request], [80], out, compile_all=number_kernels)
     with pytest.raises(KernelError, match="there is no target 'riscv64'; take x86_64 or aarch64"):
         find_compiler("riscv64")
+
+
+def test_after_prepare_a_launch_may_be_captured(folder: Path, library: KernelLibrary, gpu: Gpu) -> None:
+    """Code is loaded lazily, with the first launch, unless it is asked for: a first load in a capture is refused."""
+    inputs, attributes = make_call("RoutedAttention", 6)
+    call = call_of(gpu.memory, "RoutedAttention", inputs, attributes)
+    fresh = anew(library, folder / "captured.so")
+    gpu.driver.fake_capture(1)
+    refused(gpu, fresh, call, "cannot be loaded: some error .CUDA error 900.", 1 << 20)
+    gpu.driver.fake_capture(0)
+    fresh.prepare(call)
+    gpu.driver.fake_capture(1)
+    assert_same(run(fresh, gpu, "RoutedAttention", call), run_reference("RoutedAttention", inputs, attributes))
+    gpu.driver.fake_capture(0)
+
+
+def test_code_that_takes_more_shared_memory_than_the_gpu_has(folder: Path, library: KernelLibrary, gpu: Gpu) -> None:
+    """sm_80 has more of it than 86 and 89, which run its code: said by the library's description, and before a launch."""
+    gpu.configure(capability=89)
+    large = dict.fromkeys(library.info["architectures"], 117 * 1024)
+    assert serves({**library.info, "shared": large}, 80) and not serves({**library.info, "shared": large}, 89)
+    assert serves(library.info, 89) and not serves(library.info, 88) and not serves(library.info, 75)
+    assert max(library.info["shared"].values()) > 48 * 1024, "an estimate of a kernel that has to ask for it"
+    gpu.driver.fake_most_shared(48 * 1024)
+    fresh, said = anew(library, folder / "shared.so"), []
+    for name in (op.name for op in contract.GPU_OPS):
+        try:
+            fresh.prepare(call_of(gpu.memory, name, *make_call(name, 6)))
+        except KernelError as error:
+            said.append(str(error))
+    message = "takes [0-9]+ bytes of shared memory, sm_89 has 49152; build it for that GPU: .* --arch sm_89"
+    assert said and all(re.search(message, each) for each in said)
+
+
+def test_copies_of_caches_are_counted(folder: Path, library: KernelLibrary, gpu: Gpu) -> None:
+    inputs, attributes = make_call("WriteCache", 3)
+    call = call_of(gpu.memory, "WriteCache", inputs, attributes)
+    fresh = anew(library, folder / "copies.so")
+    assert fresh.num_copies() == 0
+    run(fresh, gpu, "WriteCache", call)
+    assert fresh.num_copies() == 1
+    run(fresh, gpu, "WriteCache", replace(call, outputs=[call.inputs[0]]))
+    assert fresh.num_copies() == 1

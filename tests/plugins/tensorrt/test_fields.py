@@ -42,7 +42,7 @@ def changed(fields: list[Field], which: str, /, **changes: Any) -> list[Field]:
 def test_a_node_survives_a_plan(name: str) -> None:
     node = node_of(name)
     fields = write_fields(node)
-    assert fields[0] == Field("format_version", "INT32", (1,))
+    assert fields[0] == Field("format_version", "INT32", (2,))
     assert read_fields(node.op, fields, from_plan=True) == node
 
 
@@ -56,7 +56,7 @@ def test_the_parser_gives_attributes_alone(name: str) -> None:
 @pytest.mark.parametrize(
     "field, changes, message",
     [
-        ("format_version", {"data": (2,)}, "format version 2, this library reads 1; build the engine anew with this bilevel"),
+        ("format_version", {"data": (3,)}, "format version 3, this library reads 2; build the engine anew with this bilevel"),
         ("format_version", {"name": "other"}, "no format_version"),
         ("format_version", {"kind": "CHAR"}, "no format_version"),
         ("format_version", {"data": (0,)}, "no format_version"),
@@ -139,4 +139,4 @@ def test_workspaces_belong_to_a_format_version() -> None:
             for dtype in ("float16", "float32"):
                 every = plans_everywhere(op, geometry, dtype).values()
                 digest.update(f"{op.name} {max(workspace_limit(each, most) for each in every)}\n".encode())
-    assert (FORMAT_VERSION, digest.hexdigest()[:16]) == (1, "adc7f924d2484e02")
+    assert (FORMAT_VERSION, digest.hexdigest()[:16]) == (2, "adc7f924d2484e02")

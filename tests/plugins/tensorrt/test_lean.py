@@ -34,7 +34,7 @@ for op, attributes, dims in json.loads(sys.argv[2]):
     creator = registry.get_creator(op, str(contract.VERSION), contract.DOMAIN)
     dtype = "float32" if contract.BY_NAME[op].has_float_type else ""
     fields = write_fields(PluginNode(contract.BY_NAME[op], attributes, dtype, tuple(map(tuple, dims))))
-    good, newer = Fields(trt, fields), Fields(trt, [Field("format_version", "INT32", (2,)), *fields[1:]])
+    good, newer = Fields(trt, fields), Fields(trt, [Field("format_version", "INT32", (3,)), *fields[1:]])
     made = creator.create_plugin(op, good.collection, trt.TensorRTPhase.RUNTIME)
     refused = creator.create_plugin(op, newer.collection, trt.TensorRTPhase.RUNTIME)
     found[op] = [[field.name for field in creator.field_names], made is not None, refused is None]
@@ -51,4 +51,4 @@ def test_creators_are_listed_and_make_plugins_out_of_a_plan(tmp_path: Path) -> N
     assert run.returncode == 0, run.stderr
     expected = {op.name: [[attribute.name for attribute in op.attributes], True, True] for op in contract.GPU_OPS}
     assert json.loads(run.stdout) == expected
-    assert run.stderr.count("format version 2, this library reads 1") == len(contract.GPU_OPS)
+    assert run.stderr.count("format version 3, this library reads 2") == len(contract.GPU_OPS)

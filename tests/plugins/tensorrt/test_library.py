@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
@@ -74,7 +75,8 @@ def changed(call: KernelCall, position: int, shape: tuple[int, ...] | None = Non
 def test_a_plugin_out_of_a_plan_equals_the_reference(name: str, tokens: int, plugins: Plugins, gpu: Gpu) -> None:
     """Built for the largest call, written, read, attached; then run on a smaller one with the largest one's workspace."""
     built, largest = configured(plugins, gpu, name)
-    workspace = gpu.memory.bytes(built.workspace(largest))
+    # Nobody promises that a workspace begins where a buffer may.
+    workspace = gpu.memory.bytes(128 + built.workspace(largest))[128:]
     read = plugins.make(name, built.fields(), from_plan=True)
     assert read is not None, plugins.said()
     running = read.attach()
@@ -84,7 +86,8 @@ def test_a_plugin_out_of_a_plan_equals_the_reference(name: str, tokens: int, plu
     assert running.shape_change(call) == 0 and running.enqueue(call, workspace.data_ptr()) == 0, plugins.said()
     assert_same([gpu.memory.read(tensor) for tensor in call.outputs], run_reference(name, inputs, attributes))
     assert gpu.driver.fake_launches() > 0 and gpu.driver.fake_loads() == loads, "attaching loaded everything"
-    assert plugins.said() == ""
+    said = plugins.said()
+    assert said == "" or (name == "WriteCache" and "copies its cache" in said)  # once: its output lies elsewhere here
 
 
 def test_16_bits(plugins: Plugins, gpu: Gpu) -> None:
@@ -92,7 +95,7 @@ def test_16_bits(plugins: Plugins, gpu: Gpu) -> None:
     narrow = {key: x.half() if x.is_floating_point() else x for key, x in inputs.items()}
     call, plugin = call_of(gpu.memory, "RoutedAttention", narrow, attributes), made(plugins, "RoutedAttention")
     assert plugin.configure(call) == 0 and [f.data for f in plugin.fields() if f.name == "dtype"] == [(1,)]
-    workspace = gpu.memory.bytes(plugin.workspace(call))
+    workspace = gpu.memory.bytes(128 + plugin.workspace(call))[128:]
     assert plugin.enqueue(call, workspace.data_ptr()) == 0, plugins.said()
     wide = {key: x.float() if x.is_floating_point() else x for key, x in narrow.items()}
     (expected,) = run_reference("RoutedAttention", wide, attributes)
@@ -112,7 +115,7 @@ def test_fields_are_those_of_the_python_plugins(name: str, plugins: Plugins, gpu
 @pytest.mark.parametrize(
     "field, changes, message",
     [
-        ("format_version", {"data": (2,)}, "format version 2, this library reads 1; build the engine anew with this bilevel"),
+        ("format_version", {"data": (3,)}, "format version 3, this library reads 2; build the engine anew with this bilevel"),
         ("format_version", {"name": "other"}, "format_version is missing or damaged"),
         ("format_version", {"kind": "CHAR"}, "format_version is missing or damaged"),
         ("format_version", {"data": (0,)}, "format_version is damaged"),
@@ -171,7 +174,7 @@ def test_unknown_and_missing_attributes(plugins: Plugins) -> None:
 def test_wrong_shapes(position: int, shape: tuple[int, ...], message: str, plugins: Plugins, gpu: Gpu) -> None:
     """Refused when the engine is built, when shapes change, and when it runs; nothing is launched."""
     plugin, call = configured(plugins, gpu, "RoutedAttention", 6)
-    workspace = gpu.memory.bytes(plugin.workspace(call))
+    workspace = gpu.memory.bytes(128 + plugin.workspace(call))[128:]
     wrong = changed(call, position, shape)
     assert plugin.configure(wrong, varies=False) != 0
     assert message in plugins.said()
@@ -208,7 +211,7 @@ def test_a_gpu_that_the_library_does_not_serve(plugins: Plugins, gpu: Gpu) -> No
     """Attaching succeeds, as it must where there is no GPU; running says why it cannot."""
     gpu.configure(capability=90)
     plugin, call = configured(plugins, gpu, "RoutedAttention", 6)
-    workspace = gpu.memory.bytes(plugin.workspace(call))
+    workspace = gpu.memory.bytes(128 + plugin.workspace(call))[128:]
     assert plugin.attach().enqueue(call, workspace.data_ptr()) != 0
     assert "none runs on sm_90" in plugins.said()
 
@@ -251,3 +254,27 @@ def test_the_library_shows_nothing_but_its_entry_points(plugins: Plugins) -> Non
     assert {name for name in shown if not name.startswith("bilevel_")} == {"getCreators", "setLoggerFinder"}
     needed = subprocess.run(["readelf", "-d", plugins.path], capture_output=True, text=True, check=True).stdout
     assert "nvinfer" not in needed and "cuda" not in needed
+
+
+@pytest.mark.parametrize("offset", [1, 8, 15])
+def test_tensors_at_odd_addresses_are_refused(offset: int, plugins: Plugins, gpu: Gpu) -> None:
+    """Kernels read 16 bytes at once: a sentence, and no launch. Every input and every output."""
+    for name in NAMES:
+        plugin, call = configured(plugins, gpu, name)
+        workspace = gpu.memory.bytes(plugin.workspace(call))
+        for position in range(len(call.inputs) + len(call.outputs)):
+            tensors = [*call.inputs, *call.outputs]
+            tensors[position] = replace(tensors[position], address=tensors[position].address + offset)
+            odd = replace(call, inputs=tensors[: len(call.inputs)], outputs=tensors[len(call.inputs) :])
+            assert plugin.enqueue(odd, workspace.data_ptr()) != 0 and "multiple of 16" in plugins.said()
+    assert gpu.driver.fake_launches() == 0
+
+
+def test_a_cache_that_tensorrt_moves_is_told_once(plugins: Plugins, gpu: Gpu) -> None:
+    """WriteCache at two addresses gives the right cache, says that it copies, and says it once."""
+    fresh = Plugins(Path(shutil.copy(plugins.path, plugins.path.with_name("told.so"))))  # that has told nothing yet
+    plugin, call = configured(fresh, gpu, "WriteCache")
+    same = replace(call, outputs=[call.inputs[0]])
+    assert plugin.enqueue(same, 0) == 0 and "copies" not in fresh.said()
+    assert plugin.enqueue(call, 0) == 0 and "copies its cache" in fresh.said()
+    assert plugin.enqueue(call, 0) == 0 and "copies" not in fresh.said()

@@ -68,7 +68,7 @@ def enqueue(name: str, inputs: Inputs, attributes: Attributes) -> tuple[int, lis
     tensors = [dynamic(t.shape, t.dtype) for t in (*call.inputs, *call.outputs)]
     count = len(call.inputs)
     built.configure_plugin(tensors[:count], tensors[count:])
-    workspace = memory.bytes(built.get_workspace_size(tensors[:count], tensors[count:]))
+    workspace = memory.bytes(128 + built.get_workspace_size(tensors[:count], tensors[count:]))[128:]  # aligned to no more
     plugin = creator_of(name).create_plugin(name, built.get_fields_to_serialize(), trt.TensorRTPhase.RUNTIME)
     plugin.device = "cpu"
     plugin = plugin.attach_to_context(None)

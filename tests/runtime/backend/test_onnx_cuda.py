@@ -157,7 +157,7 @@ GPU = replace(ORIN, packages={**ORIN.packages, "tensorrt": None})
         (replace(GPU, packages={}), "onnxruntime is not installed; pip install 'bilevel[gpu]'"),
         (no_driver(), "the CUDA driver libcuda.so.1 cannot be opened; install it"),
         (replace(GPU, cuda_provider_problem="libcudnn.so.9 is missing; install it"), "libcudnn.so.9 is missing; install it"),
-        (replace(GPU, packages={"onnxruntime": "1.30"}), "cuda.bindings is not installed; pip install cuda-bindings"),
+        (replace(GPU, packages={"onnxruntime": "1.30"}), "cuda.bindings is not installed; pip install 'cuda-bindings==12.*'"),
     ],
 )
 def test_whether_it_runs(machine: Any, expected: str, tmp_path: Path) -> None:
@@ -223,5 +223,5 @@ def test_without_cuda_bindings(module: str, exported: Any, monkeypatch: pytest.M
     for name in [name for name in sys.modules if name.startswith("cuda.bindings")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(MissingDependency, match="cuda.bindings.runtime is not installed: pip install 'bilevel.gpu.'"):
+    with pytest.raises(MissingDependency, match="cuda.bindings.driver is not installed: pip install 'bilevel.gpu.'"):
         CudaSession(load_bundle(exported("two_level")[1]))

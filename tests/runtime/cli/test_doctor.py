@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,11 +20,13 @@ from bilevel.errors import EngineError, KernelError, RequestError
 from bilevel.machine import Gpu, Machine, find_jetpack, find_package, look
 from bilevel.plugins.library.gpu import trust
 from bilevel.runtime.backend.select import LIBRARY_VARIABLE, choose, find_library, library_places, list_options, open_session
+from bilevel.runtime.cli import trials
 from bilevel.runtime.cli.main import main
+from bilevel.runtime.cli.trials import pair_problems
 from tests import ROOT
 from tests.doubles.bundle import write_bundle
 from tests.doubles.gpu import fake_gpu
-from tests.doubles.tensorrt import VERSION, write_engine
+from tests.doubles.tensorrt import VERSION, FakeDevice, write_engine
 
 ORIN = Machine(
     system="Linux",
@@ -129,7 +132,12 @@ def no_driver() -> Machine:
             {},
             "the Python module tensorrt is not installed; install",
         ),
-        (replace(ORIN, packages={**ORIN.packages, "cuda.bindings": None}), {}, "pip install cuda-bindings"),
+        (replace(ORIN, packages={**ORIN.packages, "cuda.bindings": None}), {}, "pip install 'cuda-bindings==12.*'"),
+        (
+            replace(ORIN, packages={**ORIN.packages, "cuda.bindings": "(installed, but does not load: no libcuda)"}),
+            {},
+            "cuda.bindings is (installed, but does not load: no libcuda); pip install 'cuda-bindings==12.*'",
+        ),
         (ORIN, {"graph_sha256": "0" * 64}, "it was built from another graph than model.onnx; build it anew"),
         (
             ORIN,
@@ -230,6 +238,63 @@ def test_packages(monkeypatch: pytest.MonkeyPatch) -> None:
         assert find_package(module) == expected
 
 
+def test_the_version_is_the_modules_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine is held against ``__version__``; a distribution of the same name may be another's."""
+    monkeypatch.setattr(machine_module.importlib, "import_module", lambda name: SimpleNamespace(__version__="10.3.0"))
+    monkeypatch.setattr(machine_module.importlib.metadata, "version", lambda name: "10.3.0.30+cuda12.5")
+    assert find_package("tensorrt") == "10.3.0"
+    monkeypatch.setattr(machine_module.importlib, "import_module", lambda name: SimpleNamespace())
+    assert find_package("tensorrt") == "10.3.0.30+cuda12.5"
+
+
+JETPACK_7 = replace(ORIN, driver_cuda="13.0", jetpack="JetPack 7.1", gpus=(Gpu("Thor", 110, 128 << 30, True),))
+
+
+@pytest.mark.parametrize(
+    "machine, bindings, wheels, expected",
+    [
+        (ORIN, "12.9.0", [], []),
+        (ORIN, "13.5.0", [], ["cuda-bindings 13.5.0 is for CUDA 13, JetPack 6.2's driver for CUDA 12.6: JetPack 6.2 .*==12"]),
+        (ORIN, "12.9.0", ["tensorrt-cu13"], ["tensorrt-cu13 is for CUDA 13, .* 12.6: JetPack 6.2 .* TensorRT 10.3"]),
+        (ORIN, "13.5.0", ["tensorrt-cu13", "tensorrt-cu12"], ["cuda-bindings 13.5.0", "tensorrt-cu13"]),
+        (replace(ORIN, jetpack=None), "13.5.0", [], ["cuda-bindings 13.5.0 is for CUDA 13, the driver for CUDA 12.6"]),
+        (replace(ORIN, driver_cuda="11.4"), "12.9.0", [], ["cuda-bindings 12.9.0 .* install a driver for CUDA 12 or newer"]),
+        (JETPACK_7, "13.5.0", ["tensorrt-cu13"], []),
+        (replace(JETPACK_7, driver_cuda="13.0"), "14.0", [], ["cuda-bindings 14.0 .*JetPack 7.x .* 'cuda-bindings==13"]),
+        (no_driver(), "13.5.0", ["tensorrt-cu13"], []),
+        (ORIN, "(installed, but does not load: x)", [], []),
+    ],
+)
+def test_versions_that_do_not_fit(machine: Machine, bindings: str, wheels: list[str], expected: list[str]) -> None:
+    given = replace(machine, packages={**machine.packages, "cuda.bindings": bindings})
+    found = list(pair_problems(given, wheels))
+    assert len(found) == len(expected) and all(map(re.search, expected, found))
+
+
+def test_the_gpu_is_really_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Memory that works, memory that is refused, memory that forgets; a library that does not load."""
+    monkeypatch.setattr("bilevel.runtime.cli.doctor.look", lambda: ORIN)
+    broken = write_library(tmp_path / "library.so")
+
+    def refused() -> Any:
+        raise EngineError("CUDA refused a stream (CUDA driver version is insufficient, error 35); bilevel doctor tells")
+
+    class Forgets(FakeDevice):
+        def upload(self, address: int, array: Any) -> None:
+            """Nothing is copied."""
+
+    for device, expected in (
+        (FakeDevice, "works +memory of the GPU: 1 MiB written and read, 1.0 GiB free"),
+        (refused, "fails +memory of the GPU: CUDA refused a stream .CUDA driver version is insufficient, error 35."),
+        (Forgets, "fails +memory of the GPU: what was copied to the GPU came back changed"),
+    ):
+        monkeypatch.setattr(trials, "CudaDevice", device)
+        assert main(["doctor", "--library", str(broken)]) == 0
+        text = capsys.readouterr().out
+        assert re.search("works +driver version: CUDA 12.6\n", text) and re.search(expected, text), text
+        assert re.search(f"fails +load {broken}: .*", text)
+
+
 def test_jetpack(tmp_path: Path) -> None:
     tegra, dpkg = tmp_path / "nv_tegra_release", tmp_path / "status"
     assert find_jetpack(tegra, dpkg) is None
@@ -280,7 +345,14 @@ def test_the_library_that_is_taken(
     facts = json.loads(capsys.readouterr().out)
     assert [each["from"] for each in facts["libraries"]] == ["bundle", "environment", "package"]
     assert [each["is_taken"] for each in facts["libraries"]] == [True, False, False]
-    for keys in (facts, facts["machine"], facts["machine"]["gpus"][0], facts["libraries"][0], facts["backends"][0]):
+    for keys in (
+        facts,
+        facts["machine"],
+        facts["machine"]["gpus"][0],
+        facts["libraries"][0],
+        facts["trials"][0],
+        facts["backends"][0],
+    ):
         assert [key for key in keys if key not in EPILOG] == []
 
 
