@@ -70,6 +70,7 @@ class Scheduler:
         self._slots, self._queue = Slots(limits.max_rows), FairQueue()
         self._pacer = PrefillPacer(limits.prefill_chunk or bundle.prefill_chunk)
         self._jobs: dict[Row, TextJob] = {}
+        self._entering: TextJob | None = None
         self._outbox: list[TokenEvent] = []
         self._published, self._publish_seconds = 0.0, publish_seconds
         self._turn = 0
@@ -114,7 +115,7 @@ class Scheduler:
         self._thread.join(timeout)
         is_finished = not self._thread.is_alive()
         with self._wake:
-            self.cancel(*self._queue, *self._jobs.values())
+            self.cancel(*self._queue, *self._jobs.values(), *filter(None, [self._entering]))
         self._thread.join()
         self._keep()
         return is_finished
@@ -123,7 +124,10 @@ class Scheduler:
         """Store what the places hold, once nothing runs any more."""
         prefixes, self._prefixes = self._prefixes, None
         if prefixes is not None:
-            prefixes.keep(self._slots, self._caches)
+            try:
+                prefixes.keep(self._slots, self._caches)
+            except Exception:  # noqa: BLE001 - the end of a server does not depend on it
+                _LOG.exception("the rows' prefixes are not stored")
             prefixes.close()
 
     @property
@@ -203,9 +207,11 @@ class Scheduler:
         while self._slots.has_room:
             with self._wake:
                 job = self._queue.pop(self._is_ready)
-                if job is None:
-                    return
-                self._enter(job)
+                self._entering = job
+            if job is None:
+                return
+            self._enter(job)  # without the lock: bringing a stored prefix takes its time
+            self._entering = None
 
     def _is_ready(self, job: TextJob) -> bool:
         """Whether waiting would not save reading: not while a prompt is being read that begins like this one."""

@@ -54,9 +54,11 @@ class Server(uvicorn.Server):
     async def drain(self) -> None:
         """Finish what runs, for at most the grace time, then let go of the connections."""
         self._draining = True
-        await asyncio.to_thread(self._scheduler.close, self._grace)
-        await asyncio.sleep(0.1)  # the last events are on their way to the clients
-        self.should_exit = True
+        try:
+            await asyncio.to_thread(self._scheduler.close, self._grace)
+            await asyncio.sleep(0.1)  # the last events are on their way to the clients
+        finally:
+            self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()

@@ -54,6 +54,11 @@ class Process:
         assert self.scheduler.close(0)
 
 
+def files(folder: Path) -> list[Path]:
+    """The prefixes."""
+    return sorted(folder.glob("*.prefix"))
+
+
 def system(count: int = 40, seed: int = 3) -> list[int]:
     return np.random.default_rng(seed).integers(2, VOCAB_SIZE, count).tolist()
 
@@ -65,7 +70,7 @@ def test_a_prompt_is_ready_after_a_restart(session: OnnxSession, tmp_path: Path)
     for question in ([5, 6, 7], [8, 9]):
         assert first.ask(shared + question)[0] == predict(shared + question, 6)
     first.store.flush()
-    assert len(list(tmp_path.iterdir())) == 1, "a kill from here on loses the shared part no more"
+    assert len(files(tmp_path)) == 1, "a kill from here on loses the shared part no more"
     first.end()
     second = Process(session, tmp_path)
     text, reused = second.ask([*shared, 10, 11])
@@ -93,16 +98,16 @@ def test_any_texts_over_any_restarts(
             prompt = system(60)[:cut] + [50 + kind + place % 3 for place in range(length)]
             assert process.ask(prompt)[0] == predict(prompt, 6)
         process.end()
-        assert sum(path.stat().st_size for path in folder.iterdir()) <= most
-        assert all(path.suffix == ".prefix" for path in folder.iterdir())
+        assert sum(path.stat().st_size for path in files(folder)) <= most
+        assert {path.name for path in folder.iterdir()} == {".prefixes.lock", *(path.name for path in files(folder))}
 
 
-@pytest.mark.parametrize("place", ["header", "tokens", "middle", "end", "cut", "longer", "no line", "number", "gone"])
+@pytest.mark.parametrize("place", ["header", "tokens", "middle", "end", "cut", "short", "longer", "no line", "number", "gone"])
 def test_a_damaged_file_is_not_used(session: OnnxSession, tmp_path: Path, place: str) -> None:
     process, prompt = Process(session, tmp_path), system()
     process.ask(prompt)
     process.end()
-    (path,) = tmp_path.iterdir()
+    (path,) = files(tmp_path)
     content = bytearray(path.read_bytes())
     start = content.index(b"\n") + 1
     if place == "number":
@@ -110,8 +115,8 @@ def test_a_damaged_file_is_not_used(session: OnnxSession, tmp_path: Path, place:
         content[:start] = json.dumps(header).encode() + b"\n"
     elif place == "no line":
         content = bytearray(b"{" * 9000)
-    elif place in ("cut", "longer"):
-        content = content[:-1] if place == "cut" else content + b"\0"
+    elif place in ("cut", "short", "longer"):
+        content = {"cut": content[:-1], "short": content[: start + 42], "longer": content + b"\0"}[place]
     elif place != "gone":
         at = {"header": 3, "tokens": start + 2, "middle": (start + len(content)) // 2, "end": len(content) - 1}[place]
         content[at] ^= 1
@@ -145,6 +150,69 @@ def test_another_bundles_folder_is_refused(session: OnnxSession, tmp_path: Path)
         PrefixStore(tmp_path / "file", session, LARGE)
 
 
+def test_one_server_at_a_time(session: OnnxSession, tmp_path: Path) -> None:
+    store = PrefixStore(tmp_path, session, LARGE)
+    with pytest.raises(RequestError, match="is in use by another server; name a folder of its own for each"):
+        PrefixStore(tmp_path, session, LARGE)
+    store.close()
+    PrefixStore(tmp_path, session, LARGE).close()
+
+
+def test_a_file_that_gives_way_while_it_is_read(session: OnnxSession, tmp_path: Path) -> None:
+    """The writer may drop what the loop has just found; the text is then read anew, and the loop goes on."""
+    process, prompt = Process(session, tmp_path), system()
+    process.ask(prompt)
+    process.end()
+    process = Process(session, tmp_path)
+    read = process.store._read
+
+    def dropped(prefix: prefix_store.Prefix) -> list[Any]:
+        process.store._make_room(LARGE, [1, 2, 3])
+        return read(prefix)
+
+    process.store._read = dropped  # type: ignore[method-assign]
+    assert process.ask(prompt) == (predict(prompt, 6), 0)
+    process.end()
+
+
+@pytest.mark.parametrize("method", ["read_prefix", "write_prefix"])
+def test_caches_that_cannot_be_copied(
+    session: OnnxSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Neither a text nor the end of a server depends on it."""
+    process, prompt = Process(session, tmp_path), system()
+    process.ask(prompt)
+    process.end()
+    process = Process(session, tmp_path)
+    monkeypatch.setattr(process.scheduler._caches, method, lambda *arguments: 1 / 0)
+    for asked in (prompt, [*prompt[:20], 3, 4], prompt):
+        assert process.ask(asked)[0] == predict(asked, 6)
+    process.end()
+
+
+def test_a_full_disk_costs_nothing_of_what_there_was(
+    session: OnnxSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process, prompt = Process(session, tmp_path), system()
+    process.ask(prompt[:30])
+    process.end()
+    before = files(tmp_path)
+    process = Process(session, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(prefix_store.os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left")))
+        process.ask(prompt)
+        process.end()
+    assert files(tmp_path) == before
+
+
+def test_a_lower_bound_holds_at_once(session: OnnxSession, tmp_path: Path) -> None:
+    process = Process(session, tmp_path)
+    process.ask(system())
+    process.end()
+    Process(session, tmp_path, 10).end()
+    assert files(tmp_path) == []
+
+
 def test_what_is_not_a_prefix_stays(session: OnnxSession, tmp_path: Path) -> None:
     """A folder may hold other things; what a killed process left half written is swept."""
     (tmp_path / "notes.txt").write_text("mine")
@@ -153,15 +221,15 @@ def test_what_is_not_a_prefix_stays(session: OnnxSession, tmp_path: Path) -> Non
     process = Process(session, tmp_path)
     process.ask(system())
     process.end()
-    assert {path.name for path in tmp_path.iterdir()} >= {"notes.txt", "pipe.prefix"}
-    assert not list(tmp_path.glob(".*")) and len(list(tmp_path.iterdir())) == 3
+    assert {path.name for path in tmp_path.iterdir()} >= {"notes.txt", "pipe.prefix", ".prefixes.lock"}
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_the_least_recently_used_gives_way(session: OnnxSession, tmp_path: Path) -> None:
     process = Process(session, tmp_path)
     process.ask(system())
     process.end()
-    (path,) = tmp_path.iterdir()
+    (path,) = files(tmp_path)
     most = path.stat().st_size * 5 // 2
     prompts = [system(40, seed) for seed in range(4, 7)]
     for prompt in prompts:
@@ -179,5 +247,5 @@ def test_a_longer_beginning_takes_the_place_of_a_shorter_one(session: OnnxSessio
         process = Process(session, tmp_path)
         process.ask(system(40)[:count], 1)
         process.end()
-    (path,) = tmp_path.iterdir()
+    (path,) = files(tmp_path)
     assert json.loads(path.read_bytes().split(b"\n")[0])["tokens"] == 40
