@@ -57,7 +57,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder of the dense model, with tokenizer.json")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
-    parser.add_argument("--method", choices=("bounds", "gate"), default="bounds", help="how blocks are chosen (default bounds)")
+    parser.add_argument("--method", choices=("bounds", "gate"), help="how blocks are chosen (default bounds)")
     parser.add_argument(
         "--adapter", action="store_true", help="write only what was found and learned, not the whole checkpoint"
     )
@@ -86,11 +86,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dense-layers", metavar="LIST", help="layers that stay dense, as in 7,17,18, or none (default: calibrated)"
     )
+    parser.add_argument("--rows", type=int, metavar="N", help="with --method gate: texts that the teacher reads (default 400)")
     parser.add_argument(
-        "--rows", type=int, default=400, metavar="N", help="with --method gate: texts that the teacher reads (default 400)"
-    )
-    parser.add_argument(
-        "--passes", type=int, default=6, metavar="N", help="with --method gate: how often the gates learn from each (default 6)"
+        "--passes", type=int, metavar="N", help="with --method gate: how often the gates learn from each (default 6)"
     )
     parser.add_argument(
         "--from",
@@ -110,9 +108,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--save-seconds",
         type=float,
-        default=45.0,
         metavar="S",
-        help="most seconds of training that a kill may lose (default 45)",
+        help="most seconds of training or tuning that a kill may lose (default 45)",
     )
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -130,8 +127,9 @@ def main(args: argparse.Namespace) -> int:
     from bilevel.export.route.work import Work
 
     check_target(args.out, args.force, args.checkpoint)
+    given = {name: getattr(args, name) for name in ("rows", "passes", "save_seconds") if getattr(args, name) is not None}
     options = Options(
-        method=args.method,
+        method=args.method or Options.method,
         text=tuple(args.text),
         share=args.share,
         context=args.context,
@@ -139,10 +137,8 @@ def main(args: argparse.Namespace) -> int:
         words=args.words,
         dense_layers=dense_layers,
         key=args.key,
-        rows=args.rows,
-        passes=args.passes,
         seed=args.seed,
-        save_seconds=args.save_seconds,
+        **given,
         start=args.start,
         tune=args.tune,
     )
@@ -173,8 +169,13 @@ def _check(args: argparse.Namespace) -> tuple[int, ...] | None:
             raise RequestError(f"--{name.replace('_', '-')} {value} must be at least 1")
     if args.tune < 0:
         raise RequestError(f"--tune {args.tune} must be a number of texts, or 0 for none")
-    if args.start is not None and (args.method == "gate" or args.key is not None):
+    if args.start is not None and (args.method is not None or args.key is not None):
         raise RequestError("--from takes the keys of the adapter that it names; leave out --method and --key")
+    for name in ("rows", "passes"):
+        if getattr(args, name) is not None and args.method != "gate":
+            raise RequestError(f"--{name} {getattr(args, name)} belongs to the training of --method gate; leave it out")
+    if args.save_seconds is not None and (args.save_seconds < 0 or (args.method != "gate" and not args.tune)):
+        raise RequestError(f"--save-seconds {args.save_seconds} must be 0 or more, beside --method gate or --tune")
     if args.method == "gate" and args.key is not None:
         raise RequestError(f"--key {args.key} belongs to --method bounds; leave it out")
     if args.dense_layers is None:

@@ -162,7 +162,15 @@ def _read_updates(path: Path) -> dict[str, Tensor]:
             other = name.replace("lora_A", "lora_B") if "lora_A" in name else name.replace("lora_B", "lora_A")
             if other not in names:
                 raise CheckpointError(f"{path} holds {name} without {other}; make the adapter anew with: bilevel route")
-        return {name: file.get_tensor(name).float() for name in names}
+        updates = {name: file.get_tensor(name).float() for name in names}
+    for name, down in updates.items():
+        up = updates[name.replace("lora_A", "lora_B")]
+        if "lora_A" in name and (down.dim() != 2 or up.dim() != 2 or down.shape[0] != up.shape[1]):
+            raise CheckpointError(
+                f"{path} holds {name} of shape {list(down.shape)} beside an lora_B of shape {list(up.shape)}, which do not "
+                "multiply; make the adapter anew with: bilevel route"
+            )
+    return updates
 
 
 def check_base(adapter: Adapter, checkpoint: Path, ignore: Collection[str] = ()) -> None:

@@ -19,7 +19,7 @@ from bilevel.export.route.calibrate import GATE_BLOCK, Calibration, calibrate, c
 from bilevel.export.route.facts import Score, evaluate
 from bilevel.export.route.source import Options, Report, Source, fast_precision, open_source
 from bilevel.export.route.train import train_gates
-from bilevel.export.route.tune import apply, tune
+from bilevel.export.route.tune import apply, precision_of, tune
 from bilevel.export.route.walk import make_choosers
 from bilevel.export.route.words import WordLevel, fit_words, with_words
 from bilevel.export.route.work import check_empty
@@ -50,7 +50,8 @@ def route(checkpoint: Path, work: Path, options: Options, report: Report | None 
         source, found = _from_nothing(checkpoint, work, options, report)
     else:
         check_base(start, checkpoint)
-        source, found = _from_adapter(checkpoint, start, options, report)
+        asked, options = options, dataclasses.replace(options, block_size=options.block_size or start.routing.block_size)
+        source, found = _from_adapter(checkpoint, start, work, asked, options, report)
     config, length = source.config, _whole(options).context
     level = None
     if found.words:
@@ -83,7 +84,7 @@ def route(checkpoint: Path, work: Path, options: Options, report: Report | None 
 
 def _from_nothing(checkpoint: Path, work: Path, options: Options, report: Report) -> tuple[Source, _Found]:
     if options.method == "bounds":
-        source = open_source(checkpoint, options, fast_precision(), report)
+        source = open_source(checkpoint, options, precision_of(work) or fast_precision(), report)
         check_share(source.config, _candidates(options)[0], _share(options), _whole(options).context, options.dense_layers)
         gates: dict[int, dict[str, Tensor]] = {}
         log: dict[str, Any] = {}
@@ -97,23 +98,29 @@ def _from_nothing(checkpoint: Path, work: Path, options: Options, report: Report
     return source, _Found(calibration.routing, calibration.whole, gates, words, log)
 
 
-def _from_adapter(checkpoint: Path, start: Adapter, options: Options, report: Report) -> tuple[Source, _Found]:
-    """The adapter as it is, or its gates calibrated anew where the user asks for another share, block size or dense layers."""
+def _from_adapter(
+    checkpoint: Path, start: Adapter, work: Path, asked: Options, options: Options, report: Report
+) -> tuple[Source, _Found]:
+    """The adapter as it is, or its gates calibrated anew where the user asks for another share, block size or dense layers.
+
+    options: as asked for, with the adapter's block size where none was.
+    """
     if start.tuned:
         raise CheckpointError(
             f"{options.start} is tuned already, for the choice that it makes; start from the adapter before that"
         )
-    source = open_source(checkpoint, options, fast_precision(), report)
+    source = open_source(checkpoint, options, precision_of(work) or fast_precision(), report)
     routing, context = start.routing, _whole(options).context
     blocks = dataclasses.replace(routing, preset="moba_gqa", **_NO_WORDS) if start.words else routing
     found = _Found(blocks, routing, start.gates, start.words, _log_of(options.start))
     proposed = routing.coarse_topk * routing.block_size / context if start.words else None
     share = options.words if options.words is not None else proposed
     level = None if share is None else _Words(source, share, context, report)
-    if any(each is not None for each in (options.share, options.block_size, options.dense_layers)):
-        chosen = dataclasses.replace(options, block_size=options.block_size or routing.block_size)
-        candidates = [starting_routing(routing.key, chosen.block_size or 0)]
-        calibration = _calibrated(source, chosen, candidates, start.gates or None, level, report)
+    if level is not None and start.words and options.words is None:
+        level.made[routing.block_size] = dict(start.words)
+    if any(each is not None for each in (asked.share, asked.block_size, asked.dense_layers)):
+        candidates = [starting_routing(routing.key, options.block_size or routing.block_size)]
+        calibration = _calibrated(source, options, candidates, start.gates or None, level, report)
         found.blocks, found.whole = calibration.routing, calibration.whole
         found.log |= _tried(calibration)
     elif options.words is not None and level is not None:
@@ -125,12 +132,15 @@ def _from_adapter(checkpoint: Path, start: Adapter, options: Options, report: Re
 
 
 class _Words:
-    """Level 1 in front of any choice of blocks; what it is made of depends on their size alone."""
+    """Level 1 in front of any choice of blocks; what it is made of depends on their size alone.
+
+    made: the parameters by block size, as far as there are any yet.
+    """
 
     def __init__(self, source: Source, share: float, context: int, report: Report) -> None:
         self._source, self._share, self._context, self._report = source, share, context, report
         self._table = source.model.model.embed_tokens.weight.float()
-        self._made: dict[int, dict[str, Tensor]] = {}
+        self.made: dict[int, dict[str, Tensor]] = {}
 
     def __call__(self, routing: Routing) -> tuple[Routing, WordLevel]:
         config = self._source.config
@@ -139,11 +149,11 @@ class _Words:
 
     def parameters(self, whole: Routing) -> dict[str, Tensor]:
         """Level 1's, of a routing with it."""
-        if whole.block_size not in self._made:
+        if whole.block_size not in self.made:
             self._report.stage("weighing words for level 1")
             config = dataclasses.replace(self._source.config, routing=whole)
-            self._made[whole.block_size] = fit_words(self._table, self._source.encoded(), config)
-        return self._made[whole.block_size]
+            self.made[whole.block_size] = fit_words(self._table, self._source.encoded(), config)
+        return self.made[whole.block_size]
 
 
 _NO_WORDS: dict[str, Any] = {

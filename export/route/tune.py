@@ -8,6 +8,7 @@ that memory grows with one layer's masks, not with all of them.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -154,9 +155,12 @@ def tune(
     work: Path, options: Options, report: Report,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:  # fmt: skip
     """(the factors, a log). work: a folder whose ``tune.pt`` a run goes on from. Raises CheckpointError."""
+    learnt = {**words, **{f"{layer}.{name}": tensor for layer, gate in gates.items() for name, tensor in gate.items()}}
     plan = {
         "base": source.base["sha256"], "routing": repr(routing), "seed": options.seed, "updates": options.tune,
-        "rank": RANK, "peak": _PEAK,
+        "rank": RANK, "peak": _PEAK, "precision": str(source.model.lm_head.weight.dtype).removeprefix("torch."),
+        "texts": hashlib.sha256("".join(source.training).encode()).hexdigest(),
+        "gates": hashlib.sha256(b"".join(learnt[name].float().numpy().tobytes() for name in sorted(learnt))).hexdigest(),
     }  # fmt: skip
     torch.manual_seed(options.seed)
     routed = student(source.model, routing, gates, words)
@@ -187,6 +191,13 @@ def tune(
     return factors(routed), {"plan": {**plan, "length": run.length}, "log": log}
 
 
+def precision_of(work: Path) -> torch.dtype | None:
+    """What an unfinished run computes in; another machine's speed, or a busy one's, must not change that."""
+    path = work / TUNE
+    plan = read_state(path).get("plan") if path.is_file() else None
+    return getattr(torch, str(plan["precision"])) if isinstance(plan, dict) and "precision" in plan else None
+
+
 @torch.no_grad()
 def _heldout(run: _Run) -> float:
     """The mean loss on rows of held-out documents."""
@@ -200,7 +211,7 @@ def _restored(
     if not path.is_file():
         return 0, []
     state = read_state(path)
-    if state["plan"] != plan:
+    if state.get("plan") != plan:
         raise CheckpointError(
             f"{path} belongs to another run (other options or another choice of blocks); remove it to begin anew"
         )

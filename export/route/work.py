@@ -151,5 +151,5 @@ def read_state(path: Path) -> dict[str, Any]:
     """What ``write_state`` wrote. Raises CheckpointError."""
     try:
         return dict(torch.load(path, weights_only=True))
-    except (RuntimeError, EOFError, pickle.UnpicklingError):
+    except (RuntimeError, EOFError, ValueError, TypeError, pickle.UnpicklingError):
         raise CheckpointError(f"{path} is damaged; remove it to train anew") from None

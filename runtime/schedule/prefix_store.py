@@ -150,6 +150,10 @@ class PrefixStore:
     def _sizes(self, tokens: int) -> dict[str, int]:
         return {"batch": 1, "capacity": tokens, "num_blocks": tokens // self._block_size}
 
+    def _head(self, tokens: int, checksum: int) -> bytes:
+        header = {"format": FORMAT, "fingerprint": self.fingerprint, "tokens": tokens, "crc32": checksum}
+        return json.dumps(header).encode() + b"\n"
+
     def _content_bytes(self, tokens: int) -> int:
         """Of a file, without its first line."""
         return 4 * tokens + sum(spec.num_bytes(self._sizes(tokens)) for spec in self._specs)
@@ -186,7 +190,7 @@ class PrefixStore:
 
     def _wants(self, tokens: Sequence[int]) -> bool:
         """Whether a beginning is long enough, has room, and is not held already."""
-        size = _HEADER + self._content_bytes(len(tokens))
+        size = len(self._head(len(tokens), 2**32 - 1)) + self._content_bytes(len(tokens))
         with self._lock:
             held = any(common_prefix(each.tokens, tokens) == len(tokens) for each in self._entries)
         return len(tokens) >= LEAST_TOKENS and size <= self.most_bytes and not held
@@ -218,8 +222,7 @@ class PrefixStore:
         checksum = 0
         for part in content:
             checksum = zlib.crc32(part.reshape(-1).view(np.uint8).data, checksum)
-        header = {"format": FORMAT, "fingerprint": self.fingerprint, "tokens": len(tokens), "crc32": checksum}
-        head = json.dumps(header).encode() + b"\n"
+        head = self._head(len(tokens), checksum)
         size = len(head) + sum(part.nbytes for part in content)
         name = hashlib.sha256(content[0].tobytes()).hexdigest()[:32] + SUFFIX
         partial, path = self.folder / f".{name}.partial", self.folder / name

@@ -94,6 +94,11 @@ def test_from_an_adapter(base: Path, adapter: Path, tmp_path: Path, capsys: pyte
         assert (tmp_path / "as it is" / name).read_bytes() == (adapter / name).read_bytes()
     assert main(["route", str(base), str(tmp_path / "other"), *common, "--share", "0.6", "--words", "0.9"]) == 0
     other = json.loads((tmp_path / "other" / "adapter.json").read_text())["routing"]
+    # Level 1 is taken over as well, whatever this run's text and the context that is named.
+    again = ["--from", str(tmp_path / "other"), "--adapter", "--context", "330", "--share", "0.7", "--text", str(base.parent)]
+    assert main(["route", str(base), str(tmp_path / "third"), *again]) == 0
+    weights = [load_file(tmp_path / name / "gates.safetensors")["model.word_router.word_weight"] for name in ("other", "third")]
+    assert torch.equal(*weights)
     assert other["preset"] == "two_level" and other["weighted_words"] and other["key"] == "gate"
     log = json.loads((tmp_path / "other" / "log.json").read_text())
     assert log["share"] <= 0.6 and log["training"] and "without words" in log["judgement"]
@@ -110,8 +115,13 @@ def test_from_an_adapter(base: Path, adapter: Path, tmp_path: Path, capsys: pyte
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert main([*command[3:], "--seed", "1"]) == 2
-    assert "belongs to another run" in capsys.readouterr().err
+    other = tmp_path / "other text"
+    other.mkdir()
+    for file in base.with_name("text").iterdir():
+        (other / file.name).write_text(file.read_text().replace("paper", "letter"))
+    for change in (["--seed", "1"], ["--text", str(other)]):
+        assert main([*command[3:], *change]) == 2
+        assert "belongs to another run" in capsys.readouterr().err
     assert main(command[3:]) == 0
     updates = [load_file(tmp_path / name / "tuned.safetensors") for name in ("tuned", "again")]
     assert updates[0].keys() == updates[1].keys() and len(updates[0]) == 3 * 2 * 2
@@ -176,7 +186,11 @@ def test_export_warns_of_an_untrained_choice(tmp_path: Path, capsys: pytest.Capt
     "options, message",
     [
         (["--share", "0"], "--share 0.0 must be more than 0 and at most 1"),
-        (["--rows", "0"], "--rows 0 must be at least 1"),
+        (["--method", "gate", "--rows", "0"], "--rows 0 must be at least 1"),
+        (["--rows", "7"], "--rows 7 belongs to the training of --method gate"),
+        (["--tune", "1", "--passes", "7"], "--passes 7 belongs to the training of --method gate"),
+        (["--save-seconds", "3"], "--save-seconds 3.0 must be 0 or more, beside --method gate or --tune"),
+        (["--from", "/nowhere", "--method", "bounds"], "--from takes the keys of the adapter"),
         (["--block-size", "-3"], "--block-size -3 must be at least 1"),
         (["--dense-layers", "a,b"], "--dense-layers a,b must be layers with commas between"),
         (["--dense-layers", "9"], "routing.dense_layers holds 9, but the layers are 0..2"),

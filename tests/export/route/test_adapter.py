@@ -297,6 +297,7 @@ def test_updates_that_do_not_fit(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.q_proj.lora_A.weight"
     for change, message in (
         ({name: torch.zeros(2, 5)}, "updates model.layers.0.self_attn.q_proj.weight of shape [32, 5]"),
+        ({name: torch.zeros(3, CONFIG.hidden_size)}, "which do not multiply"),
         ({name: None}, "without model.layers.0.self_attn.q_proj.lora_A.weight"),
         ({"model.layers.0.mlp.lora_A.weight": torch.zeros(2, 5)}, "which is no update of q or k"),
     ):
