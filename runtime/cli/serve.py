@@ -11,16 +11,20 @@ from bilevel.runtime.backend.select import MOST_THREADS, add_backend_options
 
 EPILOG = """\
   bilevel serve my-bundle                            http://127.0.0.1:8000: a page to try it, and for programs
-                                                       /v1   OpenAI's API (models, completions, chat/completions)
+                                                       /v1   OpenAI's API (models, completions, chat/completions,
+                                                             responses)
                                                        /v2   Open Inference Protocol (KServe, Triton's clients)
                                                        /metrics for Prometheus, /openapi.json
   bilevel serve my-bundle --host 0.0.0.0 --api-key-file keys.txt     reachable from other machines, with a key
 
 No other page than the server's own may use it from a browser, and it answers to addresses, localhost and this machine's name:
 --allow-origin and --allow-host widen that. A client that takes nothing of its answer for a minute is cut off; 1,000 are served.
+A container has a name of its own: give --allow-host NAME, under which the machine is asked.
 
 One key a line; lines that begin with # are comments. Ctrl-C, or SIGTERM, refuses new requests and lets running answers finish
 for --grace seconds; a second one ends at once. The server speaks plain HTTP: put a proxy that does TLS in front of it.
+Behind one, give --allow-host NAME where it passes Host on (nginx: proxy_set_header Host $http_host), or --allow-origin
+https://NAME where it does not.
 """
 
 

@@ -30,7 +30,7 @@ class Access:
 
     def __init__(self, keys: Keys | None = None, hosts: Collection[str] = (), origins: Collection[str] = ()) -> None:
         self.keys, self.origins = keys, tuple(origin.rstrip("/").lower() for origin in origins)
-        self._hosts = {host.lower().rstrip(".") for host in hosts} | {"localhost", socket.gethostname().lower()}
+        self._hosts = {host.lower().rstrip(".") for host in hosts} | {"localhost", *_own_names(socket.gethostname())}
 
     def check(self, request: Request, *, asks_key: bool) -> None:
         """Raises ApiError: 403 for another host or origin than the allowed ones, 401 without a key where one is asked for."""
@@ -61,6 +61,13 @@ class Access:
             raise ApiError(
                 403, "a page of another origin sent this request; only this server's own page may, and those of --allow-origin"
             )
+
+
+def _own_names(name: str) -> set[str]:
+    """This machine's name, whole and without its domain, and as neighbours on the local network find it (mDNS)."""
+    name = name.lower().rstrip(".")
+    label = name.partition(".")[0]
+    return {each for each in (name, label, f"{name}.local", f"{label}.local") if label}
 
 
 def _name(host: str) -> str:

@@ -75,25 +75,28 @@ def validated(model: type[BaseModel], body: bytes) -> Any:
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        if first["type"] == "json_invalid":
-            raise ApiError(400, f"the body is not valid JSON: {first['msg'].partition(': ')[2] or first['msg']}") from None
-        places = [str(part) for part in first["loc"]]
-        if not places:
-            raise ApiError(400, "the body must be one JSON object") from None
-        # Of a field that may have several types, the errors say what each of them lacks; the reader needs the choice.
-        union = next((index for index, place in enumerate(places) if place in ALTERNATIVES and index + 1 < len(places)), None)
-        if union is not None:
-            name = ".".join(places[: union + 1])
-            raise ApiError(400, f"{name} must be {ALTERNATIVES[places[union]]}", param=name) from None
-        name = ".".join(places)
-        if first["type"] == "missing":
-            raise ApiError(400, f"{name} is missing; give it", param=name) from None
-        if first["type"] == "extra_forbidden":
-            raise ApiError(400, f"{name} is nothing that this server knows; leave it out", param=name) from None
-        raise ApiError(
-            400, f"{name}={_shown(first['input'])}: {first['msg'][:1].lower()}{first['msg'][1:]}", param=name
-        ) from None
+        raise first_problem(error) from None
+
+
+def first_problem(error: ValidationError) -> ApiError:
+    """The first field that is wrong, and its value."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not valid JSON: {first['msg'].partition(': ')[2] or first['msg']}")
+    places = [str(part) for part in first["loc"]]
+    if not places:
+        return ApiError(400, "the body must be one JSON object")
+    # Of a field that may have several types, the errors say what each of them lacks; the reader needs the choice.
+    union = next((index for index, place in enumerate(places) if place in ALTERNATIVES and index + 1 < len(places)), None)
+    if union is not None:
+        name = ".".join(places[: union + 1])
+        return ApiError(400, f"{name} must be {ALTERNATIVES[places[union]]}", param=name)
+    name = ".".join(places)
+    if first["type"] == "missing":
+        return ApiError(400, f"{name} is missing; give it", param=name)
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"{name} is nothing that this server knows; leave it out", param=name)
+    return ApiError(400, f"{name}={_shown(first['input'])}: {first['msg'][:1].lower()}{first['msg'][1:]}", param=name)
 
 
 def _shown(value: Any) -> str:

@@ -8,11 +8,12 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from bilevel.runtime.serve.answers import Answers, Piece
-from bilevel.runtime.serve.errors import as_api_error, error_body, validated
+from bilevel.runtime.serve.errors import as_api_error, error_body, first_problem, validated
 from bilevel.runtime.serve.format import usage
 from bilevel.runtime.serve.http import EventStream, unless_gone
 from bilevel.runtime.serve.openai import start_chat
@@ -32,7 +33,11 @@ async def respond(request: Request) -> Response:
     for place, item in enumerate(asked.input if isinstance(asked.input, list) else ()):
         if item.missing is not None:
             raise ApiError(400, f"input.{place}.{item.missing} is missing; give it", param=f"input.{place}")
-    answers, open_parser = await start_chat(service, request, asked.as_chat())
+    try:
+        chat = asked.as_chat()
+    except ValidationError as error:
+        raise first_problem(error) from None
+    answers, open_parser = await start_chat(service, request, chat)
     writer = Writer(service, asked, None if open_parser is None else open_parser())
     if asked.stream:
         return EventStream(_events(request, answers, writer), answers.cancel)
@@ -53,7 +58,8 @@ async def _events(request: Request, answers: Answers, writer: Writer) -> AsyncIt
             yield b"".join(_event(event) for piece in pieces for event in writer.push(piece))
     except Exception as error:  # noqa: BLE001 - the status is out, so the error is an event
         body = error_body(as_api_error(error), request.url.path)["error"]
-        yield _event({"type": "error", "sequence_number": writer.number(), **body})
+        code = body["type"] if body["code"] is None else body["code"]
+        yield _event({**body, "type": "error", "code": code, "sequence_number": writer.number()})
         return
     final = writer.response(answers)
     yield _event({"type": f"response.{final['status']}", "sequence_number": writer.number(), "response": final})

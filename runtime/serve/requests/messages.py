@@ -14,6 +14,7 @@ MOST_TOOLS = 128
 SOME = Field(min_length=1)
 # Of a long list one error is enough to refuse it; collecting them all takes seconds.
 FIRST_ERROR = Field(fail_fast=True)
+CallId = Annotated[str, Field(max_length=200)]
 ToolName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_./:-]+$")]
 
 
@@ -35,7 +36,7 @@ class CalledFunction(Strict):
 class ToolCall(Strict):
     """One call of an answer, as the server wrote it."""
 
-    id: Annotated[str, Field(max_length=200)]
+    id: CallId
     type: Literal["function"] = "function"
     function: CalledFunction
     index: int | None = None

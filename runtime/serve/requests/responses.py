@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from bilevel.runtime.serve.requests.habits import Habits, Nothing, StreamHabits, Strict
-from bilevel.runtime.serve.requests.messages import FIRST_ERROR, MOST_TOOLS, SOME, Function, ToolName
+from bilevel.runtime.serve.requests.messages import FIRST_ERROR, MOST_TOOLS, SOME, CallId, Function, ToolName
 from bilevel.runtime.serve.requests.schemas import ChatRequest, Number
+from bilevel.runtime.serve.requests.structured import SchemaName
 
 
 class Part(Strict):
@@ -30,7 +31,7 @@ class Item(Strict):
     type: Literal["message", "function_call", "function_call_output"] = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
     content: Content | None = None
-    call_id: str | None = None
+    call_id: CallId | None = None
     name: ToolName | None = None
     arguments: str | None = None
     output: Content | None = None
@@ -66,7 +67,7 @@ class TextForm(Strict):
     """What the text of an answer is like; name, schema and strict belong to json_schema."""
 
     type: Literal["text", "json_object", "json_schema"]
-    name: str | None = None
+    name: SchemaName | None = None
     schema_: dict[str, Any] | None = Field(alias="schema", default=None)
     strict: bool | None = None
     description: str | None = None
@@ -111,7 +112,7 @@ class ResponseRequest(Habits):
     max_tool_calls: None = None
 
     def as_chat(self) -> ChatRequest:
-        """The chat that is asked for, whose messages are in order but not yet looked at."""
+        """The chat that is asked for, whose messages are not yet looked at. Raises ValidationError where it is none."""
         items = [Item(role="user", content=self.input)] if isinstance(self.input, str) else self.input
         system = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
         choice = self.tool_choice

@@ -24,6 +24,7 @@ from bilevel.runtime.serve.tools.grammar import Literals, Tool, calls_grammar
 from bilevel.runtime.serve.tools.layouts import Layout
 
 MOST_TEXTS = 1000  # to choose from
+SchemaName = Annotated[str, Field(max_length=200)]
 Choice = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MOST_TEXTS)]
 
 
@@ -31,7 +32,7 @@ class NamedSchema(Strict):
     """A JSON schema. strict: taken as said either way, for it is always enforced."""
 
     model_config = ConfigDict(strict=True, extra="forbid", populate_by_name=True)
-    name: Annotated[str, Field(max_length=200)]
+    name: SchemaName
     schema_: dict[str, Any] = Field(alias="schema", default_factory=dict)
     description: str | None = None
     strict: bool | None = None

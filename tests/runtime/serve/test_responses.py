@@ -11,6 +11,7 @@ import jsonschema
 import openai
 import pytest
 
+from bilevel.runtime.serve.responses import Writer
 from tests.doubles.bundle import edit_manifest, make_tokenizer, predict
 from tests.runtime.serve.test_openai import write_chat_bundle
 from tests.runtime.serve.test_structured import Person
@@ -21,6 +22,7 @@ TOOLS: Any = [
     {"type": "function", "name": "get_weather", "description": "of a city", "parameters": CITY, "strict": True},
     {"type": "function", "name": "add", "parameters": SUM, "strict": False},
 ]
+CALL = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +66,17 @@ def test_the_events_make_the_same_answer(client: openai.OpenAI, fields: dict[str
     ]
 
 
+def test_a_stream_that_fails_ends_in_an_event_of_that_name(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Writer, "push", lambda *_: 1 / 0)
+    with client.responses.with_streaming_response.create(model=NAME, input="hi", stream=True) as response:
+        *_, last = response.read().decode().strip().split("\n\n")
+    name, _, data = last.partition("\n")
+    event = json.loads(data.removeprefix("data: "))
+    assert name == "event: error" and event["sequence_number"] == 2
+    assert (event["type"], event["code"], event["param"]) == ("error", "server_error", None)
+    assert "failed on this request" in event["message"]
+
+
 def test_calls_and_their_results(client: openai.OpenAI) -> None:
     for choice in ("required", {"type": "function", "name": "add"}):
         answer = ask(client, tools=TOOLS, tool_choice=choice, parallel_tool_calls=False)
@@ -94,6 +107,10 @@ def test_a_type_of_the_clients(client: openai.OpenAI) -> None:
         ({"input": [{"type": "function_call", "name": "f", "arguments": "{}"}]}, "input.0.call_id is missing"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input"),
         ({"input": []}, "input"),
+        ({"input": [{**CALL, "call_id": "c" * 201}]}, "call_id"),
+        ({"input": [{"type": "function_call_output", "call_id": "c" * 201, "output": "1"}]}, "call_id"),
+        ({"input": [CALL] * 129}, "at most 128 items"),
+        ({"text": {"format": {"type": "json_schema", "name": "s" * 201, "schema": {}}}}, "name"),
         ({"text": {"format": {"type": "json_schema", "name": "s", "schema": {"type": 7}}}}, "response_format"),
     ],
 )

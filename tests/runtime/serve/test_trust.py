@@ -23,7 +23,7 @@ from bilevel.runtime.serve.encoder import find_template
 from bilevel.runtime.serve.http import HeldBodies, check_crowd
 from bilevel.runtime.serve.refusal import ApiError
 from bilevel.runtime.serve.server import Server
-from bilevel.runtime.serve.service import HttpLimits
+from bilevel.runtime.serve.service import HttpLimits, Service
 from tests.doubles.bundle import MAX_POSITIONS, edit_manifest, file_record, write_bundle
 from tests.runtime.serve.test_refusals import wait_for
 from tests.support.http_server import NAME, RunningServer, running
@@ -47,11 +47,11 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    bundle = write_bundle(tmp_path_factory.mktemp("bundle"))
-    with running(
-        bundle, http=HttpLimits(stall_seconds=0.4), hosts=["known.example"], origins=["https://chat.example"]
-    ) as server:
-        yield server
+    bundle, limits = write_bundle(tmp_path_factory.mktemp("bundle")), HttpLimits(stall_seconds=0.4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("socket.gethostname", lambda: "Board.lan")
+        with running(bundle, http=limits, hosts=["known.example"], origins=["https://chat.example"]) as server:
+            yield server
 
 
 def post(server: RunningServer, path: str, body: bytes) -> tuple[int, str]:
@@ -221,6 +221,11 @@ def test_a_tokenizer_that_blows_up(tmp_path: Path) -> None:
         ("192.168.1.7:8000", 200),
         ("[::1]:8000", 200),
         ("known.example", 200),
+        ("board:8000", 200),
+        ("board.lan", 200),
+        ("Board.local:8000", 200),
+        ("board.evil", 403),
+        ("evil.local", 403),
         ("Known.Example.:80", 200),
     ],
 )
@@ -232,8 +237,24 @@ def test_a_name_that_was_made_to_point_here(server: RunningServer, host: str, st
         assert status == 200 or "this server is not known as" in answer["error"]["message"]
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", f"/v2/models/{NAME}/infer"])
+def test_a_fault_of_the_servers_own(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, path: str
+) -> None:
+    """Answered in the API's form, and logged once."""
+
+    async def fail(*_: object) -> None:
+        raise ZeroDivisionError("a detail")
+
+    monkeypatch.setattr(Service, "body", fail)
+    status, told = post(server, path, prompts('"a"'))
+    assert status == 500 and told == "the server failed on this request; its log says why"
+    assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [ZeroDivisionError]
+
+
 def test_pages_that_are_allowed(server: RunningServer) -> None:
     asked = {"Origin": "https://chat.example", "Access-Control-Request-Method": "POST"}
+    asked["Access-Control-Request-Headers"] = "authorization,content-type,x-stainless-os"
     status, headers, _ = server.request("OPTIONS", "/v1/completions", headers=asked)
     assert status == 200 and headers["access-control-allow-origin"] == "https://chat.example"
     status, headers, _ = server.request("GET", "/v1/models", headers={"Origin": "https://chat.example"})
