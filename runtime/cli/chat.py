@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bilevel.errors import BilevelError, RequestError
+from bilevel.errors import BilevelError, RequestError, harmless
 from bilevel.folders import read_json
 from bilevel.runtime.backend.select import add_backend_options, open_session
 from bilevel.runtime.cli.conversation import ChatEncoder, Conversation, add_template_options, read_option
@@ -19,7 +19,8 @@ from bilevel.runtime.cli.sampling import add_sampling_options, read_sampling
 from bilevel.runtime.generate.text import BundleTokenizer
 
 EPILOG = """\
-Each line is a message; one that ends in a backslash goes on in the next line. Ctrl-C ends an answer, Ctrl-D the chat.
+Each line is a message; one that ends in a backslash goes on in the next line.
+Ctrl-C ends an answer or drops what is being typed, Ctrl-D ends the chat.
 Lines that begin with a slash are commands:
   /reset              forget the conversation
   /system TEXT        set the system message, and forget the conversation (without a text: no system message)
@@ -59,10 +60,11 @@ def main(args: argparse.Namespace) -> int:
     with contextlib.closing(ChatEncoder(session.bundle, most, args.template, settings)) as encoder:
         tokenizer = BundleTokenizer(session.bundle.tokenizer_path)
         conversation = Conversation(session, tokenizer, encoder, limits, params)
-        conversation.system = args.system
         terminal = Terminal(conversation)
         if args.load is not None:
             terminal.load(str(args.load))
+        if args.system is not None:
+            conversation.system = args.system
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character gets a question mark
         if terminal.is_interactive:
@@ -82,9 +84,10 @@ class Terminal:
 
     def talk(self) -> int:
         """Until the input ends; the exit status."""
-        while (line := self._read()) is not None:
+        while True:
             try:
-                if line == "/exit":
+                line = self._read()
+                if line is None or line == "/exit":
                     return 0
                 if line.startswith("/"):
                     self._obey(line)
@@ -93,20 +96,35 @@ class Terminal:
             except (BilevelError, OSError) as error:
                 if not self.is_interactive:
                     raise
-                print(f"bilevel: {error}", file=sys.stderr)
-        return 0
+                print(f"bilevel: {harmless(str(error))}", file=sys.stderr)
 
     def _read(self) -> str | None:
-        """A message, None at the end of the input."""
+        """A message, empty where it was dropped, None at the end of the input. Raises RequestError for what is not text."""
         lines: list[str] = []
         try:
             while True:
-                lines.append(input(("> ", "  ")[bool(lines)] if self.is_interactive else ""))
+                lines.append(self._ask(("> ", "  ")[bool(lines)]))
                 if not lines[-1].endswith("\\"):
                     return "\n".join(lines)
                 lines[-1] = lines[-1][:-1]
         except EOFError:
             return "\n".join(lines) if lines else None
+        except KeyboardInterrupt:
+            if not self.is_interactive:
+                raise
+            print(file=sys.stderr)
+            return ""
+
+    def _ask(self, prompt: str) -> str:
+        """A line. Raises EOFError at the end, RequestError where it is not text."""
+        if self.is_interactive and not sys.stdout.isatty():  # stdout is somebody's file: answers only
+            print(prompt, end="", file=sys.stderr, flush=True)
+        try:
+            line = input(prompt if self.is_interactive and sys.stdout.isatty() else "")
+            line.encode("utf-8")  # some locales let foreign bytes pass as surrogates
+        except UnicodeError:
+            raise RequestError("stdin is not UTF-8; convert it, for example with iconv") from None
+        return line
 
     def _obey(self, line: str) -> None:
         command, _, rest = line.partition(" ")
@@ -155,7 +173,7 @@ class Terminal:
         pieces = talk.ask(text)
         try:
             for piece in pieces:
-                sys.stdout.write(piece)
+                sys.stdout.write(harmless(piece) if sys.stdout.isatty() else piece)
                 sys.stdout.flush()
         except KeyboardInterrupt:
             pieces.close()  # type: ignore[attr-defined]

@@ -91,6 +91,7 @@ class Conversation:
         """The latest answer's."""
         self.finish_reason: str | None = None
         self.num_new_tokens = 0
+        self._num_asked = 0
 
     def ask(self, text: str) -> Iterator[str]:
         """The answer to ``text``, piece by piece; what has come is kept where the caller leaves early."""
@@ -99,7 +100,8 @@ class Conversation:
             prompt = self.encoder.encode(self.whole)
             room = self._scheduler.row_tokens + 1 - len(prompt)
             params = replace(self._params, max_tokens=max(1, min(room, self._params.max_tokens)), stop=())
-            job = TextJob(prompt, params)
+            job = TextJob(prompt, params, stream=self._num_asked)  # a question asked again is answered anew
+            self._num_asked += 1
             self._scheduler.submit(job)
         except BaseException:
             self.messages.pop()

@@ -17,7 +17,8 @@ _JOINED = ("allOf", "anyOf", "oneOf", "$ref")  # beside them, properties are onl
 
 
 def narrowed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The schema with ``additionalProperties: false`` in every object that names its properties and says nothing of others.
+    """The schema with ``additionalProperties: false`` in every object that names its properties, all those required
+    among them, and says nothing of others.
 
     Unchanged where parts of a schema are joined, each of which names only some of the properties.
     """
@@ -58,6 +59,12 @@ def _narrowed(schema: Any) -> Any:
         elif name in _SINGLE:
             value = _narrowed(value)
         made[name] = value
-    if isinstance(made.get("properties"), Mapping) and not any(name in made for name in _TOLD):
+    if isinstance(made.get("properties"), Mapping) and not any(name in made for name in _TOLD) and _names_required(made):
         made["additionalProperties"] = False
     return made
+
+
+def _names_required(schema: Mapping[str, Any]) -> bool:
+    """Whether an object may hold nothing but its ``properties``."""
+    required = schema.get("required", [])
+    return isinstance(required, list) and all(isinstance(name, str) and name in schema["properties"] for name in required)

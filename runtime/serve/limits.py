@@ -18,6 +18,8 @@ def choose_limits(session: Session, rows: int | None, capacity: int | None, queu
     Raises RequestError where more is asked for than the model or what runs it takes.
     """
     bundle, limits = session.bundle, session.limits
+    if capacity is not None and capacity < 1:
+        raise RequestError(f"--capacity {capacity} must be at least 1")
     if capacity is not None and capacity > bundle.max_positions:
         raise RequestError(f"--capacity {capacity} must be at most this model's {bundle.max_positions} positions")
     rows = _rows(limits, rows)
@@ -27,7 +29,7 @@ def choose_limits(session: Session, rows: int | None, capacity: int | None, queu
     if limits.capacity is None:
         memory = sys.maxsize if limits.cache_bytes is None else limits.cache_bytes
         room = default_capacity(bundle, rows, memory)
-    return SchedulerLimits(rows, queue, capacity or room, min(bundle.prefill_chunk, limits.longest_call))
+    return SchedulerLimits(rows, queue, room if capacity is None else capacity, min(bundle.prefill_chunk, limits.longest_call))
 
 
 def _rows(limits: SessionLimits, rows: int | None) -> int:

@@ -62,6 +62,61 @@ def test_commands(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     ]
     assert chat(monkeypatch, bundle, "/retry\n", "--load", str(saved)) == 0
     assert capsys.readouterr().out == f"{first}\n"
+    assert chat(monkeypatch, bundle, "/retry\n", "--load", str(saved), "--system", "y") == 0
+    assert capsys.readouterr().out == f"{answer('<s>y<u>hi<a>')}\n"
+
+
+def test_bytes_that_are_not_text(bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", stdin)
+    assert cli.main(["chat", str(bundle), "--max-tokens", "8", "--threads", "1"]) == 2
+    assert "stdin is not UTF-8; convert it" in capsys.readouterr().err
+
+
+class Screen(io.StringIO):
+    """A terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def typed(monkeypatch: pytest.MonkeyPatch, *keys: str | type[BaseException]) -> list[str]:
+    """Somebody types these lines, or presses what raises these; the prompts that ``input`` is given."""
+    prompts, left = [], iter(keys)
+
+    def read(prompt: str = "") -> str:
+        prompts.append(prompt)
+        key = next(left)
+        if isinstance(key, str):
+            return key
+        raise key
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr("sys.stdin", Screen())
+    return prompts
+
+
+def test_an_interrupt_at_the_prompt_drops_the_line_only(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    prompts = typed(monkeypatch, "hello", KeyboardInterrupt, "never\\", KeyboardInterrupt, "again", EOFError)
+    assert cli.main(["chat", str(bundle), "--max-tokens", "8", "--threads", "1"]) == 0
+    first, shown = answer("<u>hello<a>"), capsys.readouterr()
+    assert shown.out == f"{first}\n{answer(f'<u>hello<a>{first}<u>again<a>')}\n"
+    assert set(prompts) == {""} and shown.err.count("> ") == 5  # a file gets the answers, and no prompt
+
+
+def test_a_terminal_shows_and_does_not_obey(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    (wrong := tmp_path / "\x1b[2J").write_text("{")
+    prompts = typed(monkeypatch, "hello", f"/load {wrong}", "/exit")
+    monkeypatch.setattr("sys.stdout", screen := Screen())
+    monkeypatch.setattr(Conversation, "ask", lambda *_: iter(["\x1b]0;x\x07", "é"]))
+    assert cli.main(["chat", str(bundle), "--threads", "1"]) == 0
+    assert screen.getvalue() == "\\x1b]0;x\\x07é\n" and prompts == ["> "] * 3
+    told = capsys.readouterr().err
+    assert "\\x1b[2J" in told and "\x1b" not in told
 
 
 @pytest.mark.parametrize(
@@ -76,6 +131,10 @@ def test_commands(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         ("hi\n", ["--template", "other"], "chat_template='other' is none of this model's: 'default'"),
         ("a" * 1000 + "\n", [], "but this server holds 400"),
         ("", ["--temperature", "-1"], "temperature=-1.0 must be at least 0"),
+        ("", ["--capacity", "0"], "--capacity 0 must be at least 1"),
+        ("", ["--capacity", "-5"], "--capacity -5 must be at least 1"),
+        ("", ["--capacity", "401"], "--capacity 401 must be at most this model's 400 positions"),
+        ("caf\udce9\n", [], "stdin is not UTF-8"),
     ],
 )
 def test_refusals(
@@ -141,6 +200,18 @@ def test_a_turn_reads_only_what_is_new(talk: Any) -> None:
     first = len(conversation.job.prompt)
     "".join(conversation.ask("again"))
     assert conversation.job.num_reused >= first - 1
+
+
+def test_a_question_asked_again_is_answered_anew(talk: Any) -> None:
+    def answers() -> list[str]:
+        conversation, given = talk(temperature=5.0, seed=1), []
+        for _ in range(4):
+            given.append("".join(conversation.ask("hello")))
+            conversation.messages.clear()
+        return given
+
+    first = answers()
+    assert len(set(first)) > 1 and answers() == first
 
 
 def test_an_answer_that_is_left_early_is_kept_as_far_as_it_came(talk: Any) -> None:

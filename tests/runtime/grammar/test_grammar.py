@@ -193,6 +193,9 @@ def test_objects_hold_what_the_schema_names(plain: Compiler) -> None:
         {"enum": [{"properties": {}}], "default": {"properties": {}}},
         {"type": "object"},
         {"properties": 5},
+        {"properties": {"a": {}}, "required": ["a", "b"]},
+        {"properties": {"a": {}}, "required": "a"},
+        {"properties": {"a": {}}, "required": [["a"]]},
     ],
 )
 def test_schemas_that_say_more_are_left_alone(schema: dict[str, Any]) -> None:
