@@ -72,9 +72,9 @@ def test_two_dense_layers_share_one_mask(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_an_engine_is_built(precision: str, copied: Exported, capsys: pytest.CaptureFixture[str]) -> None:
-    """TensorRT-RTX takes the dense layer beside the routed one's two plugins."""
+    """TensorRT-RTX takes the dense layer beside the routed one's plugins: its two operators and the write of its block keys."""
     if importlib.util.find_spec("tensorrt_rtx") is None:
         pytest.skip("there is no TensorRT-RTX for this machine")
     bundle = copied("gate", "fp32", precision)[1]
     assert main(["build", str(bundle), "--sm", "89", "--capacity", str(CAPACITY), "--plugins", "python", "--yes"]) == 0
-    assert "2 plugin layers" in capsys.readouterr().out
+    assert "3 plugin layers" in capsys.readouterr().out
