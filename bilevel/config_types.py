@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bilevel.contract import MOST_BLOCK, MOST_POSITIONS
-from bilevel.errors import ConfigError
+from bilevel.errors import ConfigError, short
 
 _MOST = {
     "block_size": MOST_BLOCK,
@@ -51,15 +51,7 @@ def check_types(owner: str, section: Any) -> None:
         value = getattr(section, spec.name)
         expected, holds = _KINDS.get(str(spec.type), ("", lambda value: True))
         if not holds(value):
-            raise ConfigError(f"{owner}.{spec.name}={_short(value)} must be {expected}")
-
-
-def _short(value: Any) -> str:
-    try:
-        text = repr(value)
-    except RecursionError:
-        return "something nested too deep"
-    return text if len(text) <= 80 else f"{text[:77]}..."
+            raise ConfigError(f"{owner}.{spec.name}={short(value)} must be {expected}")
 
 
 def positive(owner: str, **values: int) -> None:

@@ -23,6 +23,7 @@ import unicodedata
 from types import ModuleType
 
 _EXTRAS = {
+    "jinja2": "cpu",
     "onnxruntime": "cpu",
     "tokenizers": "cpu",
     "rich": "cpu",
@@ -32,7 +33,6 @@ _EXTRAS = {
     "onnxscript": "export",
     "safetensors": "export",
     "polygraphy": "export",
-    "jinja2": "export",
     "gguf": "gguf",
     "huggingface_hub": "hub",
     "llguidance": "serve",
@@ -115,6 +115,15 @@ class DeadEnd(BilevelError):
 
 class MissingDependency(BilevelError):
     """An optional package is not installed."""
+
+
+def short(value: object, most: int = 80) -> str:
+    """A value as Python writes it, for a sentence: ``most`` characters of it."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        return "something nested too deep"
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def harmless(text: str) -> str:

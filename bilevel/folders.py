@@ -136,14 +136,14 @@ def _sweep(path: Path) -> None:
 def _is_locked(path: Path) -> bool:
     """Whether somebody writes in a folder whose process this one cannot see, as from another container."""
     try:
-        with _locked(path):
+        with locked(path):
             return False
     except OSError:
         return True
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold the lock of a folder or a file. Raises OSError where another process holds it."""
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
@@ -164,7 +164,7 @@ def scratch(parent: Path, name: str) -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
-        with _locked(folder):
+        with locked(folder):
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

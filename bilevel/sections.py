@@ -8,7 +8,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from bilevel.errors import BilevelError
+from bilevel.errors import BilevelError, short
 from bilevel.folders import read_json
 
 _KINDS = {
@@ -32,17 +32,9 @@ def _is(value: Any, kind: type) -> bool:
     return isinstance(value, kind)
 
 
-def _short(value: Any) -> str:
-    try:
-        text = repr(value)
-    except RecursionError:
-        return "something nested too deep"
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 def _named(key: str) -> str:
     """A key from a file, in a sentence."""
-    return key if len(key) <= 80 and key.isprintable() else _short(key)
+    return key if len(key) <= 80 and key.isprintable() else short(key)
 
 
 class Section:
@@ -56,7 +48,7 @@ class Section:
         self.file, self.fail, self.prefix = file, fail, prefix
         if not isinstance(values, Mapping):
             where = f"{prefix.removesuffix('.')}=" if prefix else ""
-            raise fail(f"{file} holds {where}{_short(values)}, which must be an object")
+            raise fail(f"{file} holds {where}{short(values)}, which must be an object")
         self.values: Mapping[str, Any] = values
 
     @classmethod
@@ -73,7 +65,7 @@ class Section:
 
     def wrong(self, key: str, value: Any, expected: str) -> BilevelError:
         """The error of a value that is none of what is expected, as in "a whole number"."""
-        return self.fail(f"{self.file} gives {self.prefix}{key}={_short(value)}, which must be {expected}")
+        return self.fail(f"{self.file} gives {self.prefix}{key}={short(value)}, which must be {expected}")
 
     def get(self, key: str, *kinds: type, default: Any = _REQUIRED) -> Any:
         """The value at a key, of one of the kinds: int, float (whole ones too), str, bool, list, dict, NoneType."""

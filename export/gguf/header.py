@@ -16,7 +16,7 @@ from typing import Any
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from bilevel.errors import CheckpointError
+from bilevel.errors import CheckpointError, short
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -73,16 +73,11 @@ class GgufFile:
         kinds = kind if isinstance(kind, tuple) else (kind,)
         if type(value) not in kinds:
             wanted = " or ".join(each.__name__ for each in kinds)
-            raise CheckpointError(f"{self.path} gives {key} as {_short(value)}, which is no {wanted}; {CONVERT}")
+            raise CheckpointError(f"{self.path} gives {key} as {short(value, 60)}, which is no {wanted}; {CONVERT}")
         return value
 
 
 CONVERT = "convert the model again with llama.cpp's convert_hf_to_gguf.py"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def read_gguf(path: Path) -> GgufFile:

@@ -41,9 +41,8 @@ def merge(adapter: Adapter, checkpoint: Path, folder: Path, *, link: bool = Fals
     weights = sorted({entry.file for entry in stored.values()})
     tensors = adapter.tensors(routed=True)
     if adapter.tuned:
-        _write_shards(
-            Checkpoint(checkpoint, ignore).changed(_delta(adapter, checkpoint, ignore)), len(weights), tensors, folder
-        )
+        base = Checkpoint(checkpoint, ignore)
+        _write_shards(base.changed(_delta(adapter, base)), len(weights), tensors, folder)
     else:
         names = _shard_names(weights, tensors)
         if tensors:
@@ -80,14 +79,14 @@ def _write_index(weight_map: dict[str, str], path: Path) -> None:
     write_json(path, {"metadata": {}, "weight_map": weight_map})
 
 
-def _delta(adapter: Adapter, checkpoint: Path, ignore: Collection[str]) -> dict[str, Tensor]:
+def _delta(adapter: Adapter, base: Checkpoint) -> dict[str, Tensor]:
     """What the updates add to each weight of the model, in fp32. Raises CheckpointError where they do not fit it."""
-    shapes = {name: tuple(each.shape) for name, each in Checkpoint(checkpoint, ignore).skeleton().named_parameters()}
+    shapes = {name: tuple(each.shape) for name, each in base.skeleton().named_parameters()}
     changes = low_rank_changes(adapter.tuned)
     for name, change in changes.items():
         if shapes.get(name) != tuple(change.shape):
             raise CheckpointError(
-                f"the adapter updates {name} of shape {list(change.shape)}, which {checkpoint} does not have; "
+                f"the adapter updates {name} of shape {list(change.shape)}, which {base.folder} does not have; "
                 "make one for this model with: bilevel route"
             )
     return changes

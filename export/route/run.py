@@ -74,7 +74,7 @@ def route(checkpoint: Path, work: Path, options: Options, report: Report | None 
     found.log |= {
         "seed": options.seed,
         "seconds": round(time.monotonic() - started, 1),
-        "precision": str(source.model.lm_head.weight.dtype).removeprefix("torch."),
+        "precision": source.precision,
         "context": length,
         "share": round(share_read(found.whole, config.num_hidden_layers, length), 4),
         "judgement": {name: dataclasses.asdict(score) for name, score in scores.items()},

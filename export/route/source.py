@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,6 +69,16 @@ class Source:
     def config(self) -> ModelConfig:
         """Of the dense model."""
         return self.model.config
+
+    @property
+    def precision(self) -> str:
+        """What the model computes in, as in ``float32``."""
+        return str(self.model.lm_head.weight.dtype).removeprefix("torch.")
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the training text."""
+        return hashlib.sha256("".join(self.training).encode()).hexdigest()
 
     def encoded(self) -> list[list[int]]:
         """The training text in tokens, as much of it as tells common words from rare ones."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import time
 from pathlib import Path
 from typing import Any
@@ -40,9 +39,8 @@ def train_gates(
     longest = source.config.max_position_embeddings
     lengths = tuple(length for length in _LENGTHS if length <= longest) or (longest,)
     lengths = tuple(length - length % routing.block_size for length in lengths)
-    digest = hashlib.sha256("".join(source.training).encode()).hexdigest()
     plan = Plan(
-        base=source.base["sha256"], texts=digest, seed=options.seed, rows=options.rows, lengths=lengths, words=_WORDS,
+        base=source.base["sha256"], texts=source.digest, seed=options.seed, rows=options.rows, lengths=lengths, words=_WORDS,
         block_size=routing.block_size, passes=options.passes, rows_per_update=2, peak=3e-3, power=1.0, precision=precision,
     )  # fmt: skip
     work = Work(work_folder, plan)

@@ -158,8 +158,8 @@ def tune(
     learnt = {**words, **{f"{layer}.{name}": tensor for layer, gate in gates.items() for name, tensor in gate.items()}}
     plan = {
         "base": source.base["sha256"], "routing": repr(routing), "seed": options.seed, "updates": options.tune,
-        "rank": RANK, "peak": _PEAK, "precision": str(source.model.lm_head.weight.dtype).removeprefix("torch."),
-        "texts": hashlib.sha256("".join(source.training).encode()).hexdigest(),
+        "rank": RANK, "peak": _PEAK, "precision": source.precision,
+        "texts": source.digest,
         "gates": hashlib.sha256(b"".join(learnt[name].float().numpy().tobytes() for name in sorted(learnt))).hexdigest(),
     }  # fmt: skip
     torch.manual_seed(options.seed)

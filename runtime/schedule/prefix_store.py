@@ -8,7 +8,6 @@ temporary name and renamed; of a damaged one nothing is used, and it is removed.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -28,11 +27,11 @@ from numpy.typing import NDArray
 
 from bilevel.bundle.tensors import DTYPES
 from bilevel.errors import RequestError
+from bilevel.folders import locked
 from bilevel.runtime.backend.session import Caches, Session
 from bilevel.runtime.schedule.slots import Slots, common_prefix
 
 FORMAT, SUFFIX, LEAST_TOKENS = 1, ".prefix", 64
-_GUARD = ".prefixes.lock"
 _HEADER, _PENDING = 4096, 2  # longest header; prefixes that may wait to be written, each as large as a row
 _KEEP_SECONDS = 10.0  # that storing what the rows hold may take when a server ends
 _LOG = logging.getLogger("bilevel.prefixes")
@@ -74,7 +73,7 @@ class PrefixStore:
     def _scan(self, guard: ExitStack) -> list[Prefix]:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            fcntl.flock(guard.enter_context((self.folder / _GUARD).open("w")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            guard.enter_context(locked(self.folder))
             for path in self.folder.glob(f".*{SUFFIX}.partial"):
                 path.unlink()  # of a process that was killed
             found = [self._read_head(path) for path in sorted(self.folder.glob(f"*{SUFFIX}")) if path.is_file()]

@@ -147,10 +147,7 @@ def _characters(value: Any) -> int:
 
 
 class ConfinedTemplate:
-    """A folder's chat templates. Raises BundleError where they are none.
-
-    files: names of those that may be read, as a bundle's manifest lists them (None: all).
-    """
+    """A folder's chat templates. Raises BundleError where they are none."""
 
     def __init__(self, sources: ChatSources) -> None:
         try:
@@ -173,7 +170,10 @@ class ConfinedTemplate:
 
 
 def find_template(folder: Path, files: Any = None) -> ConfinedTemplate | None:
-    """The templates among a bundle's tokenizer files (``bilevel.bundle.chat``), or None. Raises BundleError."""
+    """The templates among a bundle's tokenizer files (``bilevel.bundle.chat``), or None. Raises BundleError.
+
+    files: names of those that may be read, as a bundle's manifest lists them (None: all).
+    """
     sources = read_sources(folder, files)
     return ConfinedTemplate(sources) if sources.templates else None
 
