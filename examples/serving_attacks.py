@@ -2,9 +2,10 @@
 
     python examples/serving_attacks.py build/example-bundle
 
-Each is sent three times in a row, to a server whose chat template has two nested loops that a certain message starts; the worst
-answer of another client, who asks after the server's health a hundred times a second, is printed for each. The server runs with
-short rows; the first request comes before the attacks, so that nothing is measured while the model is still being loaded.
+Each is sent three times in a row, then by eight clients at once, to a server whose chat template has two nested loops that a
+certain message starts; printed is the worst answer of another client, who asks after the server's health a hundred times a
+second. The server runs with short rows; the first request comes before the attacks, so that nothing is measured while the model
+is still being loaded.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,16 @@ async def post(port: int, path: str, body: bytes) -> int:
     return status
 
 
+def attack(port: int, path: str, body: bytes, clients: int) -> set[int]:
+    """The statuses of what ``clients`` are answered who send the same at once; in a process of its own, or it would be measured
+    how busy the attacker is."""
+
+    async def send() -> set[int]:
+        return set(await asyncio.gather(*(post(port, path, body) for _ in range(clients))))
+
+    return asyncio.run(send())
+
+
 async def health(port: int) -> float:
     """Seconds until the server has said that it lives."""
     start = time.perf_counter()
@@ -100,19 +112,23 @@ async def health(port: int) -> float:
     return time.perf_counter() - start
 
 
-async def suffer(port: int, name: str, rounds: int = 3) -> dict[str, dict[str, Any]]:
-    """{attack: its status, its seconds, and the worst answer of /v2/health/live in the meantime, in ms}."""
+async def suffer(port: int, name: str, rounds: int = 3, clients: int = 8) -> dict[str, dict[str, Any]]:
+    """{attack: its status, its seconds, and the worst answer of /v2/health/live in the meantime, in ms}.
+
+    Of each attack ``rounds`` times one client, then once ``clients`` of them.
+    """
     found: dict[str, dict[str, Any]] = {}
+    loop, attackers = asyncio.get_running_loop(), ProcessPoolExecutor(1)
     for label, (path, body) in {"nothing": (COMPLETIONS, prompt(b"[5]")), **ATTACKS}.items():
         body = body.replace(b'"MODEL"', json.dumps(name).encode())
-        start, worst, status = time.perf_counter(), 0.0, 0
-        for _ in range(rounds):
-            task = asyncio.create_task(post(port, path.replace("MODEL", name), body))
+        start, worst, statuses = time.perf_counter(), 0.0, set[int]()
+        for count in [1] * rounds + [clients]:
+            task = loop.run_in_executor(attackers, attack, port, path.replace("MODEL", name), body, count)
             while not task.done():
                 worst = max(worst, await health(port))
                 await asyncio.wait([task], timeout=0.01)
-            status = task.result()
-        found[label] = {"status": status, "seconds": (time.perf_counter() - start) / rounds, "health_ms": 1000 * worst}
+            statuses |= task.result()
+        found[label] = {"statuses": sorted(statuses), "seconds": time.perf_counter() - start, "health_ms": 1000 * worst}
     return found
 
 
@@ -130,15 +146,15 @@ def with_template(bundle: Path, folder: Path) -> Path:
     return folder
 
 
-def measure(bundle: Path, rounds: int = 3) -> dict[str, dict[str, Any]]:
+def measure(bundle: Path, rounds: int = 3, clients: int = 8) -> dict[str, dict[str, Any]]:
     """Start a server, attack it, print a line for each attack."""
     with tempfile.TemporaryDirectory() as folder:
         target = with_template(bundle.resolve(), Path(folder) / "bundle")
         capacity = min(1024, load_bundle(target, verify=False).max_positions)
         with server(str(target), "--capacity", str(capacity), "--max-rows", "2", "--threads", "1") as (port, _):
-            found = asyncio.run(suffer(port, target.name, rounds))
+            found = asyncio.run(suffer(port, target.name, rounds, clients))
     for label, each in found.items():
-        print(f"{label:32} {each['status']}  {each['seconds']:6.2f} s  health {each['health_ms']:6.1f} ms")
+        print(f"{label:32} {str(each['statuses'])[1:-1]:8} {each['seconds']:6.2f} s  health {each['health_ms']:6.1f} ms")
     return found
 
 
@@ -147,8 +163,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path, help="folder written by bilevel export")
     parser.add_argument("--rounds", type=int, default=3, help="of each attack (default: %(default)s)")
+    parser.add_argument("--clients", type=int, default=8, help="that then send it at once (default: %(default)s)")
     args = parser.parse_args()
-    found = measure(args.bundle, args.rounds)
+    found = measure(args.bundle, args.rounds, args.clients)
     print(json.dumps(found))
     return int(max(each["health_ms"] for each in found.values()) > 100)
 

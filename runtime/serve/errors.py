@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import reprlib
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from bilevel.errors import ContextTooLong, MissingDependency, Overloaded, RequestError, ShuttingDown
 from bilevel.runtime.serve.refusal import ApiError
 
+Validated = TypeVar("Validated", bound=BaseModel)
 # Of a value of megabytes only the beginning is written.
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
@@ -70,7 +71,7 @@ async def respond_with_error(request: Request, error: Exception) -> Response:
     return JSONResponse(error_body(answer, request.url.path), answer.status, answer.headers)
 
 
-def validated(model: type[BaseModel], body: bytes) -> Any:
+def validated(model: type[Validated], body: bytes) -> Validated:
     """``body`` as a ``model``. Raises ApiError naming the first field that is wrong, and its value."""
     try:
         return model.model_validate_json(body)

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
@@ -51,13 +52,19 @@ def check_crowd(body: bytes, most_values: int) -> None:
 
     A few MB hold millions of them, whose reading nothing interrupts. Looking costs a thousandth of that.
     """
-    plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-    if (texts := plain.count(b'"') // 2) > MOST_TEXTS:
+    # With what stands in texts: more than there are, and enough to know for nearly all.
+    if _count(body, b'"') // 2 <= MOST_TEXTS and _count(body, b",") <= most_values:
+        return
+    plain = body.replace(b"\\\\", b"").replace(b'\\"', b"") if b"\\" in body else body
+    if (texts := _count(plain, b'"') // 2) > MOST_TEXTS:
         raise ApiError(413, f"the body holds {texts} texts, names included; send at most {MOST_TEXTS}")
-    if plain.count(b",") > most_values:
-        between = b"".join(plain.split(b'"')[::2])
-        if (values := between.count(b",")) > most_values:
-            raise ApiError(413, f"the body holds {values} values; send at most {most_values}")
+    if (values := _count(b"".join(plain.split(b'"')[::2]), b",")) > most_values:
+        raise ApiError(413, f"the body holds {values} values; send at most {most_values}")
+
+
+def _count(body: bytes, byte: bytes) -> int:
+    """As ``body.count``, which takes ten times as long where there are many."""
+    return int(np.count_nonzero(np.frombuffer(body, np.uint8) == byte[0]))
 
 
 class HeldBodies:

@@ -20,7 +20,6 @@ import bilevel
 from bilevel.errors import ContextTooLong
 from bilevel.runtime.schedule.jobs import TextJob
 from bilevel.runtime.serve.answers import AnswerChoice, Answers
-from bilevel.runtime.serve.errors import validated
 from bilevel.runtime.serve.http import unless_gone
 from bilevel.runtime.serve.refusal import ApiError
 from bilevel.runtime.serve.requests.schemas import InferRequest, InputTensor
@@ -70,8 +69,7 @@ async def infer(request: Request) -> Response:
     service = _check(request)
     body = await service.body(request, "application/json", "application/octet-stream", "")  # Triton's client names none
     head, data = _split(body, request.headers.get(LENGTH_HEADER))
-    service.check_json(head)
-    asked: InferRequest = validated(InferRequest, head)
+    asked = await service.read(InferRequest, head)
     wanted = _wanted(asked)
     prompts = await service.encode(_prompts(service, asked, data))
     client, room = service.access.client(request), service.scheduler.row_tokens

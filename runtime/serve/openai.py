@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from bilevel.runtime.grammar.compiler import Compiled
 from bilevel.runtime.schedule.jobs import TextJob
 from bilevel.runtime.serve.answers import AnswerChoice, Answers, Piece
-from bilevel.runtime.serve.errors import as_api_error, error_body, validated
+from bilevel.runtime.serve.errors import as_api_error, error_body
 from bilevel.runtime.serve.format import ChatFormat, CompletionFormat, Format, prompt_blocks, usage
 from bilevel.runtime.serve.http import EventStream, unless_gone
 from bilevel.runtime.serve.refusal import ApiError
@@ -44,7 +44,7 @@ async def show_model(request: Request) -> Response:
 async def complete(request: Request) -> Response:
     """POST /v1/completions."""
     service: Service = request.app.state.service
-    asked: CompletionRequest = validated(CompletionRequest, await service.body(request))
+    asked = await service.read(CompletionRequest, await service.body(request))
     service.check_model(asked.model)
     prompts = await service.encode(_prompts(asked.prompt), asked.n or 1)
     compiled = await service.grammars.compile(lambda: read_wish(asked)) if asks_for_structure(asked) else None
@@ -57,7 +57,7 @@ async def complete(request: Request) -> Response:
 async def chat(request: Request) -> Response:
     """POST /v1/chat/completions."""
     service: Service = request.app.state.service
-    asked: ChatRequest = validated(ChatRequest, await service.body(request))
+    asked = await service.read(ChatRequest, await service.body(request))
     service.check_model(asked.model)
     answers, open_parser = await start_chat(service, request, asked)
     kind = "chat.completion.chunk" if asked.stream else "chat.completion"

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from bilevel.runtime.serve.answers import Answers, Piece
-from bilevel.runtime.serve.errors import as_api_error, error_body, first_problem, validated
+from bilevel.runtime.serve.errors import as_api_error, error_body, first_problem
 from bilevel.runtime.serve.format import usage
 from bilevel.runtime.serve.http import EventStream, unless_gone
 from bilevel.runtime.serve.openai import start_chat
@@ -28,7 +28,7 @@ _CUT = {"length": "max_output_tokens", "dead_end": "dead_end"}  # why an answer 
 async def respond(request: Request) -> Response:
     """POST /v1/responses."""
     service: Service = request.app.state.service
-    asked: ResponseRequest = validated(ResponseRequest, await service.body(request))
+    asked = await service.read(ResponseRequest, await service.body(request))
     service.check_model(asked.model)
     for place, item in enumerate(asked.input if isinstance(asked.input, list) else ()):
         if item.missing is not None:

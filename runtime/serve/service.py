@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import BaseModel
 from starlette.requests import Request
 
 from bilevel.errors import Overloaded, RequestError
@@ -17,11 +18,13 @@ from bilevel.runtime.grammar.compiler import Compiled, Compiler
 from bilevel.runtime.schedule.scheduler import Scheduler
 from bilevel.runtime.serve.access import Access
 from bilevel.runtime.serve.encoder import PromptEncoder
+from bilevel.runtime.serve.errors import validated
 from bilevel.runtime.serve.http import check_crowd, read_body
 from bilevel.runtime.serve.refusal import ApiError
 from bilevel.runtime.serve.requests.structured import Wish
 from bilevel.runtime.serve.tools.layouts import HERMES, Layout
 
+Asked = TypeVar("Asked", bound=BaseModel)
 MOST_VALUES = 65_536  # of one body's JSON, or twice as many as a row has tokens
 
 
@@ -79,6 +82,7 @@ class Service:
     grammars: Grammars
     access: Access = field(default_factory=Access)
     limits: HttpLimits = HttpLimits()
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     created: int = field(default_factory=lambda: int(time.time()))
 
     def check_model(self, name: str) -> None:
@@ -90,16 +94,21 @@ class Service:
             )
 
     async def body(self, request: Request, *kinds: str) -> bytes:
-        """The request's body, within the limits; where no ``kinds`` are given, it is JSON that is fit to be read."""
-        body = await read_body(request, self.limits.max_body, self.limits.body_seconds, kinds or ("application/json",))
-        if not kinds:
-            self.check_json(body)
-            await asyncio.sleep(0)  # looking at 4 MB takes a while, and so does reading them: others may have a word in between
-        return body
+        """The request's body, within the limits. kinds: content types; JSON where none are given."""
+        return await read_body(request, self.limits.max_body, self.limits.body_seconds, kinds or ("application/json",))
 
-    def check_json(self, body: bytes) -> None:
-        """Raises ApiError 413 for JSON that it would take long to read."""
-        check_crowd(body, max(MOST_VALUES, 2 * self.scheduler.row_tokens))
+    async def read(self, model: type[Asked], content: bytes) -> Asked:
+        """JSON as a ``model``. Raises ApiError 413 for what it would take long to read, 400 where a field is wrong.
+
+        Nothing interrupts the looking at 4 MB or the reading of them: one request does either at a time, and the loop goes
+        round in between, so that however many come at once, others wait for one of them.
+        """
+        async with self.turn:
+            check_crowd(content, max(MOST_VALUES, 2 * self.scheduler.row_tokens))
+            await asyncio.sleep(0)
+            asked = validated(model, content)
+            await asyncio.sleep(0)
+        return asked
 
     async def encode(self, prompts: Sequence[str | list[int]], choices: int = 1) -> list[list[int]]:
         """Token ids of prompts, each of which is generated from ``choices`` times; ids go through as they are.

@@ -1,4 +1,4 @@
-"""bundle.json, config.json, an index of weights, an engine's manifest: a sentence, whatever they hold."""
+"""bundle.json, config.json, an index of weights, an engine's manifest, a stored prefix: a sentence, whatever they hold."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from bilevel.bundle.engines import read_engine
 from bilevel.bundle.format import load_bundle
 from bilevel.config_json import load_source
 from bilevel.export.decoder.end_tokens import end_tokens
+from bilevel.runtime.backend.onnx import OnnxSession
 from bilevel.runtime.cli.main import main
 from bilevel.runtime.generate.generator import Generator
 from bilevel.runtime.generate.sampling import SamplingParams
+from bilevel.runtime.schedule.prefix_store import PrefixStore
+from bilevel.runtime.schedule.slots import Slots
 from bilevel.weight_files import read_headers
 from tests import ROOT
 from tests.doubles.bundle import write_bundle
@@ -53,6 +56,20 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def manifest(bundle: Path) -> dict[str, Any]:
     return dict(json.loads((bundle / "bundle.json").read_text(encoding="utf-8")))
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory: pytest.TempPathFactory) -> tuple[OnnxSession, bytes]:
+    """A session of its own bundle, and the file of a prefix of it, of 100 tokens."""
+    session = OnnxSession.open(write_bundle(tmp_path_factory.mktemp("bundle")), threads=1)
+    folder = tmp_path_factory.mktemp("prefix")
+    store, caches = PrefixStore(folder, session, 1 << 30), session.allocate(1, 128)
+    slots = Slots(1)
+    slots.hold(0, [*range(100)])
+    store.keep(slots, caches)
+    store.close()
+    (path,) = folder.glob("*.prefix")
+    return session, path.read_bytes()
 
 
 def run(bundle: Path) -> None:
@@ -127,3 +144,29 @@ def test_files_that_name_end_tokens(tmp_path_factory: pytest.TempPathFactory, da
     config = load_source(ROOT / "examples/model").config
     (folder / name).write_bytes(data.draw(altered(settings).map(written) | no_json))
     outcome(lambda: end_tokens(folder, config))
+
+
+@cases(60)
+@given(data=st.data())
+def test_a_stored_prefix(
+    prefix: tuple[OnnxSession, bytes], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Refused in a sentence, or not used, or what was written."""
+    session, whole = prefix
+    folder = tmp_path_factory.mktemp("prefixes", numbered=True)
+    head, _, rest = whole.partition(b"\n")
+    head = written(data.draw(altered(json.loads(head)))).replace(b"\n", b" ")
+    place = data.draw(st.integers(0, len(rest)))
+    inserted, left_out = data.draw(st.sampled_from([b"", b"\0", b"\xff" * 8])), data.draw(st.integers(0, 9))
+    rest = rest[:place] + inserted + rest[place + left_out :]
+    (folder / "a.prefix").write_bytes(data.draw(st.sampled_from([head + b"\n" + rest, head, whole[:place]]) | no_json))
+
+    def use() -> None:
+        store = PrefixStore(folder, session, 1 << 30)
+        try:
+            stored, _ = store.longest([*range(100), 1])
+            assert stored is None or store.load(stored) is None or (folder / "a.prefix").read_bytes() == whole
+        finally:
+            store.close()
+
+    outcome(use)

@@ -10,6 +10,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
@@ -22,6 +23,7 @@ from bilevel.runtime.serve.connections import PatientProtocol
 from bilevel.runtime.serve.encoder import find_template
 from bilevel.runtime.serve.http import HeldBodies, check_crowd
 from bilevel.runtime.serve.refusal import ApiError
+from bilevel.runtime.serve.requests.schemas import CompletionRequest
 from bilevel.runtime.serve.server import Server
 from bilevel.runtime.serve.service import HttpLimits, Service
 from tests.doubles.bundle import MAX_POSITIONS, edit_manifest, file_record, write_bundle
@@ -81,6 +83,28 @@ def prompts(content: str) -> bytes:
 def test_crowds_are_refused(server: RunningServer, body: bytes, message: str) -> None:
     status, told = post(server, "/v1/completions", body)
     assert status in (400, 413) and message in told
+
+
+def test_however_many_bodies_come_at_once_the_loop_goes_round_between_any_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds, seen = 0, list[int]()
+
+    async def count() -> None:
+        nonlocal rounds
+        while len(seen) < 16:
+            rounds += 1
+            await asyncio.sleep(0)
+
+    def look(*_: Any) -> None:
+        seen.append(rounds)
+
+    async def serve() -> None:
+        service = Service(NAME, Mock(row_tokens=9), Mock(), Mock(), "onnx", Mock())
+        await asyncio.gather(count(), *(service.read(CompletionRequest, b"{}") for _ in range(8)))
+
+    monkeypatch.setattr("bilevel.runtime.serve.service.check_crowd", look)
+    monkeypatch.setattr("bilevel.runtime.serve.service.validated", look)
+    asyncio.run(serve())
+    assert len(set(seen)) == 16
 
 
 @pytest.mark.parametrize("shape", [[2**31 - 1, 0], [0, 2**31 - 1], [2**31 - 1, 2**31 - 1], [1, 2**31 - 1]])
