@@ -4,6 +4,7 @@
     config.json       the model's configuration in Hugging Face's format, with its "routing" and "experts" sections
     tokenizer.json    Hugging Face ``tokenizers``
     model.onnx        the graph; model.data its weights
+    head.onnx         its output head alone, with the same weights
     dense.onnx        optional: the dense twin, which has the same weights; bfloat16 bundles have none
 
 ``bundle.json`` is one JSON object:
@@ -28,6 +29,8 @@
     graph.routes              optional {"candidates": output or null, "blocks": [blocks.LAYER of each routed layer],
                               "experts": {layer: output}}: what the routers of a call chose, int32 [batch, heads, new_tokens,
                               kept] (experts [batch, new_tokens, kept]), -1 in the unused tail; only where attention is routed
+    graph.head                optional {"file", "hidden"}: the output head as an ONNX file that makes logits of any rows of
+                              ``hidden``, an output of the graph [batch, new_tokens, d] that graph.outputs does not list
     dense_twin                optional {"file", "operators", "inputs", "outputs", "state"}: the same weights with ordinary
                               attention, which ``bilevel bench`` measures the graph against; described like the graph
     ignored_keys              optional [key]: keys of the checkpoint's config.json that the export was asked to pass over

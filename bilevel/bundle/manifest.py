@@ -57,8 +57,16 @@ class RouteOutputs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Head:
+    """The output head's ONNX file, and the decoder's output that enters it."""
+
+    file: str
+    hidden: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Graph:
-    """One ONNX file of a bundle; state pairs each cache's input with the name of its output."""
+    """One ONNX file of a bundle; state pairs each cache's input with the name of its output. head: None where it has none."""
 
     file: str
     operators: Mapping[str, int]
@@ -67,6 +75,7 @@ class Graph:
     state: tuple[tuple[TensorSpec, str], ...]
     vocab_size: int
     routes: RouteOutputs | None
+    head: Head | None = None
 
 
 def remedy(folder: Path) -> str:
@@ -141,7 +150,15 @@ def read_graph(graph: Section, operators: Section, files: Mapping[str, FileRecor
         state=_state(graph, inputs, outputs),
         vocab_size=_vocab_size(graph, outputs),
         routes=_routes(graph.section("routes"), outputs) if "routes" in graph else None,
+        head=_head(graph.section("head"), files) if "head" in graph else None,
     )
+
+
+def _head(head: Section, files: Mapping[str, FileRecord]) -> Head:
+    name = head.get("file", str)
+    if name not in files:
+        raise head.fail(f"{MANIFEST} does not list {name} among its files")
+    return Head(file=name, hidden=head.get("hidden", str))
 
 
 def _operators(operators: Section) -> dict[str, int]:

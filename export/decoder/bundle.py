@@ -28,6 +28,7 @@ from bilevel.export.decoder.decoder import route_outputs, save_decoder, state_te
 from bilevel.export.decoder.dense_twin import dense_config, save_dense_twin
 from bilevel.export.decoder.dense_twin_kv8 import cache_ranges, save_int8_cache
 from bilevel.export.decoder.end_tokens import end_tokens
+from bilevel.export.decoder.head import save_head
 from bilevel.export.graph.nodes import routed_nodes
 from bilevel.export.graph.precision import PRECISIONS, TWIN_PRECISIONS, check_precision
 from bilevel.export.graph.quantise import check_format, quantise_graph, table_bits
@@ -98,6 +99,7 @@ def export_bundle(
             (folder / name).write_bytes(contents)
         write_json(folder / "config.json", config_to_dict(config))
         manifest = _manifest(graphs[GRAPH_FILE], config, ends, prefill_chunk)
+        manifest["graph"]["head"] = save_head(folder / GRAPH_FILE, config)
         if TWIN_FILE in graphs:
             twin = graphs[TWIN_FILE]
             manifest["dense_twin"] = {**_ports(TWIN_FILE, twin, dense_config(config)), "operators": _versions(twin)}

@@ -142,6 +142,10 @@ def _is_free(scratch: Path) -> bool:
 def _prepare_model(plan: Plan, scratch: Path) -> tuple[Path, int]:
     """(the ONNX file to parse, its nodes for plugins): caches in place; no functions where they would win over plugins."""
     model = onnx.load(str(plan.bundle.graph_path), load_external_data=False)
+    if (head := plan.bundle.graph.head) is not None:  # an engine gives each row's last logits only
+        outputs = [value for value in model.graph.output if value.name != head.hidden]
+        del model.graph.output[:]
+        model.graph.output.extend(outputs)
     limits = plan.limits
     sizes = {name: limits.sizes(limits.batch, 1)[name] for name in ("capacity", "num_blocks")}
     if limits.batch_least == limits.batch:

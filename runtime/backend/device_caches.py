@@ -42,6 +42,8 @@ class Strips:
 class DeviceCaches(ABC):
     """See ``Caches``. A backend says how a call is prepared and executed. memory: these rows' own, or a part of other rows'."""
 
+    gives_scores = False  # an engine gives each row's last logits only
+
     def __init__(self, session: DeviceSession, batch: int, capacity: int, memory: RowMemory) -> None:
         self.batch, self.capacity = batch, capacity
         self.last_call, self._length = 0, 1
@@ -96,6 +98,10 @@ class DeviceCaches(ABC):
         for spec, output in self._bundle.graph.state:
             addresses[spec.name] = addresses[output] = self._state[spec.name][1]
         return addresses
+
+    def score(self, lines: Sequence[int], columns: Sequence[int]) -> NDArray[np.float32]:
+        """See ``Caches.score``."""
+        raise RequestError("this backend gives each row's last logits only; use --backend onnx for those of other tokens")
 
     def copy_prefix(self, source: int, target: int, tokens: int) -> None:
         """See ``Caches.copy_prefix``."""

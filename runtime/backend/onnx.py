@@ -18,6 +18,7 @@ from bilevel.errors import BundleError, RequestError
 from bilevel.machine import available_memory
 from bilevel.plugins.library.cpu import VARIABLE, find_cpu_library
 from bilevel.runtime.backend.onnx_graph import OnnxGraph, translated
+from bilevel.runtime.backend.onnx_head import OnnxHead
 from bilevel.runtime.backend.session import RouteArrays, Routes, SessionLimits
 
 
@@ -33,6 +34,7 @@ class OnnxSession(OnnxGraph):
     def __init__(self, bundle: Bundle, threads: int = 0, profile: Path | None = None) -> None:
         super().__init__(bundle, threads, profile)
         self._runner: CallTimer | None = None
+        self._head = self._find_head()
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = True, threads: int = 0) -> OnnxSession:
@@ -43,6 +45,17 @@ class OnnxSession(OnnxGraph):
     def limits(self) -> SessionLimits:
         """See ``Session.limits``: the model's and the host's memory's only."""
         return SessionLimits(longest_call=self.bundle.prefill_chunk, cache_bytes=available_memory())
+
+    def _find_head(self) -> OnnxHead | None:
+        if (head := self.bundle.graph.head) is None:
+            return None
+        shape = next((each.shape for each in self._session.get_outputs() if each.name == head.hidden), None)
+        if shape is None or not isinstance(shape[-1], int):
+            raise BundleError(
+                f"{self.bundle.graph_path} has no output {head.hidden} of a known width, which bundle.json names; "
+                f"{self.bundle.remedy}"
+            )
+        return OnnxHead(self._ort, self.bundle, self._options, shape[-1])
 
     def time_calls(self) -> CallTimer:
         """A clock of what ONNX Runtime takes in the calls of caches that are allocated from now on."""
@@ -82,7 +95,7 @@ class OnnxSession(OnnxGraph):
             )
         sizes = self.bundle.sizes(batch, capacity)
         state = {spec.name: np.zeros(spec.resolve(sizes), DTYPES[spec.dtype].numpy) for spec, _ in self.bundle.graph.state}
-        return OnnxCaches(self._ort, self._runner or self._session, self.bundle, state, batch, capacity)
+        return OnnxCaches(self._ort, self._runner or self._session, self.bundle, state, batch, capacity, self._head)
 
 
 class CallTimer:
@@ -111,10 +124,18 @@ class OnnxCaches:
     """
 
     def __init__(
-        self, ort: Any, session: Any, bundle: Bundle, state: dict[str, NDArray[Any]], batch: int, capacity: int
+        self,
+        ort: Any,
+        session: Any,
+        bundle: Bundle,
+        state: dict[str, NDArray[Any]],
+        batch: int,
+        capacity: int,
+        head: OnnxHead | None = None,
     ) -> None:
         self.batch, self.capacity, self.state = batch, capacity, state
         self.routes: Routes | None = None
+        self._head, self.gives_scores = head, head is not None
         self._ort, self._session, self._binding, self._bundle = ort, session, session.io_binding(), bundle
         for spec, present in bundle.graph.state:
             value = self._value(state[spec.name], spec.dtype)
@@ -129,7 +150,7 @@ class OnnxCaches:
     def rows(self, first: int, count: int) -> OnnxCaches:
         """See ``Caches.rows``."""
         state = {name: array[first : first + count] for name, array in self.state.items()}
-        return OnnxCaches(self._ort, self._session, self._bundle, state, count, self.capacity)
+        return OnnxCaches(self._ort, self._session, self._bundle, state, count, self.capacity, self._head)
 
     def copy_prefix(self, source: int, target: int, tokens: int) -> None:
         """See ``Caches.copy_prefix``."""
@@ -163,6 +184,9 @@ class OnnxCaches:
     def _bind_call(self, length: int) -> None:
         """Buffers for calls of ``length`` columns: their tokens, and what their routers choose."""
         self._input_ids = self._bind_input("input_ids", (self.batch, length))
+        if self._head is not None:
+            self._hidden = np.zeros((self.batch, length, self._head.width), DTYPES[self._bundle.precision].numpy)
+            self._binding.bind_ortvalue_output(self._head.hidden, self._value(self._hidden, self._bundle.precision))
         if (names := self._bundle.graph.routes) is None:
             return
         sizes = {**self._bundle.sizes(self.batch, self.capacity), "new_tokens": length}
@@ -199,3 +223,9 @@ class OnnxCaches:
         with translated("ONNX Runtime could not run the graph", "use fewer or shorter prompts, or a smaller chunk"):
             self._session.run_with_iobinding(self._binding)
         return self._logits
+
+    def score(self, lines: Sequence[int], columns: Sequence[int]) -> NDArray[np.float32]:
+        """See ``Caches.score``. Raises RequestError where the bundle has no head of its own."""
+        if self._head is None:
+            raise RequestError(f"{self._bundle.folder} has no head.onnx; {self._bundle.remedy}")
+        return self._head.logits(self._hidden[list(lines), list(columns)])

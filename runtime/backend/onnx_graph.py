@@ -33,6 +33,7 @@ class OnnxGraph(ABC):
         options.intra_op_num_threads = threads
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
+        self._options = options
         self.cpu_library = self._register_library(options)
         self._session = self._open_graph(options)
         self._check_ports("input", self._session.get_inputs(), bundle.graph.inputs)

@@ -56,6 +56,7 @@ class Caches(Protocol):
 
     batch: int
     capacity: int
+    gives_scores: bool  # whether ``score`` may be called
 
     @property
     def routes(self) -> Routes | None:
@@ -70,6 +71,9 @@ class Caches(Protocol):
         input_ids: [B, L], right-padded. past_len, new_len: [B]; past_len + L <= capacity in every row.
         What is returned is overwritten by the next call.
         """
+
+    def score(self, lines: Sequence[int], columns: Sequence[int]) -> NDArray[np.float32]:
+        """Logits [n, vocab] of n tokens of the last call, each by its row of these caches and its column of input_ids."""
 
     def rows(self, first: int, count: int) -> Caches:
         """Rows first to first + count - 1 as caches of their own, which share this memory: a call leaves the others alone."""

@@ -8,6 +8,7 @@ import io
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from bilevel.errors import BilevelError, RequestError, harmless
 from bilevel.folders import read_json
 from bilevel.runtime.backend.select import add_backend_options, open_session
 from bilevel.runtime.cli.conversation import ChatEncoder, Conversation, add_template_options, read_option
-from bilevel.runtime.cli.sampling import add_sampling_options, read_sampling
+from bilevel.runtime.cli.sampling import add_sampling_options, add_speculation_option, read_sampling
 from bilevel.runtime.generate.text import BundleTokenizer
 
 EPILOG = """\
@@ -42,6 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_sampling_options(parser, max_tokens=1 << 30)
     parser.add_argument("--capacity", type=int, metavar="TOKENS", help="room for the conversation (default: as bilevel serve)")
     add_backend_options(parser)
+    add_speculation_option(parser)
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="0: one per core (default: %(default)s)")
     parser.add_argument("--no-verify", action="store_true", help="skip the comparison of sizes and hashes")
 
@@ -55,7 +57,7 @@ def main(args: argparse.Namespace) -> int:
     )
     from bilevel.runtime.serve.limits import choose_limits
 
-    limits = choose_limits(session, 1, args.capacity, 1)
+    limits = replace(choose_limits(session, 1, args.capacity, 1), speculation=not args.no_speculation)
     most = limits.row_tokens or session.bundle.max_positions
     with contextlib.closing(ChatEncoder(session.bundle, most, args.template, settings)) as encoder:
         tokenizer = BundleTokenizer(session.bundle.tokenizer_path)

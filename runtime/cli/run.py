@@ -19,7 +19,7 @@ from bilevel.bundle.engines import FOLDER
 from bilevel.errors import RequestError, harmless
 from bilevel.runtime.backend.select import ONNX, ONNX_CUDA, add_backend_options
 from bilevel.runtime.cli.conversation import ChatEncoder, add_template_options, read_option
-from bilevel.runtime.cli.sampling import add_sampling_options, read_sampling
+from bilevel.runtime.cli.sampling import add_sampling_options, add_speculation_option, read_sampling
 from bilevel.runtime.generate.generator import Generation, Generator
 from bilevel.runtime.generate.sampling import SamplingParams
 from bilevel.runtime.generate.text import decode_utf8
@@ -40,6 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--prefill-chunk", type=int, metavar="TOKENS", help="prompt tokens per call (default: the bundle's limit)"
     )
     add_backend_options(parser)
+    add_speculation_option(parser)
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="0: one per core (default: %(default)s)")
     parser.add_argument("--no-verify", action="store_true", help="skip the comparison of sizes and hashes")
     parser.add_argument("--json", action="store_true", help="print one JSON object: texts, ids, finish reasons, timings")
@@ -52,7 +53,14 @@ def main(args: argparse.Namespace) -> int:
     if args.prompt_file is not None:
         prompts.append(_read_prompt(args.prompt_file))
     _check(args, prompts)
-    generator = Generator.open(args.bundle, args.backend, library=args.library, verify=not args.no_verify, threads=args.threads)
+    generator = Generator.open(
+        args.bundle,
+        args.backend,
+        library=args.library,
+        verify=not args.no_verify,
+        threads=args.threads,
+        speculation=not args.no_speculation,
+    )
     had_choice = args.backend == ONNX_CUDA or (args.backend != ONNX and any((args.bundle / FOLDER).glob("*.json")))
     if had_choice and not args.json:
         print(f"[{generator.backend_reason}]", file=sys.stderr)
@@ -174,4 +182,6 @@ def _summary(generation: Generation) -> str:
         parts.append(f"first after {stats.first_token_seconds:.2f} s")
     if stats.decode_tokens_per_second is not None:
         parts.append(f"{stats.decode_tokens_per_second:.1f} tokens/s")
+    if stats.num_draft_tokens_taken:
+        parts.append(f"{stats.num_draft_tokens_taken} of {stats.num_drafted_tokens} drafted tokens taken")
     return f"[{' · '.join([*parts, ', '.join(reasons)])}]"

@@ -33,6 +33,15 @@ def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int | None
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
 
 
+def add_speculation_option(parser: argparse.ArgumentParser) -> None:
+    """``--no-speculation``."""
+    parser.add_argument(
+        "--no-speculation",
+        action="store_true",
+        help="one token a call, even where the text repeats what stood before; the text is the same",
+    )
+
+
 def read_sampling(args: argparse.Namespace) -> SamplingParams:
     """The sampling settings; a seed is drawn where it matters and none was given, so that it can be reported."""
     seed = secrets.randbits(32) if args.seed is None and args.temperature > 0 else args.seed

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bilevel.errors import RequestError, require
 from bilevel.runtime.backend.select import MOST_THREADS, add_backend_options
+from bilevel.runtime.cli.sampling import add_speculation_option
 
 EPILOG = """\
   bilevel serve my-bundle                            http://127.0.0.1:8000: a page to try it, and for programs
@@ -36,6 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="0: any free one (default: %(default)s)")
     add_backend_options(parser)
+    add_speculation_option(parser)
     parser.add_argument("--model-name", metavar="NAME", help="what clients call the model (default: the folder's name)")
     parser.add_argument("--max-rows", type=int, metavar="N", help="texts generated at once (default: 8, or the engine's most)")
     parser.add_argument("--max-queue", type=int, default=64, metavar="N", help="texts that may wait (default: %(default)s)")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ import numpy as np
 from bilevel.errors import ContextTooLong, RequestError
 from bilevel.runtime.backend.select import AUTO, open_session
 from bilevel.runtime.backend.session import Caches, Logits, Session
+from bilevel.runtime.generate.drafts import DraftBudget, DraftedCall, draft_for, follow
 from bilevel.runtime.generate.results import Completion, Event, Stats
 from bilevel.runtime.generate.rows import Row
 from bilevel.runtime.generate.sampling import RowLogits, Sampler, SamplingParams
@@ -40,11 +42,14 @@ class Generator:
     """Generates text from an opened bundle; one generator serves any number of requests.
 
     tokenizer: None is enough for prompts of token ids; the events then carry no text. ``session.backend`` and
-    ``session.device`` say what runs the bundle and where; backend_reason says why that, and not another.
+    ``session.device`` say what runs the bundle and where; backend_reason says why that, and not another. speculation: whether
+    several tokens may be computed in one call where the text repeats what stood before (``drafts``); it is the same text.
     """
 
-    def __init__(self, session: Session, tokenizer: Tokenizer | None, backend_reason: str = "") -> None:
-        self.session, self.backend_reason = session, backend_reason
+    def __init__(
+        self, session: Session, tokenizer: Tokenizer | None, backend_reason: str = "", *, speculation: bool = True
+    ) -> None:
+        self.session, self.backend_reason, self.speculation = session, backend_reason, speculation
         self.tokenizer: Tokenizer = NoTokenizer() if tokenizer is None else tokenizer
 
     @classmethod
@@ -56,11 +61,12 @@ class Generator:
         library: str | Path | None = None,
         verify: bool = True,
         threads: int = 0,
+        speculation: bool = True,
     ) -> Generator:
-        """Open the bundle at ``path``, as ``bilevel run`` does; arguments and errors are those of ``open_session``."""
+        """Open the bundle at ``path``, as ``bilevel run`` does; other arguments and errors are those of ``open_session``."""
         kernels = None if library is None else Path(library)
         session, reason = open_session(path, backend, verify=verify, threads=threads, library=kernels)
-        return cls(session, BundleTokenizer(session.bundle.tokenizer_path), reason)
+        return cls(session, BundleTokenizer(session.bundle.tokenizer_path), reason, speculation=speculation)
 
     def texts(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None) -> list[str]:
         """The generated texts, one per prompt."""
@@ -104,7 +110,8 @@ class Generator:
         ]
         texts = [TextAssembler(self.tokenizer, setting.stop, tokens) for setting, tokens in zip(settings, ids, strict=True)]
         caches = self.session.allocate(len(rows), bundle.round_up(limit))
-        return Generation(rows, texts, caches, chunk, start, on_progress, cancel)
+        budget = DraftBudget() if self.speculation and caches.gives_scores else None
+        return Generation(rows, texts, caches, chunk, start, on_progress, cancel, budget)
 
     def _settings(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
@@ -176,7 +183,7 @@ class Generation(Iterator[Event]):
     """A generation under way: an iterator of events. It may be left and taken up again.
 
     rows, texts: row i's tokens and its text; row i is also row i of the caches. stats and completions cover every call so far,
-    events not yet fetched included.
+    events not yet fetched included. budget: None where there are no drafts.
     """
 
     def __init__(
@@ -188,10 +195,11 @@ class Generation(Iterator[Event]):
         start: float,
         on_progress: Progress | None = None,
         cancel: Flag | None = None,
+        budget: DraftBudget | None = None,
     ) -> None:
         self.stats = Stats(num_prompt_tokens=sum(row.num_prompt_tokens for row in rows))
         self._rows, self._texts, self._caches, self._chunk, self._start = rows, texts, caches, chunk, start
-        self._on_progress, self._cancel = on_progress, cancel
+        self._on_progress, self._cancel, self._budget = on_progress, cancel, budget
         self._events: deque[Event] = deque()
 
     @property
@@ -220,30 +228,56 @@ class Generation(Iterator[Event]):
 
     def _step(self, active: list[Row]) -> None:
         """One call of the graph. A row with a short prompt generates while a longer one is still being read."""
-        start, is_prefill = time.perf_counter(), any(row.is_reading for row in active)
-        logits = self._run(active)
-        events = [self._extend(row, logits[row.index]) for row in active if not row.num_pending]
-        now = time.perf_counter()
-        stats = self.stats
-        stats.num_new_tokens += len(events)
-        if is_prefill:
-            stats.prefill_seconds += now - start
+        if any(row.is_reading for row in active):
+            self._read(active)
         else:
-            stats.decode_seconds += now - start
-            stats.num_decode_tokens += len(events)
+            self._decode(active)
+
+    def _read(self, active: list[Row]) -> None:
+        start = time.perf_counter()
+        logits = self._run(active)
+        events = [self._extend(row, logits[row.index])[0] for row in active if not row.num_pending]
+        self.stats.prefill_seconds += self._count(events, start)
+        if self._on_progress is not None:
+            self._on_progress(sum(row.num_prompt_read for row in self._rows), self.stats.num_prompt_tokens)
+
+    def _decode(self, active: list[Row]) -> None:
+        """A token for each row, or as many as its draft is right about and the one behind them."""
+        start = time.perf_counter()
+        past_len = np.zeros(self._caches.batch, np.int32)
+        for row in active:
+            past_len[row.index] = row.num_cached
+        room = self._caches.capacity - int(past_len.max()) - 1
+        drafts = draft_for(active, room) if self._budget is not None and self._budget.allows(len(active)) else {}
+        call = DraftedCall.of({row: row.index for row in active}, self._caches.batch, drafts)
+        logits = call.logits(self._caches, self._caches.run(call.input_ids, past_len, call.new_len))
+        events = []
+        for row in active:
+            events += follow(row, drafts.get(row, ()), logits[row], partial(self._extend, row))
+        seconds = self._count(events, start)
+        self.stats.decode_seconds += seconds
+        self.stats.num_decode_tokens += len(events)
+        self.stats.num_drafted_tokens += call.num_drafted
+        self.stats.num_draft_tokens_taken += len(events) - len(active)
+        if self._budget is not None:
+            self._budget.record(len(active), call.num_drafted, len(events), seconds)
+
+    def _count(self, events: list[Event], start: float) -> float:
+        """Pass on the events of a call; the seconds that it took."""
+        now, stats = time.perf_counter(), self.stats
+        stats.num_new_tokens += len(events)
         if events and stats.first_token_seconds is None:
             stats.first_token_seconds = now - self._start
         self._events.extend(events)
-        if is_prefill and self._on_progress is not None:
-            self._on_progress(sum(row.num_prompt_read for row in self._rows), stats.num_prompt_tokens)
+        return now - start
 
-    def _extend(self, row: Row, logits: RowLogits) -> Event:
-        """The row's next token and what it adds to the text."""
+    def _extend(self, row: Row, logits: RowLogits) -> tuple[Event, bool]:
+        """The row's next token and what it adds to the text; whether the row goes on."""
         text = self._texts[row.index]
         token = row.extend(logits)
         piece = text.push(token, row.finish_reason)
         row.finish_reason = text.finish_reason
-        return Event(row.index, token, piece, row.finish_reason)
+        return Event(row.index, token, piece, row.finish_reason), row.is_active
 
     def _end(self, row: Row) -> Event:
         """End a row that was cancelled."""

@@ -36,11 +36,14 @@ class Stats:
 
     Calls that still read some row's prompt count as prefill, the others as decode; what the consumer of the events does
     between two calls counts as neither. first_token_seconds: from the request to the first token of any row.
+    num_drafted_tokens, num_draft_tokens_taken: what was computed ahead (``drafts``), and of it what the text went on with.
     """
 
     num_prompt_tokens: int = 0
     num_new_tokens: int = 0
     num_decode_tokens: int = 0
+    num_drafted_tokens: int = 0
+    num_draft_tokens_taken: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     first_token_seconds: float | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from bilevel.runtime.generate.ngrams import Drafter
 from bilevel.runtime.generate.sampling import RowLogits, Sampler
 
 
@@ -21,6 +22,7 @@ class Row:
         self.finish_reason: str | None = None
         self._tokens = list(prompt)
         self._sampler, self._eos = sampler, eos
+        self.drafter = Drafter()
 
     @property
     def is_active(self) -> bool:
@@ -56,6 +58,16 @@ class Row:
     def is_reading(self) -> bool:
         """Whether part of the prompt is still to be read."""
         return self.num_cached < self.num_prompt_tokens
+
+    @property
+    def last_token(self) -> int:
+        """The newest token, of the prompt or generated."""
+        return self._tokens[-1]
+
+    def draft(self, most: int) -> list[int]:
+        """What the row may go on with, ``most`` tokens at most and no more than it could take; empty where nothing is known."""
+        left = self._sampler.params.max_tokens - (len(self._tokens) - self.num_prompt_tokens) - 1
+        return self.drafter.draft(self._tokens, max(0, min(most, left, self.limit - self.num_cached - 1)))
 
     def take(self, most: int) -> list[int]:
         """The next pending tokens, ``most`` at most; they count as cached from now on."""

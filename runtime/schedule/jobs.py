@@ -141,13 +141,14 @@ class SchedulerLimits:
     """What a scheduler takes.
 
     max_rows: texts generated at once. max_queue: jobs that may wait. row_tokens: prompt and text of one job (None: the
-    model's). prefill_chunk: most tokens of a prompt that one call reads (None: the bundle's).
+    model's). prefill_chunk: most tokens of a prompt that one call reads (None: the bundle's). speculation: see ``Generator``.
     """
 
     max_rows: int = 8
     max_queue: int = 64
     row_tokens: int | None = None
     prefill_chunk: int | None = None
+    speculation: bool = True
 
 
 class Observer(Protocol):
@@ -157,7 +158,10 @@ class Observer(Protocol):
         """A piece of a prompt was read."""
 
     def decoded(self, rows: Sequence[Row], first: int, routes: Routes | None, seconds: float) -> None:
-        """A token was generated in each of ``rows``; row r is line r.index - first of ``routes``."""
+        """Each of ``rows`` went on; row r is line r.index - first of ``routes``, which are None where there were drafts."""
+
+    def drafted(self, tokens: int, taken: int) -> None:
+        """A step had drafts of so many ``tokens``, and the texts went on with ``taken`` of them."""
 
     def token(self, job: TextJob, now: float) -> None:
         """``job`` got a token; ``job.last_token`` is still the time of the one before."""

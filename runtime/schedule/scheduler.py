@@ -20,9 +20,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from bilevel.errors import BilevelError, DeadEnd, Overloaded, ShuttingDown
-from bilevel.runtime.backend.session import Caches, Session
+from bilevel.runtime.backend.session import Caches, Routes, Session
+from bilevel.runtime.generate.drafts import DraftBudget, DraftedCall, draft_for, follow
 from bilevel.runtime.generate.rows import Row
-from bilevel.runtime.generate.sampling import RowLogits, Sampler, log_probabilities
+from bilevel.runtime.generate.sampling import RowLogits, log_probabilities
+from bilevel.runtime.schedule.admission import Admission
 from bilevel.runtime.schedule.jobs import (
     FairQueue,
     Observer,
@@ -34,7 +36,7 @@ from bilevel.runtime.schedule.jobs import (
 )
 from bilevel.runtime.schedule.pacing import PrefillPacer
 from bilevel.runtime.schedule.prefix_store import PrefixStore
-from bilevel.runtime.schedule.slots import Slots, common_prefix
+from bilevel.runtime.schedule.slots import Slots
 
 _LOG = logging.getLogger("bilevel.scheduler")
 Publish = Callable[[Sequence[TokenEvent]], None]
@@ -59,7 +61,6 @@ class Scheduler:
         prefixes: PrefixStore | None = None,
     ) -> None:
         bundle = session.bundle
-        self._prefixes = prefixes
         self.bundle, self.limits, self._publish, self._observer = bundle, limits, publish, observer
         self.row_tokens = min(limits.row_tokens or bundle.max_positions, bundle.max_positions)
         # One token more than a row may hold: an idle row's column is written behind what it has cached.
@@ -68,6 +69,8 @@ class Scheduler:
         self._views: dict[tuple[int, int], Caches] = {}
         self._view(limits.max_rows - 1, 1)  # a backend that cannot cut rows out refuses now
         self._slots, self._queue = Slots(limits.max_rows), FairQueue()
+        self._admission = Admission(bundle, self._slots, self._caches, self.row_tokens, prefixes)
+        self._budget = DraftBudget() if limits.speculation and self._caches.gives_scores else None
         self._pacer = PrefillPacer(limits.prefill_chunk or bundle.prefill_chunk)
         self._jobs: dict[Row, TextJob] = {}
         self._entering: TextJob | None = None
@@ -110,25 +113,15 @@ class Scheduler:
             self._is_closing = True
             self._wake.notify()
         if not self._thread.is_alive():
-            self._keep()
+            self._admission.close()
             return True
         self._thread.join(timeout)
         is_finished = not self._thread.is_alive()
         with self._wake:
             self.cancel(*self._queue, *self._jobs.values(), *filter(None, [self._entering]))
         self._thread.join()
-        self._keep()
+        self._admission.close()
         return is_finished
-
-    def _keep(self) -> None:
-        """Store what the places hold, once nothing runs any more."""
-        prefixes, self._prefixes = self._prefixes, None
-        if prefixes is not None:
-            try:
-                prefixes.keep(self._slots, self._caches)
-            except Exception:  # noqa: BLE001 - the end of a server does not depend on it
-                _LOG.exception("the rows' prefixes are not stored")
-            prefixes.close()
 
     @property
     def is_closing(self) -> bool:
@@ -206,38 +199,12 @@ class Scheduler:
         """Give free places to those who wait."""
         while self._slots.has_room:
             with self._wake:
-                job = self._queue.pop(self._is_ready)
+                job = self._queue.pop(self._admission.is_ready)
                 self._entering = job
             if job is None:
                 return
-            self._enter(job)  # without the lock: bringing a stored prefix takes its time
+            self._jobs[self._admission.enter(job)] = job  # without the lock: bringing a stored prefix takes its time
             self._entering = None
-
-    def _is_ready(self, job: TextJob) -> bool:
-        """Whether waiting would not save reading: not while a prompt is being read that begins like this one."""
-        reading = [row for row in self._slots.active if row.num_pending > 1]
-        if job.scores_prompt or not reading:  # a prompt that is scored is read in any case
-            return True
-        _, length = self._slots.longest_prefix(job.prompt)
-        if self._prefixes is not None:
-            length = max(length, self._prefixes.longest(job.prompt)[1])
-        shared = max(common_prefix(row.prompt_ids, job.prompt[:-1]) for row in reading)
-        return shared < length + self.bundle.block_size
-
-    def _enter(self, job: TextJob) -> None:
-        # Of a prompt that is scored every token is read again: what it is worth is not kept.
-        source, length = (0, 0) if job.scores_prompt else self._slots.longest_prefix(job.prompt)
-        if self._prefixes is not None and not job.scores_prompt:
-            source, length = self._prefixes.bring(job.prompt, self._slots, self._caches, source, length)
-        target = self._slots.choose(source, length)
-        if target != source and length:
-            self._caches.copy_prefix(source, target, length)
-        sampler = Sampler(job.params, self.bundle.vocab_size, job.prompt, job.stream, job.constraint)
-        row = Row(target, job.prompt, sampler, () if job.params.ignore_eos else self.bundle.eos, self.row_tokens)
-        row.num_cached = job.num_reused = length
-        job.started = time.perf_counter()
-        self._slots.enter(row)
-        self._jobs[row] = job
 
     def _view(self, first: int, count: int) -> Caches:
         if (first, count) not in self._views:
@@ -270,26 +237,50 @@ class Scheduler:
         return []
 
     def _decode(self, rows: list[Row]) -> list[TokenEvent]:
-        """A token for each of ``rows``. Rows between them are idle; what is written there lies behind what they have cached."""
+        """A token for each of ``rows``, and as many more as its draft is right about.
+
+        Rows between them are idle; what is written there lies behind what they have cached.
+        """
         start, first = time.perf_counter(), rows[0].index
         count = rows[-1].index - first + 1
         past_len = np.array([self._slots.num_cached_at(first + line) for line in range(count)], np.int32)
-        input_ids, new_len = np.zeros((count, 1), np.int64), np.zeros(count, np.int32)
-        for row in rows:
-            input_ids[row.index - first], new_len[row.index - first] = row.take(1), 1
+        drafts = self._drafts(rows, self._caches.capacity - int(past_len.max()) - 1)
+        call = DraftedCall.of({row: row.index - first for row in rows}, count, drafts)
         view = self._view(first, count)
-        logits = view.run(input_ids, past_len, new_len)
+        logits = call.logits(view, view.run(call.input_ids, past_len, call.new_len))
         events = []
         for row in rows:
-            line = row.index - first
-            routes = token_routes(view.routes, row, line) if self._jobs[row].wants_routes else None
-            event = self._score(row, logits[line]) if row.num_pending else self._extend(row, logits[line], routes)
-            events += [] if event is None else [event]
+            events += self._follow(row, drafts.get(row, []), logits[row], view.routes, row.index - first)
         seconds = time.perf_counter() - start
         self._pacer.record_decode(seconds)
+        if self._budget is not None:
+            self._budget.record(len(rows), call.num_drafted, max(len(events), len(rows)), seconds)
         if self._observer is not None:
-            self._observer.decoded(rows, first, view.routes, seconds)
+            self._observer.decoded(rows, first, None if drafts else view.routes, seconds)
+            self._observer.drafted(call.num_drafted, max(0, len(events) - len(rows)))
         return events
+
+    def _drafts(self, rows: list[Row], room: int) -> dict[Row, list[int]]:
+        """Not for a row whose routes are wanted, which are those of one token, or that is read token by token."""
+        if self._budget is None or not self._budget.allows(len(rows)):
+            return {}
+        jobs = ((row, self._jobs[row]) for row in rows)
+        return draft_for([row for row, job in jobs if job.generates and not (job.wants_routes or row.num_pending > 1)], room)
+
+    def _follow(
+        self, row: Row, draft: list[int], logits: list[RowLogits], routes: Routes | None, line: int
+    ) -> list[TokenEvent]:
+        """The row's next tokens, or what the next of its prompt's is worth."""
+        if row.num_pending:
+            event = self._score(row, logits[0])
+            return [] if event is None else [event]
+        chosen = token_routes(routes, row, line) if self._jobs[row].wants_routes else None
+
+        def extend(each: RowLogits) -> tuple[TokenEvent, bool]:
+            event = self._extend(row, each, chosen)
+            return event, event.finish_reason is None
+
+        return follow(row, draft, logits, extend)
 
     def _score(self, row: Row, logits: RowLogits) -> TokenEvent | None:
         """The log-probability of the prompt's next token; the job's end where it was the last and nothing is generated."""

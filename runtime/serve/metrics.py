@@ -28,6 +28,8 @@ class Metrics:
         self._routes: RouteStats | None = None
         self._prompt = Counter("bilevel_prompt_tokens", "Prompt tokens read", registry=registry)
         self._generated = Counter("bilevel_generated_tokens", "Tokens generated", registry=registry)
+        self._drafted = Counter("bilevel_drafted_tokens", "Tokens computed ahead", registry=registry)
+        self._taken = Counter("bilevel_draft_tokens_taken", "Of those, tokens that texts went on with", registry=registry)
         self._reused = Counter("bilevel_reused_tokens", "Prompt tokens found in the caches", registry=registry)
         self._ended = Counter("bilevel_texts", "Texts that ended, and how", ["reason"], registry=registry)
         self._http = Counter("bilevel_http_requests", "Requests answered", ["status"], registry=registry)
@@ -94,6 +96,11 @@ class Metrics:
         self._decode.observe(seconds)
         if self._routes is not None and routes is not None:
             self._routes.sample([(row.index - first, row.num_cached - 1) for row in rows], routes)
+
+    def drafted(self, tokens: int, taken: int) -> None:
+        """See ``Observer``."""
+        self._drafted.inc(tokens)
+        self._taken.inc(taken)
 
     def token(self, job: TextJob, now: float) -> None:
         """See ``Observer``."""

@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from types import FrameType
 
 import uvicorn
@@ -104,6 +105,7 @@ def serve(args: argparse.Namespace) -> int:
         args.bundle, args.backend, verify=not args.no_verify, threads=args.threads, library=args.library
     )
     limits = choose_limits(session, args.max_rows, args.capacity, args.max_queue)
+    limits = replace(limits, speculation=not args.no_speculation)
     name = args.model_name or args.bundle.resolve().name
     listener = listen(args.host, args.port)
     http = HttpLimits(max_body=args.max_body)

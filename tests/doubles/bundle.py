@@ -20,6 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 VOCAB_SIZE, EOS, BLOCK_SIZE = 293, 1, 8  # 293 is prime: the checksums reach every token
 MAX_POSITIONS, PREFILL_CHUNK = 100, 16  # 100 is not a multiple of the block size
+HIDDEN = "hidden.1"  # the output that the head reads
 OPSET = 23  # what an exported graph has; Python 3.10's ONNX Runtime stops there
 FLOATS = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 NAMES = {TensorProto.INT64: "int64", TensorProto.INT32: "int32", **{kind: name for name, kind in FLOATS.items()}}
@@ -79,6 +80,7 @@ def _nodes(kind: int) -> list[onnx.NodeProto]:
         node("Unsqueeze", "length axis_1", "length_column"),
         node("Shape", "present.token_ids", "capacity", start=1, end=2),
         node("Squeeze", "capacity", "capacity_scalar"),
+        node("Sub", "capacity_scalar one", "capacity_end"),
         node("Range", "zero capacity_scalar one", "place"),
         node("Less", "place length_column", "is_valid"),
         node("Where", "is_valid present.token_ids zero", "valid_ids"),
@@ -92,12 +94,43 @@ def _nodes(kind: int) -> list[onnx.NodeProto]:
         node("ReduceSum", "terms axis_1", "checksum", keepdims=1),
         node("Mul", "length_column seven", "seven_lengths"),
         node("Add", "checksum seven_lengths", "total"),
-        # Token (total mod V) is best; the following ones are ever less likely.
-        node("Sub", "vocabulary total", "offset"),
-        node("Mod", "offset vocab_size", "distance"),
-        node("Cast", "distance", "distance_f", to=TensorProto.FLOAT),
-        node("Mul", "distance_f slope", "logits"),
+        *_logits(),
+        # The same total behind every token of the call, as far as the logits depend on it: what the head makes logits of.
+        node("CumSum", "terms one", "checksums"),
+        node("Clip", "target zero capacity_end", "ends"),
+        node("GatherElements", "checksums ends", "column_checksum", axis=1),
+        node("Add", "target one", "column_length"),
+        node("Mul", "column_length seven", "column_sevens"),
+        node("Add", "column_checksum column_sevens", "column_total"),
+        node("Mod", "column_total vocab_size", "best"),
+        node("Unsqueeze", "best axis_2", "best_3"),
+        node("Cast", "best_3", HIDDEN, to=kind),
     ]
+
+
+def _logits() -> list[onnx.NodeProto]:
+    """Of the totals [N, 1]: token (total mod V) is best; the following ones are ever less likely."""
+    return [
+        helper.make_node("Sub", ["vocabulary", "total"], ["offset"]),
+        helper.make_node("Mod", ["offset", "vocab_size"], ["distance"]),
+        helper.make_node("Cast", ["distance"], ["distance_f"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["distance_f", "slope"], ["logits"]),
+    ]
+
+
+def make_head(precision: str = "float32") -> onnx.ModelProto:
+    """The output head alone: logits of rows of one token each."""
+    info, kind = helper.make_tensor_value_info, FLOATS[precision]
+    nodes = [
+        helper.make_node("Squeeze", [HIDDEN, "axis_2"], ["best"]),
+        helper.make_node("Cast", ["best"], ["total"], to=TensorProto.INT64),
+        *_logits(),
+    ]
+    inputs = [info(HIDDEN, kind, ["batch", "new_tokens", 1]), info("new_len", TensorProto.INT32, ["batch"])]
+    used = {name for node in nodes for name in node.input}
+    weights = [weight for weight in _constants() if weight.name in used]
+    graph = helper.make_graph(nodes, "head", inputs, [info("logits", TensorProto.FLOAT, ["batch", VOCAB_SIZE])], weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
 
 
 def _constants() -> list[onnx.TensorProto]:
@@ -137,6 +170,7 @@ def make_model(precision: str = "float32") -> onnx.ModelProto:
     outputs = [
         info("logits", TensorProto.FLOAT, ["batch", VOCAB_SIZE]),
         *(info(f"present.{name}", dtype, shape) for name, dtype, shape in states),
+        info(HIDDEN, kind, ["batch", "new_tokens", 1]),
     ]
     graph = helper.make_graph(_nodes(kind), "fake", inputs, outputs, _constants())
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
@@ -170,13 +204,14 @@ def _ports(values: Sequence[onnx.ValueInfoProto]) -> list[dict[str, Any]]:
 def write_bundle(folder: Path, eos: Sequence[int] = (EOS,), precision: str = "float32") -> Path:
     """Write the bundle into ``folder``, which must exist. Ids above 256 are no whole numbers of bfloat16's caches."""
     model = make_model(precision)
-    inputs, outputs = _ports(model.graph.input), _ports(model.graph.output)
+    inputs, outputs = _ports(model.graph.input), [port for port in _ports(model.graph.output) if port["name"] != HIDDEN]
     onnx.checker.check_model(model, full_check=True)
     onnx.save_model(model, folder / "model.onnx", save_as_external_data=True, location="model.data", size_threshold=1024)
+    onnx.save_model(make_head(precision), folder / "head.onnx")
     make_tokenizer().save(str(folder / "tokenizer.json"))
     config = {"model_type": "llama", "num_hidden_layers": 1, "head_dim": 1, "routing": {"preset": "two_level", "topk": 3}}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    names = ("model.onnx", "model.data", "config.json", "tokenizer.json")
+    names = ("model.onnx", "model.data", "head.onnx", "config.json", "tokenizer.json")
     manifest = {
         "format": "bilevel-bundle",
         "format_version": 1,
@@ -193,6 +228,7 @@ def write_bundle(folder: Path, eos: Sequence[int] = (EOS,), precision: str = "fl
             "inputs": inputs,
             "outputs": outputs,
             "state": [{"input": f"past.{name}", "output": f"present.{name}"} for name in ("token_ids", "key.0", "block_key.0")],
+            "head": {"file": "head.onnx", "hidden": HIDDEN},
         },
         "files": {name: file_record(folder / name) for name in names},
         "checks": [],

@@ -223,7 +223,9 @@ class _Engine:
         self.is_capturable = trt.is_capturable
         self.session = ort.InferenceSession(plan["graph"], providers=["CPUExecutionProvider"])
         self.inputs = {port.name: _TYPES[port.type] for port in self.session.get_inputs()}
-        self.outputs = {port.name: _TYPES[port.type] for port in self.session.get_outputs()}
+        # A builder leaves out what the head reads (``export/engine/build.py``).
+        ports = [port for port in self.session.get_outputs() if not port.name.startswith("hidden.")]
+        self.outputs = {port.name: _TYPES[port.type] for port in ports}
         self.has_context, self.budget = False, 0
         self.streamable_weights_size = 1 << 20 if plan["streams"] else 0
         self.names = [*self.inputs, *self.outputs]
@@ -263,7 +265,7 @@ class _Engine:
 
     def execute(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
         feeds = {n: self.device.array(addresses[n], shapes[n], kind).copy() for n, kind in self.inputs.items()}
-        for (name, kind), value in zip(self.outputs.items(), self.session.run(None, feeds), strict=True):
+        for (name, kind), value in zip(self.outputs.items(), self.session.run([*self.outputs], feeds), strict=True):
             self.device.array(addresses[name], value.shape, kind)[...] = value
 
 

@@ -165,7 +165,8 @@ def test_a_stored_prefix(
         store = PrefixStore(folder, session, 1 << 30)
         try:
             stored, _ = store.longest([*range(100), 1])
-            assert stored is None or store.load(stored) is None or (folder / "a.prefix").read_bytes() == whole
+            is_used = stored is not None and store.load(stored) is not None
+            assert not is_used or (folder / "a.prefix").read_bytes().partition(b"\n")[2] == whole.partition(b"\n")[2]
         finally:
             store.close()
 

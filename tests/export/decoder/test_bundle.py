@@ -69,7 +69,7 @@ def test_export_bundle_is_what_the_runtime_reads(exported: Exported, preset: str
     bundle = load_bundle(folder)
     config = load_config(checkpoint)
     twin = [] if preset == "dense" else ["dense.onnx"]
-    assert sorted(bundle.files) == ["config.json", *twin, "model.data", "model.onnx", "tokenizer.json"]
+    assert sorted(bundle.files) == ["config.json", *twin, "head.onnx", "model.data", "model.onnx", "tokenizer.json"]
     for name, record in bundle.files.items():
         assert describe_file(folder / name) == {"sha256": record.sha256, "bytes": record.num_bytes}
     assert load_config(folder) == config
