@@ -47,8 +47,10 @@ function say(text) {
 
 // An error as text. retry: what the button does, null for none.
 function problem(text, retry = null) {
-  $("problem").hidden = text === "";
-  $("problem-text").textContent = text;
+  following(() => {
+    $("problem").hidden = text === "";
+    $("problem-text").textContent = text;
+  });
   $("retry").hidden = retry === null;
   $("retry").onclick = retry;
 }
