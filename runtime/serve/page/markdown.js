@@ -28,8 +28,8 @@ function blockAt(lines, at, depth) {
   let end = at + 1;
   const fence = FENCE.exec(line);
   if (fence) {
-    const isClosing = (each) => new RegExp(`^ {0,3}${fence[1][0]}{${fence[1].length},}[ \\t]*$`).test(each);
-    while (end < lines.length && !isClosing(lines[end])) end++;
+    const closer = new RegExp(`^ {0,3}${fence[1][0]}{${fence[1].length},}[ \\t]*$`);
+    while (end < lines.length && !closer.test(lines[end])) end++;
     const inside = lines.slice(at + 1, end);
     return [Math.min(end + 1, lines.length), () => codeBlock(fence[2].trim(), inside.join("\n"))];
   }

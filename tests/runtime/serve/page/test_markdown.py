@@ -170,7 +170,7 @@ def test_any_text_is_shown_whole_and_soon(page: Tab) -> None:
     )
     for text, (seconds, letters) in zip(texts, found, strict=True):
         assert letters >= sum(letter in "ab漢🦊" for letter in text), text[:200]
-        assert seconds < 1, (seconds, text[:50])
+        assert seconds < (2 if len(text) < 20_000 else 5), (seconds, text[:50])  # some tenths where nothing else runs
 
 
 def test_a_text_that_grows_ends_as_if_it_had_come_at_once(page: Tab) -> None:
