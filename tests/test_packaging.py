@@ -100,7 +100,8 @@ def test_sdist_is_what_the_wheel_is_built_from() -> None:
         "bilevel/model.py",
         "bilevel/plugins/csrc/ort/vector.h",
         "bilevel/runtime/quality/page.css",
-        "bilevel/runtime/serve/page.html",
+        "bilevel/runtime/serve/page/page.html",
+        "bilevel/runtime/serve/page/page.js",
         "bilevel/py.typed",
     } <= files
     assert not [name for name in files if name.endswith((".so", ".pyc", ".md"))]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -18,20 +16,17 @@ from bilevel.runtime.serve import kserve, openai, responses
 from bilevel.runtime.serve.errors import as_api_error, error_body, respond_with_error
 from bilevel.runtime.serve.http import HeldBodies
 from bilevel.runtime.serve.metrics import Metrics
+from bilevel.runtime.serve.page.files import FILES, POLICY, page_routes
 from bilevel.runtime.serve.refusal import ApiError
 from bilevel.runtime.serve.requests.description import describe_api
 from bilevel.runtime.serve.service import Service
 
 MOST_BODIES = 16  # of the greatest length, that are received or answered at once
 # Open without a key: they tell nothing but that a server is here. The page asks its user for the key.
-_OPEN = ("/", "/openapi.json", "/v2/health/live", "/v2/health/ready")
-_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
+_OPEN = (*FILES, "/openapi.json", "/v2/health/live", "/v2/health/ready")
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
-    (b"content-security-policy", _POLICY.encode()),
+    (b"content-security-policy", POLICY.encode()),
     (b"referrer-policy", b"no-referrer"),
 ]
 
@@ -74,11 +69,7 @@ class Guard:
 
 def create_app(service: Service, metrics: Metrics) -> ASGIApp:
     """The application that serves ``service``."""
-    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     description = describe_api(service.name)
-
-    async def show_page(request: Request) -> Response:
-        return HTMLResponse(page)
 
     async def show_api(request: Request) -> Response:
         return JSONResponse(description)
@@ -88,7 +79,7 @@ def create_app(service: Service, metrics: Metrics) -> ASGIApp:
 
     model = "/v2/models/{model}"
     routes = [
-        Route("/", show_page),
+        *page_routes(),
         Route("/openapi.json", show_api),
         Route("/metrics", show_metrics),
         Route("/v1/models", openai.list_models),

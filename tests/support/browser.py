@@ -7,6 +7,8 @@ import base64
 import shutil
 import time
 from asyncio.subprocess import DEVNULL
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ FLAGS = [
     "--hide-scrollbars",
     "--remote-debugging-port=0",
 ]
+KEYS = {"Enter": 13, "Escape": 27, "Tab": 9, "End": 35, "Home": 36, "ArrowLeft": 37, "ArrowRight": 39}
+SHIFT = 8
 
 
 class Page:
@@ -72,6 +76,71 @@ class Page:
     async def screenshot(self) -> bytes:
         """What is to be seen, as PNG."""
         return base64.b64decode((await self.send("Page.captureScreenshot", format="png"))["data"])
+
+
+class Tab:
+    """A page for tests that take one step after another: each method waits for what it does."""
+
+    def __init__(self, page: Page, loop: asyncio.AbstractEventLoop) -> None:
+        self.page, self._loop, self._scripts = page, loop, list[str]()
+
+    def send(self, method: str, **params: Any) -> dict[str, Any]:
+        """One command of the protocol and its result."""
+        return self._loop.run_until_complete(self.page.send(method, **params))
+
+    def evaluate(self, expression: str) -> Any:
+        """The value of a JavaScript expression."""
+        return self._loop.run_until_complete(self.page.evaluate(expression))
+
+    def wait_for(self, expression: str) -> None:
+        """Until the expression is true."""
+        self._loop.run_until_complete(self.page.wait_for(expression))
+
+    def open(self, url: str, width: int = 1280, height: int = 900, *, before: str = "") -> None:
+        """Go to ``url`` as somebody who was never there. before: a script that runs ahead of the page's own."""
+        for script in self._scripts:
+            self.send("Page.removeScriptToEvaluateOnNewDocument", identifier=script)
+        self.send("Page.navigate", url="about:blank")
+        self.send("Storage.clearDataForOrigin", origin="/".join(url.split("/")[:3]), storageTypes="all")
+        self.send("Emulation.setFocusEmulationEnabled", enabled=True)
+        self.look_like()
+        self.send("Page.enable")
+        script = self.send("Page.addScriptToEvaluateOnNewDocument", source=before)
+        self._scripts = [script["identifier"]]
+        self._loop.run_until_complete(self.page.open(url, width, height))
+        self.page.problems.clear()
+
+    def look_like(self, **features: str) -> None:
+        """Media features, as in prefers_color_scheme="dark"; those not named are the browser's own."""
+        asked = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]
+        self.send("Emulation.setEmulatedMedia", features=asked)
+
+    def press(self, key: str, modifiers: int = 0) -> None:
+        """One key, down and up."""
+        text = {"text": "\r"} if key == "Enter" else {}
+        common = {"key": key, "code": key, "windowsVirtualKeyCode": KEYS[key], "modifiers": modifiers}
+        self.send("Input.dispatchKeyEvent", type="keyDown", **common, **text)
+        self.send("Input.dispatchKeyEvent", type="keyUp", **common)
+
+    def type(self, text: str) -> None:
+        """Text into what has the focus."""
+        self.send("Input.insertText", text=text)
+
+    def screenshot(self) -> bytes:
+        """What is to be seen, as PNG."""
+        return self._loop.run_until_complete(self.page.screenshot())
+
+
+@contextmanager
+def open_tab(folder: Path) -> Iterator[Tab]:
+    """A browser with one tab; folder: an empty one for its profile."""
+    loop = asyncio.new_event_loop()
+    browser = Browser(folder)
+    try:
+        yield Tab(loop.run_until_complete(browser.__aenter__()), loop)
+    finally:
+        loop.run_until_complete(browser.__aexit__())
+        loop.close()
 
 
 class Browser:
