@@ -35,6 +35,9 @@ def save_head(graph: Path, config: ModelConfig) -> dict[str, Any]:
     head = onnx_ir.convenience.extract(model.graph, [name, *_CALL], ["logits"])
     for value in [value for value in head.inputs if not value.uses()]:
         head.inputs.remove(value)
+    weights = sorted(head.initializers.items())  # they come in any order, and a model exported twice is the same file
+    head.initializers.clear()
+    head.initializers.update(weights)
     _save(onnx_ir.Model(head, ir_version=model.ir_version), graph.with_name(HEAD_FILE))
     if values[name] not in model.graph.outputs:
         model.graph.outputs.append(values[name])

@@ -40,7 +40,7 @@ def test_a_gguf_file_is_exported_in_one_go(tmp_path: Path, capsys: pytest.Captur
     assert [path.name for path in (tmp_path / "one").iterdir()] == ["bundle"]
     assert main(["import", str(tmp_path / "m.gguf"), str(tmp_path / "checkpoint")]) == 0
     assert main(["export", str(tmp_path / "checkpoint"), str(tmp_path / "bundle")]) == 0
-    for name in ("model.onnx", "model.data", "tokenizer.json", "tokenizer_config.json", "bundle.json"):
+    for name in ("model.onnx", "head.onnx", "model.data", "tokenizer.json", "tokenizer_config.json", "bundle.json"):
         assert (tmp_path / "one" / "bundle" / name).read_bytes() == (tmp_path / "bundle" / name).read_bytes(), name
     # <|im_end|> by name, <|endoftext|> because it is a control token.
     generator = Generator.open(tmp_path / "bundle")

@@ -101,7 +101,9 @@ def test_a_generator_says_what_it_passed_over(tmp_path: Path, monkeypatch: pytes
 
 def test_one_rule_chooses_for_the_api_and_for_the_commands() -> None:
     opener, of_generator = (inspect.signature(function).parameters for function in (select.open_session, Generator.open))
-    assert {name: each.default for name, each in opener.items()} == {name: each.default for name, each in of_generator.items()}
+    assert {name: each.default for name, each in opener.items()} == {
+        name: each.default for name, each in of_generator.items() if name != "speculation"
+    }
 
 
 def told_apart(source: str) -> list[int]:
