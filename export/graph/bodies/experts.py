@@ -117,8 +117,10 @@ def gathered_rows(x, expert):
 def gathered_sum(out, x, used, weights):
     """fp32 [T, d]: the pairs' results [T * k, 1, d], weighted. used: bool [T, k]."""
     shape = op.Concat(op.Shape(used), op.Shape(x, start=1, end=2), axis=0)
-    weight = op.Where(used, weights, op.Constant(value_float=0.0))
-    return op.ReduceSum(op.Reshape(op.Cast(out, to=FLOAT), shape) * op.Unsqueeze(weight, [2]), [1], keepdims=0)
+    nothing = op.Constant(value_float=0.0)
+    # Nobody chose what a pair without an expert computed: its result may be NaN, and 0 * NaN is NaN.
+    own = op.Where(op.Unsqueeze(used, [2]), op.Reshape(op.Cast(out, to=FLOAT), shape), nothing)
+    return op.ReduceSum(own * op.Unsqueeze(op.Where(used, weights, nothing), [2]), [1], keepdims=0)
 
 
 @script(_private, default_opset=op)
