@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from bilevel.operators.precision import wide
 from bilevel.operators.routing import block_mask, head_map
@@ -33,14 +34,54 @@ class AttentionMask(NamedTuple):
         return cls(mask | empty, empty)
 
 
+# Products of two such numbers, added up over any head dim, are finite in fp32: what is masked is 0 times a number, not NaN.
+_TAME = 2.0**56
+_MOST_NUMBERS = 2**24  # of a tensor [B, Hq, rows, M, D] at a time
+
+
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> Tensor:
     """Softmax attention in fp32 (fp64 for fp64 operands); a row that reads nothing gives 0 (and no NaN gradient).
 
-    q: [B, Hq, L, D]. k, v: [B, Hkv, M, D]. Returns [B, Hq, L, D] in q's dtype.
+    q: [B, Hq, L, D]. k, v: [B, Hkv, M, D]. Returns [B, Hq, L, D] in q's dtype. A matrix product multiplies what is masked, and
+    0 times NaN is NaN. So what no row reads is set to 0 where it could do harm; where a row still reads what another one does
+    not, each row's own tokens are laid out instead.
     """
     heads = head_map(q.shape[1], k.shape[1], q.device)
-    out = F.scaled_dot_product_attention(wide(q), wide(k)[:, heads], wide(v)[:, heads], attn_mask=mask.allowed, scale=scale)
-    return torch.where(mask.empty, 0.0, out).to(q.dtype)
+    dtype, q, k, v = q.dtype, wide(q), wide(k), wide(v)
+    if not torch.compiler.is_compiling() and not _is_tame(q, k, v):
+        q = torch.where(mask.empty, 0.0, q)
+        read = (mask.allowed & ~mask.empty).any(2)
+        read = read if read.shape[1] == 1 else read.unflatten(1, (k.shape[1], -1)).any(2)
+        k, v = (torch.where(read[..., None], x, 0.0) for x in (k, v))
+        if not _is_tame(q, k, v):
+            return _by_rows(q, k[:, heads], v[:, heads], mask, scale).to(dtype)
+    out = F.scaled_dot_product_attention(q, k[:, heads], v[:, heads], attn_mask=mask.allowed, scale=scale)
+    return torch.where(mask.empty, 0.0, out).to(dtype)
+
+
+def _is_tame(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether whatever is masked counts for nothing in forward and backward products."""
+    with torch.no_grad():
+        limits = ((q, _TAME), (k, _TAME), (v, _TAME))
+        return all(not x.numel() or bool(x.abs().amax() <= limit) for x, limit in limits)
+
+
+def _by_rows(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> Tensor:
+    """The same with every row's tokens laid out, those that it does not read as 0: slow, and nothing else reaches a row.
+
+    q: [B, Hq, L, D]. k, v: [B, Hq, M, D].
+    """
+    numbers = q.shape[0] * q.shape[1] * k.shape[2] * max(q.shape[3], v.shape[3])
+    pieces = zip(*(x.split(max(1, _MOST_NUMBERS // max(numbers, 1)), 2) for x in (q, mask.allowed, mask.empty)), strict=True)
+    return torch.cat([checkpoint(_rows, *piece, k, v, scale, use_reentrant=False) for piece in pieces], 2)
+
+
+def _rows(q: Tensor, allowed: Tensor, empty: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    read = (allowed & ~empty)[..., None]
+    keys, values = (torch.where(read, x[:, :, None], 0.0) for x in (k, v))
+    scores = (q[..., None, :] * keys).sum(-1) * scale
+    probability = torch.softmax(torch.where(allowed, scores, -torch.inf), -1)
+    return torch.where(empty, 0.0, (probability[..., None] * values).sum(-2))
 
 
 def routed_attention(

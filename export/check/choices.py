@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from bilevel.export.check.judge import UNIT_ROUNDOFF, Array, ScoredChoices, dot_bound
+from bilevel.export.check.judge import SMALLEST_NORMAL, UNIT_ROUNDOFF, Array, ScoredChoices, dot_bound
 
 
 def as_set(indices: Array, size: int) -> Array:
@@ -64,9 +64,22 @@ def block_choice(
 def _expert_scores(logits: Array, score_func: str) -> Array:
     """fp64 scores [T, E] of fp64 logits."""
     if score_func == "sigmoid":
-        return np.asarray(1 / (1 + np.exp(-logits)))
-    shifted = np.exp(logits - logits.max(1, keepdims=True))
+        with np.errstate(over="ignore"):
+            return np.asarray(1 / (1 + np.exp(-logits)))
+    with np.errstate(invalid="ignore"):  # a row that holds inf is NaN
+        shifted = np.exp(logits - logits.max(1, keepdims=True))
     return np.asarray(shifted / shifted.sum(1, keepdims=True))
+
+
+def _score_bound(logits: Array, score_func: str) -> Array:
+    """What rounding may move the scores [T, E] by, as a share of each: exp, the division and a softmax's sum lose a few units
+    in the last place, a softmax also what the distance to its largest logit was rounded by. A gate's scores may be tiny and
+    still have an order, so nothing here is absolute but what lies below the smallest normal number."""
+    if score_func == "sigmoid":
+        return np.full_like(logits, 8 * UNIT_ROUNDOFF)
+    with np.errstate(invalid="ignore"):
+        distance = np.abs(logits - logits.max(1, keepdims=True))
+    return np.asarray((logits.shape[1] + 8 + distance) * UNIT_ROUNDOFF)
 
 
 def expert_weights(logits: Array, ids: Array, attributes: dict[str, Any]) -> Array:
@@ -86,16 +99,19 @@ def expert_choices(
     tokens, experts = logits.shape
     groups = group_logits.shape[1]
     size = experts // groups
-    choice = _expert_scores(logits, attributes["score_func"]) + bias
-    # exp, division and the sums of a softmax lose a few units in the last place each; experts + 8 covers them all.
-    bound = (experts + 8) * UNIT_ROUNDOFF * (np.abs(choice) + 1)
+    scores = _expert_scores(logits, attributes["score_func"])
+    choice = np.where(np.isnan(scores), -np.inf, scores + bias)
+    bound = _score_bound(logits, attributes["score_func"]) * scores + UNIT_ROUNDOFF * np.abs(scores + bias) + SMALLEST_NORMAL
     by_group = np.sort(choice.reshape(tokens, groups, size), axis=2)
     group = {
         "external": group_logits,
         "max": by_group[..., -1],
         "top2_sum": by_group[..., -2:].sum(2),
     }[attributes["group_score"]]
-    group_bound = (experts + 8) * UNIT_ROUNDOFF * (np.abs(group) + 1)
+    # Given ones are the operands themselves; the others are at most two of the choices, added.
+    group_bound = 2 * bound.reshape(tokens, groups, size).max(2) + UNIT_ROUNDOFF * np.abs(group)
+    if attributes["group_score"] == "external":
+        group_bound = np.zeros_like(group)
     order = np.argsort(-group, axis=1, kind="stable")[:, : attributes["topk_group"]]
     kept_groups = np.zeros((tokens, groups), dtype=bool)
     np.put_along_axis(kept_groups, order, True, axis=1)

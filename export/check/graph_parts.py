@@ -24,6 +24,7 @@ from bilevel.config import ModelConfig
 from bilevel.contract import BY_NAME, DOMAIN
 from bilevel.errors import BundleError
 from bilevel.export.check.adapt import TYPES, float_ports, load_adapted
+from bilevel.export.graph.schemas import ONNX_OPSET, PLUGIN_NAMESPACE
 from bilevel.export.graph.sessions import Arrays, open_session
 from bilevel.model import hidden_name
 
@@ -173,6 +174,22 @@ class GraphParts:
             nodes,
             graph,
         )
+
+    def alone(self, node: RoutedNode) -> bytes:
+        """A model of this node only, fp32, with the body that it has in the graph: every operand is an input, every result an
+        output, by the contract's names."""
+        op = BY_NAME[node.op_type]
+        inputs, outputs = (
+            [ir.Value(name=p.name, type=_TYPES.get(p.dtype, _FLOAT), shape=ir.Shape([None] * len(p.shape))) for p in ports]
+            for ports in (op.inputs, op.outputs)
+        )
+        attributes = {**node.attributes, PLUGIN_NAMESPACE: DOMAIN}
+        called = ir.Node(DOMAIN, op.name, inputs, ir.convenience.convert_attributes(attributes), outputs=outputs)
+        imports = {"": ONNX_OPSET, DOMAIN: op.version}
+        graph = ir.Graph(inputs, outputs, nodes=[called], opset_imports=imports, name=op.name)
+        model = ir.to_proto(ir.Model(graph, ir_version=self._model.ir_version))
+        model.functions.extend(function for function in self._functions if function.name == op.name)
+        return bytes(model.SerializeToString())
 
     @contextmanager
     def runner(self, part: Part, execution: str) -> Iterator[BaseRunner]:

@@ -23,7 +23,7 @@ import numpy as np
 from bilevel.export.report.judgements import Level, Margins, RouterResult, TensorResult, Tolerance
 
 Array = np.ndarray[Any, Any]
-UNIT_ROUNDOFF = 2.0**-24  # fp32
+UNIT_ROUNDOFF, SMALLEST_NORMAL = 2.0**-24, 2.0**-126  # fp32
 ROUNDOFF = {"float32": UNIT_ROUNDOFF, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 COMPUTATION_LIMIT = 1e-4  # fp32: largest allowed error over the largest magnitude of the tensor
 ALLOWED_FACTOR = 2  # lower precisions: how much further from fp64 than PyTorch in the same precision
@@ -177,8 +177,9 @@ def dot_bound(magnitude: Array, terms: int) -> Array:
 def loosen(inner: ScoredChoices, outer_reference: ScoredChoices, outer_device: ScoredChoices) -> None:
     """Excuse inner differences in rows whose outer choice could rightly have gone the other way (groups before experts)."""
     kept, score = outer_reference.kept, outer_reference.score
-    slack = (outer_reference.bound + outer_device.bound + np.abs(outer_device.score - score)).max(1)
-    gap = np.where(kept, score, np.inf).min(1) - np.where(kept, -np.inf, score).max(1)
+    with np.errstate(invalid="ignore"):  # an option that is never selected scores -inf
+        slack = (outer_reference.bound + outer_device.bound + np.abs(outer_device.score - score)).max(1)
+        gap = np.where(kept, score, np.inf).min(1) - np.where(kept, -np.inf, score).max(1)
     unsure = gap <= 2 * slack
     inner.open = inner.open | unsure[:, None]
     inner.bound = np.where(unsure[:, None], np.inf, inner.bound)
@@ -217,7 +218,8 @@ def judge_selection(stats: Selection, reference: ScoredChoices, device: ScoredCh
     state = np.full(len(a), SAME)
     for row in np.nonzero((a != b).any(1))[0]:
         ours, theirs = np.nonzero(a[row] & ~b[row])[0], np.nonzero(b[row] & ~a[row])[0]
-        distance = np.abs(reference.score[row, ours][:, None] - reference.score[row, theirs])
+        with np.errstate(invalid="ignore"):
+            distance = np.abs(reference.score[row, ours][:, None] - reference.score[row, theirs])
         allowed = slack[row, ours][:, None] + slack[row, theirs]
         fair = (distance <= allowed) & reference.open[row, ours][:, None] & reference.open[row, theirs]
         excused = int(fair.all(1).sum() + fair.all(0).sum()) if len(ours) == len(theirs) else 0

@@ -25,6 +25,7 @@ from bilevel.errors import BundleError, RequestError
 from bilevel.export.check import end_to_end
 from bilevel.export.check.compare import Comparison
 from bilevel.export.check.effect import judge_rounding
+from bilevel.export.check.extremes import expert_extremes
 from bilevel.export.check.failure import first_failing, where_it_starts
 from bilevel.export.check.graph_parts import GraphParts
 from bilevel.export.check.invariants import check_invariants
@@ -155,7 +156,7 @@ class _Check:
                 raise
             ends, invariants = end_to_end.could_not_run(str(error))
         order = replay.order_invariant()
-        invariants += [order] if order is not None else []
+        invariants += [law for law in (order, self._extremes()) if law is not None]
         activations, effect = self._rounding() if ends.teacher_forced.tokens else (None, None)
         verdicts = Verdicts(
             structure=not structure,
@@ -180,6 +181,14 @@ class _Check:
             failure=self._failure(replay, structure),
             seconds=0.0,
         )
+
+    def _extremes(self) -> Invariant | None:
+        """The expert gates at logits that the text need not hold. A gate that cannot be run alone is the parts' to report."""
+        experts = self.config.experts
+        if experts is None:
+            return None
+        self._on_stage("expert gates at extreme logits")
+        return expert_extremes(self.parts, experts.num_experts, experts.n_group)
 
     def _compared(self) -> dict[str, Any]:
         """The report's fields that say what was compared with what."""

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from bilevel.errors import BilevelError, ExportError
 from bilevel.export.graph import guards
+from bilevel.export.graph.exact_rules import exact_rules
 from bilevel.export.graph.functions import attach_functions
 from bilevel.export.graph.quicker import quicker
 from bilevel.export.graph.schemas import ONNX_OPSET, PRIVATE_DOMAIN, translation_table
@@ -148,7 +149,7 @@ def trace(module: nn.Module, inputs: Inputs, dynamic: Dynamic, names: Sequence[s
     was_training = module.training
     module.eval()
     try:
-        with torch.no_grad(), _quiet(), quicker():
+        with torch.no_grad(), _quiet(), quicker(), exact_rules():
             program = torch.export.export(module, (), _as_lists(inputs), dynamic_shapes=shapes, strict=False)
             guards.check_parameters_used(program)
             onnx_program = torch.onnx.export(

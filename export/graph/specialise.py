@@ -17,6 +17,7 @@ from onnxscript import optimizer
 
 from bilevel.bundle.tensors import DTYPES
 from bilevel.contract import BY_NAME, DOMAIN, VERSION
+from bilevel.export.graph.exact_rules import exact_rules
 from bilevel.export.graph.schemas import ONNX_OPSET
 
 Shape = tuple[int | str, ...]
@@ -71,9 +72,10 @@ def _fold(function_bytes: bytes, node_bytes: bytes, inputs: tuple[tuple[int, Sha
     graph = onnx.helper.make_graph([call], op.name, values, outputs)
     model = onnx.helper.make_model(graph, opset_imports=imports, ir_version=10, functions=[function])
     folded = onnx_ir.from_proto(onnx.inliner.inline_local_functions(model))
-    for _ in range(2):
-        optimizer.optimize(folded, num_iterations=3)
-        CommonSubexpressionEliminationPass()(folded)
+    with exact_rules():
+        for _ in range(2):
+            optimizer.optimize(folded, num_iterations=3)
+            CommonSubexpressionEliminationPass()(folded)
     body = onnx_ir.to_proto(folded).graph
     constants = [onnx.helper.make_node("Constant", [], [weight.name], value=weight) for weight in body.initializer]
     result = onnx.FunctionProto()

@@ -70,34 +70,20 @@ def absorb(score, value, most, total, out):
     return highest, total * fade + tl.sum(weight, axis=1), out
 
 
-@triton.jit(do_not_specialize=["length", "capacity", "slots"])
-def attention_tiles(
-    q, k, v, past_len, new_len, blocks, bits, out, length, capacity, slots, scale,
-    HQ: tl.constexpr, HKV: tl.constexpr, HS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    CAUSAL: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PER_BLOCK: tl.constexpr,
-    DP: tl.constexpr,
+@triton.jit
+def read_blocks(
+    query, k, v, blocks, bits, base, kv, count, last, horizon, t, scale,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PER_BLOCK: tl.constexpr, DP: tl.constexpr,
+    CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """Attention of a tile of rows (position-major, GP heads each) over its listed blocks. Grid [ceil(L/TOKENS), GROUPS, B].
+    """(largest score, sum, output not yet divided) of a tile's rows over its listed blocks.
 
-    A step takes COLS keys: COLS/PER_BLOCK blocks of up to PER_BLOCK tokens, or the COLS next tokens of one larger block.
+    What a row does not read has the weight 0, and 0 * NaN is NaN. CAREFUL: values that are not finite are left out of the
+    products, and added to the rows that do read them.
     """
-    tile, p, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    GP: tl.constexpr = HQ // GROUPS
     STEPS: tl.constexpr = (BLOCK + COLS - 1) // COLS
     AT_ONCE: tl.constexpr = COLS // PER_BLOCK
-    past, new = tl.load(past_len + b), tl.load(new_len + b)
-    row, d, c = tl.arange(0, ROWS), tl.arange(0, DP), tl.arange(0, COLS)
-    t = row // GP
-    i = tile * TOKENS + t
-    used = (t < TOKENS) & (i < length)
-    at = ((b * HQ + p * GP + row % GP) * length + i.to(tl.int64))[:, None] * D + d[None, :]
-    query = tl.load(q + at, mask=used[:, None] & (d < D)[None, :], other=0.0)
-    horizon = horizon_of(i, past, new, CAUSAL)
-    last = tl.max(tl.where(used, horizon, 0), axis=0)
-    base = ((b * HS + p * HS // GROUPS) * tl.num_programs(0) + tile) * slots
-    count, seen = tl.load(blocks + base), tl.load(bits + base)
-    t = tl.where(t < TOKENS, t, 0).to(seen.dtype)
-    kv = (b * HKV + p * HKV // GROUPS) * capacity * D
+    d, c = tl.arange(0, DP), tl.arange(0, COLS)
     most = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     result = tl.zeros([ROWS, DP], tl.float32)
@@ -115,7 +101,52 @@ def attention_tiles(
         reads = ((readers[None, :] >> t[:, None]) & 1) != 0
         reads = reads & valid[None, :] & (token[None, :] < horizon[:, None])
         score = tl.where(reads, product(query, tl.trans(key)) * (scale * LOG2_E), float("-inf"))
-        most, total, result = absorb(score, value, most, total, result)
+        if CAREFUL:
+            wide = value.to(tl.float32)
+            is_number = tl.abs(wide) < float("inf")
+            most, total, result = absorb(score, tl.where(is_number, value, tl.zeros_like(value)), most, total, result)
+            for n in range(COLS):
+                odd = tl.sum(tl.where((c == n)[:, None] & (is_number == 0), wide, 0.0), axis=0)
+                is_read = tl.max((reads & (c == n)[None, :]).to(tl.int32), axis=1) > 0
+                result += tl.where(is_read[:, None], odd[None, :], 0.0)
+        else:
+            most, total, result = absorb(score, value, most, total, result)
+    return most, total, result
+
+
+@triton.jit(do_not_specialize=["length", "capacity", "slots"])
+def attention_tiles(
+    q, k, v, past_len, new_len, blocks, bits, out, length, capacity, slots, scale,
+    HQ: tl.constexpr, HKV: tl.constexpr, HS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    CAUSAL: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PER_BLOCK: tl.constexpr,
+    DP: tl.constexpr,
+):  # fmt: skip
+    """Attention of a tile of rows (position-major, GP heads each) over its listed blocks. Grid [ceil(L/TOKENS), GROUPS, B].
+
+    A step takes COLS keys: COLS/PER_BLOCK blocks of up to PER_BLOCK tokens, or the COLS next tokens of one larger block.
+    """
+    tile, p, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    GP: tl.constexpr = HQ // GROUPS
+    past, new = tl.load(past_len + b), tl.load(new_len + b)
+    row, d = tl.arange(0, ROWS), tl.arange(0, DP)
+    t = row // GP
+    i = tile * TOKENS + t
+    used = (t < TOKENS) & (i < length)
+    at = ((b * HQ + p * GP + row % GP) * length + i.to(tl.int64))[:, None] * D + d[None, :]
+    query = tl.load(q + at, mask=used[:, None] & (d < D)[None, :], other=0.0)
+    horizon = horizon_of(i, past, new, CAUSAL)
+    last = tl.max(tl.where(used, horizon, 0), axis=0)
+    base = ((b * HS + p * HS // GROUPS) * tl.num_programs(0) + tile) * slots
+    count, seen = tl.load(blocks + base), tl.load(bits + base)
+    t = tl.where(t < TOKENS, t, 0).to(seen.dtype)
+    kv = (b * HKV + p * HKV // GROUPS) * capacity * D
+    _, total, result = read_blocks(
+        query, k, v, blocks, bits, base, kv, count, last, horizon, t, scale, D, BLOCK, ROWS, COLS, PER_BLOCK, DP, False
+    )  # fmt: skip
+    if tl.max(tl.max((result != result).to(tl.int32), axis=1), axis=0) > 0:  # noqa: PLR0124 (NaN)
+        _, total, result = read_blocks(
+            query, k, v, blocks, bits, base, kv, count, last, horizon, t, scale, D, BLOCK, ROWS, COLS, PER_BLOCK, DP, True
+        )  # fmt: skip
     # A row whose scores are all -inf is 0/0, as in any softmax; a row without a token is 0.
     result = tl.where((((seen >> t) & 1) != 0)[:, None], result / total[:, None], 0.0)
     tl.store(out + at, narrow(result, out.dtype.element_ty), mask=used[:, None] & (d < D)[None, :])

@@ -66,19 +66,24 @@ def attend_gathered(q, k, v, blocks, visible, rows, horizon, size, scale):
     same = op.Equal(op.Unsqueeze(blocks, [3]), op.Unsqueeze(blocks, [4]))
     repeated = op.ReduceMax(op.Cast(op.And(same, before), to=INT32), [4], keepdims=0) > 0
     used = op.And(visible, op.Not(repeated))
-    index = op.Where(used, blocks, 0) + rows
+    some_used = op.Max(op.ReduceMax(op.Where(used, blocks, -1), [3], keepdims=1), op.Constant(value_int=0))
+    index = op.Where(used, blocks, some_used) + rows
     flat = op.Concat([-1], size * width, axis=0)
     shape = op.Concat(op.Shape(blocks, start=0, end=3), num_kept * size, width, axis=0)
     keys = op.Cast(op.Reshape(op.Gather(op.Reshape(k, flat), index, axis=0), shape), to=FLOAT)
-    values = op.Cast(op.Reshape(op.Gather(op.Reshape(v, flat), index, axis=0), shape), to=FLOAT)
-    scores = op.MatMul(op.Cast(q, to=FLOAT), op.Transpose(keys, perm=[0, 1, 2, 4, 3])) * scale
-    token = op.Unsqueeze(blocks * size, [4]) + op.Range(0, op.Squeeze(size), 1)
+    offset = op.Range(0, op.Squeeze(size), 1)
+    token = op.Unsqueeze(blocks * size, [4]) + offset
     seen = op.And(op.Unsqueeze(used, [4]), token < op.Unsqueeze(horizon, [4]))
+    # A weight of 0 must not meet a value that may be anything (0 * NaN is NaN): the first of a block that is read stands in.
+    read = op.Unsqueeze(index * size, [4]) + op.Where(seen, offset, 0)
+    values = op.Cast(op.Reshape(op.Gather(op.Reshape(v, op.Concat([-1], width, axis=0)), read, axis=0), shape), to=FLOAT)
+    scores = op.MatMul(op.Cast(q, to=FLOAT), op.Transpose(keys, perm=[0, 1, 2, 4, 3])) * scale
     seen = op.Reshape(seen, op.Concat(op.Shape(blocks, start=0, end=3), [1], num_kept * size, axis=0))
-    lowest = op.Constant(value_float=-3.4028234663852886e38)
-    probability = op.Softmax(op.Where(seen, scores, lowest), axis=-1)
     any_seen = op.ReduceMax(op.Cast(seen, to=INT32), [4], keepdims=1) > 0
-    return op.Where(any_seen, op.MatMul(probability, values), op.Constant(value_float=0.0))
+    nothing = op.Constant(value_float=0.0)
+    unseen = op.Where(any_seen, op.Constant(value_float=float("-inf")), nothing)
+    probability = op.Softmax(op.Where(seen, scores, unseen), axis=-1)
+    return op.Where(any_seen, op.MatMul(probability, values), nothing)
 
 
 @script(_private, default_opset=op)
@@ -111,7 +116,23 @@ def pair_slots(blocks, visible, num_blocks, tile):
 
 
 @script(_private, default_opset=op)
-def attend_dispatched(q, k, v, blocks, visible, rows, horizon, size, scale):
+def odd_tokens(tokens, rows, horizon, past_len, size, num_blocks):
+    """bool [P, L + 2]: which of this call's tokens have values that a row which does not see them must not be given: those
+    that are not finite, and all behind the text. The first flag stands for all tokens before the call, the last for all behind
+    it. tokens: all values, [B * Hkv * M, D]."""
+    length = op.Shape(horizon, start=2, end=3)
+    place = op.Min(positions(past_len, length), num_blocks * size - 1)
+    zero = op.Expand(op.Constant(value_float=0.0), op.Concat(op.Shape(tokens, start=1, end=2), [1], axis=0))
+    # 0 times a row of numbers is 0; of a row that holds NaN or an infinity it is NaN.
+    own = op.IsNaN(op.MatMul(op.Cast(op.Gather(tokens, rows * size + place, axis=0), to=FLOAT), zero))
+    own = op.Or(op.Squeeze(own, [4]), op.Equal(horizon, 0))
+    flags = op.Cast(op.Reshape(own, op.Concat([-1], length, axis=0)), to=INT32)
+    before = op.Pad(flags, [0, 1, 0, 0])
+    return op.Pad(before, [0, 0, 0, 1], op.Cast(op.Constant(value_int=1), to=INT32)) > 0
+
+
+@script(_private, default_opset=op)
+def attend_dispatched(q, k, v, blocks, visible, rows, horizon, past_len, size, scale):
     """The same by dispatch to tiles; shapes as in ``attend_gathered``."""
     tile = op.Constant(value_ints=[16])
     width = op.Shape(k, start=3, end=4)
@@ -142,7 +163,21 @@ def attend_dispatched(q, k, v, blocks, visible, rows, horizon, size, scale):
     flat = op.Concat([-1], size * width, axis=0)
     tile_keys = op.Concat(num_tiles, size, width, axis=0)
     keys = op.Cast(op.Reshape(op.Gather(op.Reshape(k, flat), tile_kv, axis=0), tile_keys), to=FLOAT)
-    values = op.Cast(op.Reshape(op.Gather(op.Reshape(v, flat), tile_kv, axis=0), tile_keys), to=FLOAT)
+
+    # A weight of 0 must not meet a value that may be anything (0 * NaN is NaN). Only this call's tokens are read by some rows
+    # of a tile and not by others; the odd ones among them give way to the block's first, and who does see them becomes NaN.
+    tokens = op.Reshape(v, op.Concat([-1], width, axis=0))
+    virtual = op.Shape(blocks, start=1, end=2)
+    tile_list = op.Div(
+        op.Squeeze(op.Slice(op.Reshape(slot_query, op.Concat(num_tiles, tile, axis=0)), [0], [1], [1]), [1]), length
+    )
+    first = op.Mod(tile_kv, num_blocks) * size - op.Gather(op.Cast(past_len, to=INT64), op.Div(tile_list, virtual), axis=0)
+    offset = op.Range(0, op.Squeeze(size), 1)
+    place = op.Max(op.Min(op.Unsqueeze(first, [1]) + offset, length), op.Constant(value_ints=[-1])) + 1
+    flags = op.Reshape(odd_tokens(tokens, rows, horizon, past_len, size, num_blocks), [-1])
+    is_odd = op.Gather(flags, op.Unsqueeze(tile_list, [1]) * (length + 2) + place, axis=0)
+    read = op.Unsqueeze(tile_kv * size, [1]) + op.Where(is_odd, 0, offset)
+    values = op.Cast(op.Gather(tokens, read, axis=0), to=FLOAT)
 
     # How many tokens of its block each slot's query sees.
     wide_horizon = op.Expand(horizon, op.Concat(op.Shape(blocks, start=0, end=3), [1], axis=0))
@@ -152,10 +187,13 @@ def attend_dispatched(q, k, v, blocks, visible, rows, horizon, size, scale):
     scores = op.MatMul(queries, op.Transpose(keys, perm=[0, 2, 1])) * scale
     lowest = op.Constant(value_float=-3.4028234663852886e38)
     by_head = op.Reshape(scores, op.Concat(num_tiles, tile, heads, size, axis=0))
-    masked = op.Reshape(op.Where(seen, by_head, lowest), op.Shape(scores))
-    peak = op.ReduceMax(masked, [2], keepdims=1)
+    masked = op.Reshape(op.Where(seen, by_head, op.Constant(value_float=float("-inf"))), op.Shape(scores))
+    peak = op.Max(op.ReduceMax(masked, [2], keepdims=1), lowest)  # finite where all scores are -inf
     weight = op.Exp(masked - peak)
     total = op.ReduceSum(weight, [2], keepdims=1)
+    sees_odd = op.ReduceMax(op.Cast(op.And(seen, op.Unsqueeze(is_odd, [1, 2])), to=INT32), [3], keepdims=1)
+    row_odd = op.Reshape(op.Expand(sees_odd, op.Concat(num_tiles, tile, heads, [1], axis=0)), op.Shape(total)) > 0
+    total = op.Where(row_odd, op.Constant(value_float=float("nan")), total)
     partial = op.MatMul(weight, values)
 
     # Merge each token's blocks; the dummy slot weighs nothing.
@@ -172,7 +210,10 @@ def attend_dispatched(q, k, v, blocks, visible, rows, horizon, size, scale):
     factor = op.Exp(pair_peak - op.ReduceMax(pair_peak, [1], keepdims=1))
     numerator = op.ReduceSum(factor * pair_out, [1], keepdims=0)
     denominator = op.ReduceSum(factor * pair_total, [1], keepdims=0)
-    out = op.Where(denominator > 0.0, numerator / denominator, op.Constant(value_float=0.0))
+    any_seen = op.ReduceMax(
+        op.Cast(op.Reshape(visible, op.Concat(lists * length, num_kept, axis=0)), to=INT32), [1], keepdims=1
+    )
+    out = op.Where(op.Unsqueeze(any_seen, [2]) > 0, numerator / denominator, op.Constant(value_float=0.0))
     return op.Reshape(out, op.Shape(q))
 
 
@@ -193,6 +234,6 @@ def RoutedAttention(q, k, v, routes, past_len, new_len, block_size: int, causal:
     if op.Squeeze(length) <= 8:
         out = attend_gathered(queries, k, v, blocks, visible, rows, horizon, size, factor)
     else:
-        out = attend_dispatched(queries, k, v, blocks, visible, rows, horizon, size, factor)
+        out = attend_dispatched(queries, k, v, blocks, visible, rows, horizon, past_len, size, factor)
     heads_first = op.Transpose(out, perm=[0, 1, 3, 2, 4])
     return op.CastLike(op.Reshape(heads_first, op.Shape(q)), q)

@@ -16,10 +16,17 @@ op = Opset("", ONNX_OPSET)
 _bilevel = Opset(DOMAIN, 1)
 _private = Opset("bilevel.private", 1)
 
+# The sum of weights has an epsilon of 1e-20. Both are scaled by a power of two, which changes no bit of the quotient, because
+# optimisers take an addend below 1e-8 for 0 (onnxscript's do).
+WEIGHT_UNIT = 2.0**50
+SCALED_EPSILON = 1e-20 * WEIGHT_UNIT
+
 
 @script(_private, default_opset=op)
 def sigmoid_scores(logits):
-    return op.Sigmoid(logits)
+    """By Exp: ONNX Runtime's Sigmoid is off by 5e-8, more than the whole score of a logit of -17; its Exp by less than a
+    unit in the last place."""
+    return op.Constant(value_float=1.0) / (op.Exp(op.Neg(logits)) + op.Constant(value_float=1.0))
 
 
 @script(_private, default_opset=op)
@@ -79,9 +86,11 @@ def expert_route_body(score_func: str, group_score: str) -> OnnxFunction[..., An
         best, ids = op.TopK(inside, num_kept, axis=-1, largest=1, sorted=1)
         chosen = best > lowest
         raw = op.Where(chosen, op.GatherElements(scores, ids, axis=1), op.Constant(value_float=0.0))
-        total = op.ReduceSum(raw, [1], keepdims=1) + op.Constant(value_float=1e-20)
-        divisor = op.Where(op.Equal(op.Constant(value_int=normalize), 1), total, op.Constant(value_float=1.0))
-        weights = raw / divisor * op.Constant(value_float=scale)
+        unit = op.Constant(value_float=WEIGHT_UNIT)
+        scaled = raw * unit
+        total = op.ReduceSum(scaled, [1], keepdims=1) + op.Constant(value_float=SCALED_EPSILON)
+        divisor = op.Where(op.Equal(op.Constant(value_int=normalize), 1), total, unit)
+        weights = scaled / divisor * op.Constant(value_float=scale)
         return op.Cast(op.Where(chosen, ids, -1), to=INT32), weights
 
     return ExpertRoute
@@ -92,7 +101,9 @@ def swiglu(x, gate_up, down):
     """x [n, t, d], gate_up [n, 2f, d], down [n, d, f] -> [n, t, d]."""
     hidden = op.MatMul(x, op.Transpose(gate_up, perm=[0, 2, 1]))
     gate, up = op.Split(hidden, axis=-1, num_outputs=2)
-    return op.MatMul(gate * op.Sigmoid(gate) * up, op.Transpose(down, perm=[0, 2, 1]))
+    wide = op.Cast(gate, to=FLOAT)
+    silu = op.CastLike(wide / (op.Exp(op.Neg(wide)) + op.Constant(value_float=1.0)), x)
+    return op.MatMul(silu * up, op.Transpose(down, perm=[0, 2, 1]))
 
 
 @script(_private, default_opset=op)
@@ -106,8 +117,10 @@ def gathered_rows(x, expert):
 def gathered_sum(out, x, used, weights):
     """fp32 [T, d]: the pairs' results [T * k, 1, d], weighted. used: bool [T, k]."""
     shape = op.Concat(op.Shape(used), op.Shape(x, start=1, end=2), axis=0)
-    weight = op.Where(used, weights, op.Constant(value_float=0.0))
-    return op.ReduceSum(op.Reshape(op.Cast(out, to=FLOAT), shape) * op.Unsqueeze(weight, [2]), [1], keepdims=0)
+    nothing = op.Constant(value_float=0.0)
+    # Nobody chose what a pair without an expert computed: its result may be NaN, and 0 * NaN is NaN.
+    own = op.Where(op.Unsqueeze(used, [2]), op.Reshape(op.Cast(out, to=FLOAT), shape), nothing)
+    return op.ReduceSum(own * op.Unsqueeze(op.Where(used, weights, nothing), [2]), [1], keepdims=0)
 
 
 @script(_private, default_opset=op)

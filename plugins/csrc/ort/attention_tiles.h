@@ -88,6 +88,13 @@ BILEVEL_INLINE void mix_rows(const Tile& tile, int first, const float* factor, c
     }
 }
 
+// Whether all of `count` numbers are finite: 0 times each is 0, or NaN.
+BILEVEL_INLINE bool all_finite(const float* v, int64_t count) {
+  float sum_of = 0.0f;
+  for (int64_t n = 0; n < count; ++n) sum_of += v[n] * 0.0f;
+  return sum_of == 0.0f;
+}
+
 // One visit: the tile's rows attend to one block.
 static void visit(Tile& tile, const float* k, const float* v, int64_t keys, int64_t width) {
   float* scores = tile.scores.data();
@@ -97,6 +104,9 @@ static void visit(Tile& tile, const float* k, const float* v, int64_t keys, int6
   float factor[kTileRows];
   weigh(tile, keys, factor);
   int r = 0;
+  const int64_t fewest = *std::min_element(tile.keys, tile.keys + tile.rows);
+  if (!all_finite(v + fewest * width, (keys - fewest) * width))  // what a row does not see has the weight 0, and 0 * NaN is NaN
+    for (; r < tile.rows; ++r) mix_rows<1>(tile, r, factor, v, tile.keys[r], width);
   for (; r + 6 <= tile.rows; r += 6) mix_rows<6>(tile, r, factor, v, keys, width);
   for (; r + 2 <= tile.rows; r += 2) mix_rows<2>(tile, r, factor, v, keys, width);
   for (; r < tile.rows; ++r) mix_rows<1>(tile, r, factor, v, keys, width);

@@ -22,6 +22,7 @@ class KernelFault(NamedTuple):
     operator: str
 
 
+_EXTREME = "experts at extreme logits"
 _FINE_SCORES = "candidate_scores(query, unit_key, blocks, joint, num_selected))"
 
 
@@ -116,6 +117,12 @@ BODY_FAULTS = {
     "experts: weights from biased scores": _expert_route(
         "op.GatherElements(scores, ids", "op.GatherElements(choice, ids", "layer 1 experts weights"
     ),
+    "experts: scores rounded absolutely": _expert_route(
+        "op.Constant(value_float=1.0) / (op.Exp(op.Neg(logits)) + op.Constant(value_float=1.0))", "op.Sigmoid(logits)", _EXTREME
+    ),
+    "experts: the epsilon of the sum vanished": _expert_route(
+        "op.Constant(value_float=SCALED_EPSILON)", "op.Constant(value_float=0.0)", _EXTREME
+    ),
     "experts: another expert's product in short calls": _experts(
         "op.Gather(down, flat, axis=0)", "op.Gather(down, op.Max(flat - 1, op.Constant(value_int=0)), axis=0)"
     ),
@@ -170,6 +177,9 @@ KERNEL_FAULTS = {
     ),
     "experts: weights from biased scores": _kernel(
         "experts.h", "used ? s.scores[expert] /", "used ? s.best[expert] /", "layer 1 experts weights", "ExpertRoute"
+    ),
+    "experts: the epsilon of the sum vanished": _kernel(
+        "experts.h", "float total = 1e-20f;", "float total = 0.0f;", _EXTREME, "ExpertRoute"
     ),
     "experts: the last column dropped for few rows": _kernel(
         "packed.h", "dots(one, row, some, width, result);", "dots(one, row, some, width - 1, result);", *_LAYER_1

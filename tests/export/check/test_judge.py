@@ -162,6 +162,17 @@ def test_expert_weights_are_the_reference_s(score_func: str, normalize: int) -> 
     assert np.abs(expert_weights(logits.numpy(), ids.numpy(), attributes) - weights.numpy()).max() < 1e-6
 
 
+@pytest.mark.parametrize(("score_func", "group_score"), [("sigmoid", "max"), ("sigmoid", "top2_sum"), ("softmax", "max")])
+def test_expert_choices_of_tiny_scores_are_no_near_ties(score_func: str, group_score: str) -> None:
+    """Scores of 2e-9 and 6e-9 differ by less than a rounding of 1, and are still far apart."""
+    logits, groups, bias = np.array([[-20.0, -19.0, -30.0, -31.0]], np.float32), np.zeros((1, 2), np.float32), np.zeros(4)
+    logits = logits if score_func == "sigmoid" else np.append(logits[:, :3], [[3.0]], 1)
+    attributes = {"top_k": 1, "topk_group": 2, "score_func": score_func, "group_score": group_score}
+    right = 1 if score_func == "sigmoid" else 3
+    meant, other = (expert_choices(logits, groups, bias, np.array([[e]]), attributes)[1] for e in (right, 0))
+    assert judge(meant, meant).passed and not judge(meant, other).passed
+
+
 def test_dot_bound_holds() -> None:
     """Against sums of 4096 products in fp32, in an order that is bad on purpose."""
     generator = np.random.default_rng(0)

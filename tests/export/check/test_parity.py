@@ -169,6 +169,7 @@ def test_check_bundle_invariants(copied: Exported) -> None:
             "all blocks kept equals dense",
             "the future moves no earlier route",
             "order and repetition of routes",
+            "experts at extreme logits",
         ],
         True,
     )
