@@ -1,4 +1,4 @@
-// CoarseRoute and FineRoute. Included once per instruction set.
+// SelectBlocks, CoarseRoute and FineRoute. Included once per instruction set.
 
 // A score and its block as one number that orders as the contract says: score descending, index ascending. 0: never selected.
 BILEVEL_INLINE uint64_t rank_of(float score, int64_t block) {
@@ -14,26 +14,32 @@ BILEVEL_INLINE int32_t block_of(uint64_t rank) { return static_cast<int32_t>(0xf
 
 // What one position may see, and which blocks it keeps whatever their score.
 struct Position {
-  int64_t own, complete, visible;  // own block; blocks that may be scored; blocks with a visible token
+  int64_t own, scorable, visible;  // own block; blocks that may be scored; blocks with a visible token
+  int64_t partial = -1;            // the block that is kept because only its first tokens are visible
 
   Position(const RouteArguments& a, int64_t b, int64_t i) {
     const int64_t position = a.past_len[b] + i;
     const int64_t horizon = a.causal ? position + 1 : a.past_len[b] + a.new_len[b];
     own = position / a.block_size;
-    complete = horizon / a.block_size;
+    scorable = horizon / a.block_size;
     visible = (horizon + a.block_size - 1) / a.block_size;
+    if (a.partial_block == PartialBlock::kAlwaysKept && scorable < visible) partial = scorable;
+    if (a.partial_block == PartialBlock::kScored) scorable = visible;
   }
 
+  bool is_local(const RouteArguments& a, int64_t block) const { return block <= own && block > own - a.local_blocks; }
+
   bool is_forced(const RouteArguments& a, int64_t block) const {
-    return (block <= own && block > own - a.local_blocks) || block < std::min(a.init_blocks, visible);
+    return is_local(a, block) || block < std::min(a.init_blocks, visible) || block == partial;
   }
 
   // The forced blocks, most important first, at most topk of them.
   int64_t forced(const RouteArguments& a, int32_t* out) const {
     int64_t count = 0;
+    if (partial >= 0 && !is_local(a, partial)) out[count++] = static_cast<int32_t>(partial);
     for (int64_t j = own; j >= 0 && j > own - a.local_blocks && count < a.topk; --j) out[count++] = static_cast<int32_t>(j);
     for (int64_t j = 0; j < std::min(a.init_blocks, visible) && count < a.topk; ++j)
-      if (j > own || j <= own - a.local_blocks) out[count++] = static_cast<int32_t>(j);
+      if (!is_local(a, j) && j != partial) out[count++] = static_cast<int32_t>(j);
     return count;
   }
 };
@@ -72,7 +78,7 @@ static void sum_queries(const RouteArguments& a, int64_t b, int64_t s, int64_t i
 // Keep the topk best of the forced blocks and the ranked ones; write them ascending, -1 behind.
 static void write_route(const RouteArguments& a, const Position& at, std::vector<uint64_t>& ranks, int32_t* route) {
   int64_t count = at.forced(a, route);
-  const int64_t room = a.topk - count;
+  const int64_t room = std::min(a.topk - count, a.scored_topk);
   if (room < static_cast<int64_t>(ranks.size()))
     std::nth_element(ranks.begin(), ranks.begin() + room, ranks.end(), std::greater<uint64_t>());
   const int64_t taken = std::min<int64_t>(room, ranks.size());
@@ -98,9 +104,9 @@ static void score_blocks(const RouteArguments& a, int64_t b, const RouteScratch&
 }
 
 // From the scores of every block that may be chosen to the route.
-static void select_coarse(const RouteArguments& a, const Position& at, const float* scores, RouteScratch& scratch, int32_t* route) {
+static void select_blocks(const RouteArguments& a, const Position& at, const float* scores, RouteScratch& scratch, int32_t* route) {
   scratch.ranks.clear();
-  for (int64_t j = 0; j < std::min(at.complete, a.units); ++j) {
+  for (int64_t j = 0; j < std::min(at.scorable, a.units); ++j) {
     if (at.is_forced(a, j)) continue;
     if (const uint64_t rank = rank_of(scores[j], j)) scratch.ranks.push_back(rank);
   }
@@ -109,18 +115,18 @@ static void select_coarse(const RouteArguments& a, const Position& at, const flo
 
 static void route_coarse(const RouteArguments& a, int64_t b, int64_t s, int64_t i, RouteScratch& scratch, int32_t* route) {
   const Position at(a, b, i);
-  const int64_t count = std::min(at.complete, a.units);
+  const int64_t count = std::min(at.scorable, a.units);
   sum_queries(a, b, s, i, scratch);
   scratch.scores.assign(count, 0.0f);
   score_blocks(a, b, scratch, nullptr, 0, count, scratch.scores.data());
-  select_coarse(a, at, scratch.scores.data(), scratch, route);
+  select_blocks(a, at, scratch.scores.data(), scratch, route);
 }
 
 static void route_fine(const RouteArguments& a, int64_t b, int64_t s, int64_t i, RouteScratch& scratch, int32_t* route) {
   const Position at(a, b, i);
   const int64_t list = s * a.candidate_heads / a.selection_heads;
   const int32_t* given = a.candidates + ((b * a.candidate_heads + list) * a.length + i) * a.candidates_kept;
-  const int64_t limit = std::min(at.complete, a.units);
+  const int64_t limit = std::min(at.scorable, a.units);
   std::vector<int32_t>& blocks = scratch.blocks;
   blocks.clear();
   bool ascending = true;  // CoarseRoute writes them so
@@ -162,7 +168,7 @@ static void route_few(const RouteArguments& a, int64_t rows, const Parallel& par
     const RouteRow row(a, unit / pieces);
     if (row.i >= a.new_len[row.b]) return;
     const int64_t first = unit % pieces * kBlocks;
-    const int64_t last = std::min({first + kBlocks, Position(a, row.b, row.i).complete, a.units});
+    const int64_t last = std::min({first + kBlocks, Position(a, row.b, row.i).scorable, a.units});
     sum_queries(a, row.b, row.s, row.i, scratch);
     if (first < last)
       score_blocks(a, row.b, scratch, nullptr, first, last - first, scores.data() + unit / pieces * a.units + first);
@@ -172,14 +178,14 @@ static void route_few(const RouteArguments& a, int64_t rows, const Parallel& par
     if (row.i >= a.new_len[row.b])
       std::fill(row.route, row.route + a.topk, -1);
     else
-      select_coarse(a, Position(a, row.b, row.i), scores.data() + n * a.units, RouteScratch::of_this_thread(), row.route);
+      select_blocks(a, Position(a, row.b, row.i), scores.data() + n * a.units, RouteScratch::of_this_thread(), row.route);
   }
 }
 
 static void route(const RouteArguments& a, const Parallel& parallel) {
   constexpr int64_t kRows = 16;  // positions per unit of work
   const int64_t rows = a.batch * a.selection_heads * a.length;
-  if (!a.candidates && rows <= kRows) return route_few(a, rows, parallel);
+  if (!a.scores && !a.candidates && rows <= kRows) return route_few(a, rows, parallel);
   parallel.each((rows + kRows - 1) / kRows, [&](size_t unit) {
     RouteScratch& scratch = RouteScratch::of_this_thread();
     const int64_t last = std::min<int64_t>((unit + 1) * kRows, rows);
@@ -187,6 +193,8 @@ static void route(const RouteArguments& a, const Parallel& parallel) {
       const RouteRow row(a, n);
       if (row.i >= a.new_len[row.b])
         std::fill(row.route, row.route + a.topk, -1);
+      else if (a.scores)
+        select_blocks(a, Position(a, row.b, row.i), a.scores + n * a.units, scratch, row.route);
       else if (a.candidates)
         route_fine(a, row.b, row.s, row.i, scratch, row.route);
       else

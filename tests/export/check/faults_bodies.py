@@ -139,7 +139,7 @@ KERNEL_FAULTS = {
         "route.h", "key_head = r * a.key_heads / a.route_heads", "key_head = r % a.key_heads", "layer 0 level 2", "FineRoute"
     ),
     "both levels: top-k off by one": _kernel(
-        "route.h", "const int64_t room = a.topk - count;", "const int64_t room = a.topk - count - 1;", "level 1", "CoarseRoute"
+        "route.h", "a.topk - count, a.scored_topk)", "a.topk - count - 1, a.scored_topk)", "level 1", "CoarseRoute"
     ),
     "attention: a repeated block counted twice": _kernel(
         "attention.h",
