@@ -3,8 +3,8 @@ constants they run.
 
 Scores that a kernel computes never reach memory: a program streams over the blocks, or over its candidates, and keeps the K
 best of what it has seen (``order``). Letters as in the contract. A choice (selection head) s sums HR/HS route heads, which
-read KEY_HEADS key heads, SUMMED route heads each; heads that read one key are summed first (q1.k + q2.k = (q1 + q2).k), except where that would
-cost the tensor cores: sums of 16-bit queries have no 16-bit form.
+read KEY_HEADS key heads, SUMMED route heads each; heads that read one key are summed first (q1.k + q2.k = (q1 + q2).k),
+except where that would cost the tensor cores: sums of 16-bit queries have no 16-bit form.
 """
 
 from __future__ import annotations
