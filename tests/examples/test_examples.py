@@ -34,3 +34,14 @@ def test_export_own_router(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     printed = capsys.readouterr().out
     assert "0 SelectBlocks: 152 choices, 152 equal, 0 blocks excused at a near-tie, 0 wrong" in printed
     assert "against PyTorch (portable bodies, CPU kernels): equal" in printed
+
+
+def test_router_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    """It runs, and the two ways choose in comparable times: the bound is loose, for a busy machine."""
+    times = run_example("router_cost").main(["--rounds", "2", "--shapes", "3x40"])["3x40"]
+    assert set(times) == {f"{what} {how}" for what in ("bodies", "kernels") for how in ("fused", "scored")} | {
+        "choice fused",
+        "choice given",
+    }
+    assert times["bodies scored"] < 3 * times["bodies fused"] and times["choice given"] < 3 * times["choice fused"]
+    assert capsys.readouterr().out.startswith("3 tokens, 40 blocks: bodies fused ")

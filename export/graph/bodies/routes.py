@@ -85,10 +85,10 @@ def forced_init(blocks, own, topk, local, init_blocks, horizon, block_size):
 
 
 @script(_private, default_opset=op)
-def keep_best(scores, forced, scored, topk, scored_topk):
-    """int32 [.., K]: the forced blocks and the best of those that may be scored, bool [.., U]; scores: fp32 [B, Hs, L, U]."""
+def keep_best(given, forced, scored, topk, scored_topk):
+    """int32 [.., K]: the forced blocks and the best of those that may be scored, bool [.., U]; given: fp32 [B, Hs, L, U]."""
     lowest = op.Constant(value_float=float("-inf"))
-    masked = op.Where(scored, selectable(scores), lowest)
+    masked = op.Where(scored, selectable(given), lowest)
     keyed = op.Where(forced, op.Constant(value_float=float("inf")), masked)
     # K empty slots behind the blocks: the width of the result never depends on how many blocks there are.
     padded = op.Pad(keyed, op.Concat([0, 0, 0, 0, 0, 0, 0], topk, axis=0), lowest)
@@ -126,7 +126,7 @@ def SelectBlocks(
     apart = op.And(is_cut, op.Or(partial > own, op.Equal(num_local, 0)))
     room = num_kept - op.Cast(apart, to=INT64)
     local = op.Min(num_local, room)
-    is_local = op.And(op.And(block <= own, block > own - local), horizon > 0)
+    is_local = op.And(op.And(block > own - local, block <= own), horizon > 0)
     is_init = forced_init(block, own, room, local, op.Constant(value_int=init_blocks), horizon, size)
     forced = op.Or(op.And(is_cut, op.Equal(block, partial)), op.Or(is_local, is_init))
     needed = op.Where(op.Equal(partial_kind, SCORED), 1, size)

@@ -75,17 +75,55 @@ static void sum_queries(const RouteArguments& a, int64_t b, int64_t s, int64_t i
   }
 }
 
-// Keep the topk best of the forced blocks and the ranked ones; write them ascending, -1 behind.
-static void write_route(const RouteArguments& a, const Position& at, std::vector<uint64_t>& ranks, int32_t* route) {
-  int64_t count = at.forced(a, route);
-  const int64_t room = std::min(a.topk - count, a.scored_topk);
-  if (room < static_cast<int64_t>(ranks.size()))
-    std::nth_element(ranks.begin(), ranks.begin() + room, ranks.end(), std::greater<uint64_t>());
-  const int64_t taken = std::min<int64_t>(room, ranks.size());
-  for (int64_t n = 0; n < taken; ++n) route[count++] = block_of(ranks[n]);
-  std::sort(route, route + count);
-  std::fill(route + count, route + a.topk, -1);
+// Keep the `room` best of `ranks`, in any order.
+static void keep_highest(std::vector<uint64_t>& ranks, int64_t room) {
+  if (room >= static_cast<int64_t>(ranks.size())) return;
+  std::nth_element(ranks.begin(), ranks.begin() + room, ranks.end(), std::greater<uint64_t>());
+  ranks.resize(room);
 }
+
+// Write the forced blocks that begin the route and the ranked ones in ascending order, -1 behind.
+static void write_route(const RouteArguments& a, const std::vector<uint64_t>& ranks, int64_t forced, int32_t* route) {
+  for (const uint64_t rank : ranks) route[forced++] = block_of(rank);
+  std::sort(route, route + forced);
+  std::fill(route + forced, route + a.topk, -1);
+}
+
+// The best of a stream of scores. Most of a long one lies below the least that is kept, which one comparison shows.
+struct Best {
+  std::vector<uint64_t>& ranks;
+  int64_t room;
+  float least = -INFINITY;  // a score must be above it to be kept
+
+  Best(std::vector<uint64_t>& ranks, int64_t room) : ranks(ranks), room(room) { ranks.clear(); }
+
+  // Blocks [first, last), which come after all earlier ones: of equal scores the earlier block stays.
+  void add(const float* scores, int64_t first, int64_t last) {
+    if (room == 0) return;
+    int64_t j = first;
+    for (; j + kLanes <= last; j += kLanes)
+      if (any(load(scores + j) > splat(least))) offer(scores, j, j + kLanes);
+    offer(scores, j, last);
+  }
+
+ private:
+  static bool any(Ints mask) {
+    int32_t hit = 0;
+    for (int lane = 0; lane < kLanes; ++lane) hit |= mask[lane];
+    return hit != 0;
+  }
+
+  void offer(const float* scores, int64_t first, int64_t last) {
+    for (int64_t j = first; j < last; ++j) {
+      if (!(scores[j] > least)) continue;  // NaN too
+      ranks.push_back(rank_of(scores[j], j));
+      if (static_cast<int64_t>(ranks.size()) < 2 * room + kLanes) continue;
+      keep_highest(ranks, room);
+      const int64_t last_kept = block_of(*std::min_element(ranks.begin(), ranks.end()));
+      least = std::min(scores[last_kept], 3.402823466e38f);  // +inf ranks as the largest finite number
+    }
+  }
+};
 
 // Adds to scores [count] those of `blocks` (null: of first, first + 1, ...) for the summed queries in `scratch`.
 static void score_blocks(const RouteArguments& a, int64_t b, const RouteScratch& scratch, const int32_t* blocks, int64_t first,
@@ -105,12 +143,13 @@ static void score_blocks(const RouteArguments& a, int64_t b, const RouteScratch&
 
 // From the scores of every block that may be chosen to the route.
 static void select_blocks(const RouteArguments& a, const Position& at, const float* scores, RouteScratch& scratch, int32_t* route) {
-  scratch.ranks.clear();
-  for (int64_t j = 0; j < std::min(at.scorable, a.units); ++j) {
-    if (at.is_forced(a, j)) continue;
-    if (const uint64_t rank = rank_of(scores[j], j)) scratch.ranks.push_back(rank);
-  }
-  write_route(a, at, scratch.ranks, route);
+  const int64_t forced = at.forced(a, route), limit = std::min(at.scorable, a.units), init = std::min(a.init_blocks, limit);
+  Best best(scratch.ranks, std::min(a.topk - forced, a.scored_topk));
+  // Between the initial blocks and the local ones, and behind the own one. A partial block that is kept is not among them.
+  best.add(scores, init, std::min(limit, std::max(init, at.own - a.local_blocks + 1)));
+  best.add(scores, std::max(init, at.own + 1), limit);
+  keep_highest(scratch.ranks, best.room);
+  write_route(a, scratch.ranks, forced, route);
 }
 
 static void route_coarse(const RouteArguments& a, int64_t b, int64_t s, int64_t i, RouteScratch& scratch, int32_t* route) {
@@ -145,7 +184,9 @@ static void route_fine(const RouteArguments& a, int64_t b, int64_t s, int64_t i,
   scratch.ranks.clear();
   for (size_t n = 0; n < blocks.size(); ++n)
     if (const uint64_t rank = rank_of(scratch.scores[n], blocks[n])) scratch.ranks.push_back(rank);
-  write_route(a, at, scratch.ranks, route);
+  const int64_t forced = at.forced(a, route);
+  keep_highest(scratch.ranks, a.topk - forced);
+  write_route(a, scratch.ranks, forced, route);
 }
 
 // One position's place in the batch.

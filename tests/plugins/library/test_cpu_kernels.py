@@ -303,7 +303,7 @@ def test_kernels_take_empty_calls(name: str) -> None:
     for size in ("B", "L") if "past_len" in inputs else ("T",):
         axes = {
             "B": {0: inputs.keys()},
-            "L": {2: ["query", "q", "candidates", "routes"]},
+            "L": {2: ["query", "q", "candidates", "routes", "scores"]},
             "T": {0: ["x", "ids", "weights", "logits", "group_logits"]},
         }
         empty = dict(inputs)
