@@ -5,10 +5,10 @@ The ONNX schema, the PyTorch custom op and its shape function, the exported func
 attribute values are allowed.
 
 Letters: B batch rows, L tokens of this call, Hq query heads, Hkv key/value heads, Hr/Hk route query/key heads, Hs selection
-heads, Hc candidate heads, D head dim, Dr route dim, U pooled key units (one per block, at least ceil(valid tokens / block_size)
-of them), M cache capacity in tokens (or units), H heads of a cache, W its width, K blocks kept, T flattened tokens, E experts,
-Gp expert groups, d model width, f expert width, R rows of a packed gate_up (2f), Pd and Pf bytes of a packed row along d and f,
-Sd and Sf its blocks that share a scale. "T" as a dtype is the model's float type.
+heads, Hc candidate heads, D head dim, Dr route dim, U units: pooled keys or scores (one per block, at least ceil(valid tokens /
+block_size) of them), M cache capacity in tokens (or units), H heads of a cache, W its width, K blocks kept, T flattened tokens,
+E experts, Gp expert groups, d model width, f expert width, R rows of a packed gate_up (2f), Pd and Pf bytes of a packed row
+along d and f, Sd and Sf its blocks that share a scale. "T" as a dtype is the model's float type.
 """
 
 from __future__ import annotations
@@ -198,6 +198,7 @@ _ROUTE_ATTRIBUTES = (
     _int("local_blocks", "most recent blocks that are always kept, the own block included", 1),
     _CAUSAL,
 )
+NEVER_SCORED, SCORED, ALWAYS_KEPT = 0, 1, 2  # values of partial_block
 
 COARSE_ROUTE = Op(
     "CoarseRoute",
@@ -212,6 +213,26 @@ FINE_ROUTE = Op(
     (*_ROUTE_QUERY, _port("candidates", "int32", "B", "Hc", "L", "K1"), *_LENGTHS),
     _ROUTES,
     _ROUTE_ATTRIBUTES,
+)
+SELECT_BLOCKS = Op(
+    "SelectBlocks",
+    "Keep K blocks by given scores, whatever computed them.",
+    (_port("scores", "float32", "B", "Hs", "L", "U"), *_LENGTHS),
+    (_port("routes", "int32", "B", "Hs", "L", Dim("K", sized_by="topk")),),
+    (
+        _BLOCK_SIZE,
+        _int("topk", "blocks kept, forced ones included", 1, MAX_TOPK),
+        _int("scored_topk", "of them at most so many for their score; topk: forced blocks lie inside the budget", 0, MAX_TOPK),
+        _int("init_blocks", "first blocks of the text that are always kept", 0),
+        _int("local_blocks", "most recent blocks that are always kept, the own block included; 0: none", 0),
+        _int(
+            "partial_block",
+            "a block of which only the first tokens are visible: 0 never chosen by score, 1 scored like others, 2 always kept",
+            NEVER_SCORED,
+            ALWAYS_KEPT,
+        ),
+        _CAUSAL,
+    ),
 )
 ROUTED_ATTENTION = Op(
     "RoutedAttention",
@@ -293,7 +314,7 @@ WRITE_CACHE = Op(
     in_place=True,
 )
 
-_FLOAT_OPS = (COARSE_ROUTE, FINE_ROUTE, ROUTED_ATTENTION, EXPERT_ROUTE, ROUTED_EXPERTS)
+_FLOAT_OPS = (COARSE_ROUTE, FINE_ROUTE, SELECT_BLOCKS, ROUTED_ATTENTION, EXPERT_ROUTE, ROUTED_EXPERTS)
 OPS: tuple[Op, ...] = (*_FLOAT_OPS, ROUTED_EXPERTS_QUANTIZED)  # what a bundle's graph may hold
 GPU_OPS: tuple[Op, ...] = (*_FLOAT_OPS, WRITE_CACHE)  # what a kernel library and its TensorRT plugins hold
 BY_NAME: dict[str, Op] = {op.name: op for op in (*OPS, WRITE_CACHE)}

@@ -1,5 +1,5 @@
-"""The operators as a module calls them: ``coarse_route``, ``fine_route``, ``routed_attention``, ``expert_route``,
-``routed_experts``, ``routed_experts_quantized`` and ``write_cache``.
+"""The operators as a module calls them: ``coarse_route``, ``fine_route``, ``select_blocks``, ``routed_attention``,
+``expert_route``, ``routed_experts``, ``routed_experts_quantized`` and ``write_cache``.
 
 Called eagerly they run the vectorised PyTorch forms (trainable). While ``torch.export`` traces, each becomes one node
 ``torch.ops.bilevel.<name>``, which ``bilevel.export`` turns into one ONNX node of the contract. Any ``nn.Module`` that calls
@@ -12,7 +12,10 @@ gradient is asked, forward and backward are PyTorch's: kernels with a PyTorch ba
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +25,31 @@ from bilevel import contract, gpu_kernels
 from bilevel.errors import ContractError
 from bilevel.operators import attention, experts, routing
 from bilevel.operators.precision import wide
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an operator by a module: what went in and what came out."""
+
+    op: contract.Op
+    tensors: tuple[Tensor, ...]
+    attributes: dict[str, Any]
+    outputs: tuple[Tensor, ...]
+
+
+_recording: ContextVar[list[Call] | None] = ContextVar("recording", default=None)
+
+
+@contextmanager
+def recorded() -> Iterator[list[Call]]:
+    """A list that every eager call of an operator of the contract inside the block is added to, in order."""
+    calls: list[Call] = []
+    token = _recording.set(calls)
+    try:
+        yield calls
+    finally:
+        _recording.reset(token)
+
 
 _KINDS = {"int": "int", "float": "float", "string": "str"}
 _library = torch.library.Library(contract.DOMAIN, "DEF")
@@ -122,7 +150,10 @@ def _define(op: contract.Op, eager: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(*tensors: Tensor, **attributes: Any) -> Any:
         if not torch.compiler.is_exporting():
-            return checked(*tensors, **attributes)
+            outputs = checked(*tensors, **attributes)
+            if (calls := _recording.get()) is not None:
+                calls.append(Call(op, tensors, attributes, outputs if isinstance(outputs, tuple) else (outputs,)))
+            return outputs
         if tensors[0].dtype == torch.float64:
             raise ContractError(
                 f"{op.name}: {op.inputs[0].name} is float64, which no device has kernels for; "
@@ -136,6 +167,7 @@ def _define(op: contract.Op, eager: Callable[..., Any]) -> Callable[..., Any]:
 
 coarse_route = _define(contract.COARSE_ROUTE, routing.coarse_route)
 fine_route = _define(contract.FINE_ROUTE, routing.fine_route)
+select_blocks = _define(contract.SELECT_BLOCKS, routing.select_blocks)
 routed_attention = _define(contract.ROUTED_ATTENTION, attention.routed_attention)
 expert_route = _define(contract.EXPERT_ROUTE, experts.expert_route)
 routed_experts = _define(contract.ROUTED_EXPERTS, experts.routed_experts)

@@ -40,8 +40,29 @@ _MODULES: tuple[ModuleType, ...] = (
 FAMILIES: dict[str, Family] = {name: module.FAMILY for module in _MODULES for name in module.FAMILY.model_types}
 
 
+_LATENT = "its attention is latent (MLA), which is not implemented, and no conversion of such a model is exact"
+# Released models that people bring and that cannot be read: why not, and what there is of them.
+REFUSED: dict[str, str] = {
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2", "minicpm3", "mistral4", "longcat_flash"), _LATENT),
+    **dict.fromkeys(
+        ("deepseek_v32", "glm_moe_dsa"), f"{_LATENT}; its indexer alone is bilevel.routers.dsa, for a module of your own"
+    ),
+    "deepseek_v4": "its compressed attention is not implemented",
+    **dict.fromkeys(
+        ("minimax_m3_vl", "minimax_m3_vl_text"),
+        "its clamped expert layers are not implemented; its attention is bilevel.routers.msa, for a module of your own",
+    ),
+    **dict.fromkeys(
+        ("qwen4_exp", "qwen4_exp_text"),
+        "its linear-attention layers are not implemented; its attention is bilevel.routers.qsa, for a module of your own",
+    ),
+}
+
+
 def family_of(model_type: object) -> Family:
     """The family that reads this model_type. Raises ConfigError naming those that there are."""
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
+    if isinstance(model_type, str) and model_type in REFUSED:
+        raise ConfigError(f"model_type={model_type!r} is not supported: {REFUSED[model_type]}")
     raise ConfigError(f"model_type={model_type!r} is not supported; bilevel reads {', '.join(sorted(FAMILIES))}")

@@ -19,6 +19,7 @@ Normative rules kept here:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -29,11 +30,13 @@ from bilevel.operators.precision import wide
 _FLOAT_MAX = torch.finfo(torch.float32).max
 
 
-def forced_blocks(own: int, num_visible: int, topk: int, init_blocks: int, local_blocks: int) -> list[int]:
-    """The blocks kept whatever their score, most important first, at most ``topk`` of them."""
-    local = [own - i for i in range(local_blocks) if own - i >= 0]
-    init = [j for j in range(min(init_blocks, num_visible)) if j not in local]
-    return (local + init)[:topk]
+def forced_blocks(own: int, horizon: int, attributes: dict[str, int]) -> list[int]:
+    """The blocks kept whatever their score, most important first, at most topk of them. horizon: tokens that are visible."""
+    block_size = attributes["block_size"]
+    partial = [horizon // block_size] if attributes["partial_block"] == contract.ALWAYS_KEPT and horizon % block_size else []
+    local = [own - i for i in range(attributes["local_blocks"]) if own - i >= 0]
+    init = range(min(attributes["init_blocks"], -(-horizon // block_size)))
+    return list(dict.fromkeys([*partial, *local, *init]))[: attributes["topk"]]
 
 
 def _rank(score: float) -> float:
@@ -41,39 +44,66 @@ def _rank(score: float) -> float:
     return -math.inf if math.isnan(score) else min(score, _FLOAT_MAX)
 
 
+def _keep(
+    score_of: Callable[[int], float], units: Sequence[int], position: int, valid: int, attributes: dict[str, int]
+) -> Tensor:
+    """int32 [K]: the route of one position among ``units`` (ascending), of which only those that may be scored are asked."""
+    block_size, topk = attributes["block_size"], attributes["topk"]
+    horizon = position + 1 if attributes["causal"] else valid  # tokens that this position may see
+    forced = forced_blocks(position // block_size, horizon, attributes)
+    needed = 1 if attributes["partial_block"] == contract.SCORED else block_size  # visible tokens of a block that is scored
+    scored = [j for j in units if j not in forced and j * block_size + needed <= horizon]
+    ranked = sorted((-_rank(score_of(j)), j) for j in scored)
+    room = min(topk - len(forced), attributes["scored_topk"])
+    kept = sorted(forced + [j for rank, j in ranked if rank < math.inf][:room])
+    return torch.tensor(kept + [-1] * (topk - len(kept)), dtype=torch.int32)
+
+
 def _route(
     query: Tensor, unit_key: Tensor, candidates: Tensor | None, past_len: Tensor, new_len: Tensor, attributes: dict[str, int]
 ) -> Tensor:
-    block_size, topk, num_selection_heads = (attributes[n] for n in ("block_size", "topk", "num_selection_heads"))
+    num_selection_heads = attributes["num_selection_heads"]
     batch, num_route_heads, length, _ = query.shape
     num_key_heads, num_units = unit_key.shape[1:3]
-    routes = torch.full((batch, num_selection_heads, length, topk), -1, dtype=torch.int32)
-    for b in range(batch):
-        valid = int(past_len[b]) + int(new_len[b])
-        for i in range(int(new_len[b])):
-            position = int(past_len[b]) + i
-            horizon = position + 1 if attributes["causal"] else valid  # tokens that this position may see
-            own = position // block_size
-            num_visible = -(-horizon // block_size)
-            forced = forced_blocks(own, num_visible, topk, attributes["init_blocks"], attributes["local_blocks"])
-            for s in range(num_selection_heads):
-                allowed = list(range(num_units))
-                if candidates is not None:
-                    row = candidates[b, s * candidates.shape[1] // num_selection_heads, i]
-                    allowed = sorted({int(j) for j in row if 0 <= int(j) < num_units})
-                scored = []
-                for j in allowed:
-                    if j in forced or (j + 1) * block_size > horizon:
-                        continue
-                    score = 0.0
-                    for r in range(num_route_heads):
-                        if r * num_selection_heads // num_route_heads == s:
-                            key = unit_key[b, r * num_key_heads // num_route_heads, j]
-                            score += float(wide(query[b, r, i]) @ wide(key))
-                    if _rank(score) > -math.inf:
-                        scored.append((-_rank(score), j))
-                kept = sorted(forced + [j for _, j in sorted(scored)][: topk - len(forced)])
-                routes[b, s, i, : len(kept)] = torch.tensor(kept, dtype=torch.int32)
+    attributes = {**attributes, "scored_topk": attributes["topk"], "partial_block": contract.NEVER_SCORED}
+    routes = torch.full((batch, num_selection_heads, length, attributes["topk"]), -1, dtype=torch.int32)
+    for b, s, i in _rows(batch, num_selection_heads, new_len):
+        allowed: Sequence[int] = range(num_units)
+        if candidates is not None:
+            row = candidates[b, s * candidates.shape[1] // num_selection_heads, i]
+            allowed = sorted({int(j) for j in row if 0 <= int(j) < num_units})
+
+        def score(j: int, b: int = b, s: int = s, i: int = i) -> float:
+            total = 0.0
+            for r in range(num_route_heads):
+                if r * num_selection_heads // num_route_heads == s:
+                    key = unit_key[b, r * num_key_heads // num_route_heads, j]
+                    total += float(wide(query[b, r, i]) @ wide(key))
+            return total
+
+        past, valid = int(past_len[b]), int(past_len[b]) + int(new_len[b])
+        routes[b, s, i] = _keep(score, allowed, past + i, valid, attributes)
+    return routes
+
+
+def _rows(batch: int, heads: int, new_len: Tensor) -> Iterator[tuple[int, int, int]]:
+    """(row, selection head, token of the call) of everything that chooses."""
+    return ((b, s, i) for b in range(batch) for s in range(heads) for i in range(int(new_len[b])))
+
+
+def select_blocks(scores: Tensor, past_len: Tensor, new_len: Tensor, **attributes: int) -> Tensor:
+    """Keep K blocks by given scores (contract: SelectBlocks).
+
+    scores: fp32 [B, Hs, L, U], of whatever the caller means; those of blocks that a position may not choose are not read.
+    past_len, new_len: int32 [B]. Returns int32 [B, Hs, L, K]. Queries of another sequence than the keys: causal 0, local_blocks
+    0, and past_len such that past_len + new_len is the number of keys.
+    """
+    contract.SELECT_BLOCKS.check_attributes(attributes)
+    batch, heads, length, num_units = scores.shape
+    routes = torch.full((batch, heads, length, attributes["topk"]), -1, dtype=torch.int32)
+    for b, s, i in _rows(batch, heads, new_len):
+        row, past, valid = scores[b, s, i], int(past_len[b]), int(past_len[b]) + int(new_len[b])
+        routes[b, s, i] = _keep(lambda j, row=row: float(row[j]), range(num_units), past + i, valid, attributes)  # type: ignore[misc]
     return routes
 
 

@@ -1,4 +1,5 @@
-"""Route selection, vectorised: ``coarse_route`` and ``fine_route`` of the contract, and the gathering of blocks to pool."""
+"""Route selection, vectorised: ``select_blocks``, ``coarse_route`` and ``fine_route`` of the contract, and the gathering of
+blocks to pool."""
 
 from __future__ import annotations
 
@@ -37,40 +38,58 @@ def _positions(length: int, past_len: Tensor) -> Tensor:
     return past_len[:, None].long() + torch.arange(length, device=past_len.device)
 
 
-def _select(scores: Tensor, allowed: Tensor | None, past_len: Tensor, new_len: Tensor, attributes: dict[str, int]) -> Tensor:
-    """Keep K blocks by the normative order. scores: fp32 or fp64 [B, Hs, L, U]. allowed: bool, same shape, or None for all."""
+def _forced(block: Tensor, own: Tensor, horizon: Tensor, attributes: dict[str, int]) -> Tensor:
+    """bool [B, 1, L, U]: the blocks kept whatever their score, at most topk of them."""
+    block_size, local_blocks = attributes["block_size"], attributes["local_blocks"]
+    partial = horizon // block_size
+    forces = attributes["partial_block"] == contract.ALWAYS_KEPT
+    is_partial = (block == partial) & (horizon % block_size != 0) & forces
+    # Where the partial block is not the own one that local_blocks forces anyway, it takes one slot of the budget for itself.
+    apart = (horizon % block_size != 0) & ((partial > own) | (local_blocks == 0)) & forces
+    topk = attributes["topk"] - apart.long()
+    # Own and recent local blocks win over init ones when K is too small for all of them.
+    local = topk.clamp(max=local_blocks)
+    is_local = (block <= own) & (block > own - local)
+    room = torch.where(block < own, topk - local, topk)
+    is_init = (block < attributes["init_blocks"]) & (block < room) & (block * block_size < horizon)
+    return is_partial | is_local | is_init
+
+
+def select_blocks(scores: Tensor, past_len: Tensor, new_len: Tensor, **attributes: int) -> Tensor:
+    """Keep K blocks by given scores: int32 [B, Hs, L, K] (see ``bilevel.operators.reference.select_blocks``)."""
+    contract.SELECT_BLOCKS.check_attributes(attributes)
     block_size, topk = attributes["block_size"], attributes["topk"]
     length, num_units = scores.shape[2:]
     position = _positions(length, past_len)[:, None, :, None]
     block = torch.arange(num_units, device=scores.device)
     valid = (past_len + new_len).long()[:, None, None, None]
     horizon = position + 1 if attributes["causal"] else valid
-    own = position // block_size
-    # Own and recent local blocks win over init ones when K is too small for all of them.
-    local = min(attributes["local_blocks"], topk)
-    is_local = (block <= own) & (block > own - local)
-    room = torch.where(block < own, topk - local, topk)
-    is_init = (block < attributes["init_blocks"]) & (block < room) & (block * block_size < horizon)
-    forced = is_local | is_init
-    scored = (block + 1) * block_size <= horizon
-    if allowed is not None:
-        scored = scored & allowed
+    forced = _forced(block, position // block_size, horizon, attributes) & (position < valid)
+    needed = 1 if attributes["partial_block"] == contract.SCORED else block_size
+    scored = (block * block_size + needed <= horizon) & (position < valid)
     score = torch.where(scores.isnan(), -torch.inf, scores.clamp(max=_FLOAT_MAX))
     score = torch.where(forced, torch.inf, torch.where(scored, score, -torch.inf))
-    score = torch.where(position < valid, score, -torch.inf)
     # torch.topk breaks ties in no fixed order; a stable sort keeps the lower index first.
     best, index = torch.sort(score, dim=-1, descending=True, stable=True)
     best, index = best[..., :topk], index[..., :topk]
-    kept = torch.where(best > -torch.inf, index, num_units).sort(dim=-1).values
+    most = forced.sum(-1, keepdim=True) + attributes["scored_topk"]
+    wanted = (best > -torch.inf) & (torch.arange(best.shape[-1], device=scores.device) < most)
+    kept = torch.where(wanted, index, num_units).sort(dim=-1).values
     kept = torch.where(kept < num_units, kept, -1)
     return torch.nn.functional.pad(kept, (0, topk - kept.shape[-1]), value=-1).to(torch.int32)
+
+
+def _as_selection(attributes: dict[str, int]) -> dict[str, int]:
+    """The attributes of CoarseRoute and FineRoute as those of SelectBlocks."""
+    rest = {name: value for name, value in attributes.items() if name != "num_selection_heads"}
+    return {**rest, "scored_topk": attributes["topk"], "partial_block": contract.NEVER_SCORED}
 
 
 def coarse_route(query: Tensor, unit_key: Tensor, past_len: Tensor, new_len: Tensor, **attributes: int) -> Tensor:
     """Score every visible block and keep K: int32 [B, Hs, L, K] (see ``bilevel.operators.reference.coarse_route``)."""
     contract.COARSE_ROUTE.check_attributes(attributes)
     scores = block_scores(query, unit_key, attributes["num_selection_heads"])
-    return _select(scores, None, past_len, new_len, attributes)
+    return select_blocks(scores, past_len, new_len, **_as_selection(attributes))
 
 
 def block_mask(routes: Tensor, num_blocks: int) -> Tensor:
@@ -89,7 +108,7 @@ def fine_route(
     scores = block_scores(query, unit_key, num_selection_heads)
     allowed = block_mask(candidates, unit_key.shape[2])
     allowed = allowed[:, head_map(num_selection_heads, candidates.shape[1], query.device)]
-    return _select(scores, allowed, past_len, new_len, attributes)
+    return select_blocks(torch.where(allowed, scores, -torch.inf), past_len, new_len, **_as_selection(attributes))
 
 
 def gather_blocks(tokens: Tensor, first_block: Tensor, num_blocks: int, block_size: int) -> Tensor:

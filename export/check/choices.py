@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from bilevel.contract import ALWAYS_KEPT, SCORED
 from bilevel.export.check.judge import SMALLEST_NORMAL, UNIT_ROUNDOFF, Array, ScoredChoices, dot_bound
 
 
@@ -59,6 +60,30 @@ def block_choice(
     rows = np.broadcast_to(position < valid, (batch, selection, length, 1))[..., 0]
     bound = dot_bound(magnitude, width * heads // selection)
     return ScoredChoices(score[rows], bound[rows], as_set(routes, units)[rows], competes[rows])
+
+
+def given_choice(scores: Array, routes: Array, past_len: Array, new_len: Array, attributes: dict[str, Any]) -> ScoredChoices:
+    """Choices of SelectBlocks, one row per (valid token, selection head).
+
+    scores [B, Hs, L, U], routes [B, Hs, L, K], as in the contract. Given scores carry no rounding of the selection's own: equal
+    ones must be ordered equally, and what moved them is measured. What competes has a score that can be kept.
+    """
+    batch, selection, length, units = scores.shape
+    size = attributes["block_size"]
+    position = (past_len[:, None] + np.arange(length))[:, None, :, None]
+    valid = (past_len + new_len)[:, None, None, None]
+    horizon = np.where(attributes["causal"] == 1, position + 1, valid)
+    block, own = np.arange(units), position // size
+    forced = (block <= own) & (block > own - attributes["local_blocks"]) | (block < attributes["init_blocks"])
+    if attributes["partial_block"] == ALWAYS_KEPT:
+        forced = forced | (block == horizon // size) & (horizon % size > 0)
+    needed = 1 if attributes["partial_block"] == SCORED else size
+    wide = scores.astype(np.float64)
+    score = np.where(np.isnan(wide), -np.inf, np.minimum(wide, float(np.finfo(np.float32).max)))
+    competes = ~forced & (block * size + needed <= horizon) & (score > -np.inf)
+    score = np.where(competes, score, 0.0)
+    rows = np.broadcast_to(position < valid, (batch, selection, length, 1))[..., 0]
+    return ScoredChoices(score[rows], np.zeros_like(score[rows]), as_set(routes, units)[rows], competes[rows])
 
 
 def _expert_scores(logits: Array, score_func: str) -> Array:

@@ -28,7 +28,7 @@ from bilevel.export.graph.schemas import ONNX_OPSET, PLUGIN_NAMESPACE
 from bilevel.export.graph.sessions import Arrays, open_session
 from bilevel.model import hidden_name
 
-SELECTIONS = ("CoarseRoute", "FineRoute", "ExpertRoute")
+SELECTIONS = ("CoarseRoute", "FineRoute", "SelectBlocks", "ExpertRoute")
 _FLOAT = ir.TensorType(ir.DataType.FLOAT)
 _TYPES = {"int32": ir.TensorType(ir.DataType.INT32), "uint8": ir.TensorType(ir.DataType.UINT8)}
 

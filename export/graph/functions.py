@@ -14,12 +14,12 @@ from bilevel.errors import ExportError
 from bilevel.export.graph.bodies.attention import RoutedAttention
 from bilevel.export.graph.bodies.experts import RoutedExperts, expert_route_body
 from bilevel.export.graph.bodies.experts_quantized import routed_experts_quantized_body
-from bilevel.export.graph.bodies.routes import CoarseRoute, FineRoute
+from bilevel.export.graph.bodies.routes import CoarseRoute, FineRoute, SelectBlocks
 from bilevel.export.graph.nodes import routed_nodes
 from bilevel.export.graph.schemas import ONNX_OPSET
 
 _BODIES: dict[str, OnnxFunction[..., Any]] = {
-    body.name: body for body in (CoarseRoute, FineRoute, RoutedAttention, RoutedExperts)
+    body.name: body for body in (CoarseRoute, FineRoute, SelectBlocks, RoutedAttention, RoutedExperts)
 }
 
 

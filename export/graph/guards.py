@@ -18,16 +18,19 @@ from torch.export import ExportedProgram
 from bilevel.errors import ExportError
 from bilevel.export.graph.nodes import routed_nodes
 
-# For each operator that obeys a selection: which input carries it, and who may have made it.
+# For each operator that obeys a selection, or scores: which input carries them.
 _SELECTION_INPUT = {
     "RoutedAttention": ("routes", 3),
     "FineRoute": ("candidates", 2),
+    "SelectBlocks": ("scores", 0),
     "RoutedExperts": ("ids", 1),
     "RoutedExpertsQuantized": ("ids", 1),
 }
+_BLOCK_CONSUMERS = ("RoutedAttention", "FineRoute", "SelectBlocks")  # the last where routes become a mask of scores
 _CONSUMERS = {
-    "CoarseRoute": ("RoutedAttention", "FineRoute"),
-    "FineRoute": ("RoutedAttention", "FineRoute"),
+    "CoarseRoute": _BLOCK_CONSUMERS,
+    "FineRoute": _BLOCK_CONSUMERS,
+    "SelectBlocks": _BLOCK_CONSUMERS,
     "ExpertRoute": ("RoutedExperts", "RoutedExpertsQuantized"),
 }
 
@@ -82,6 +85,11 @@ def _ancestors(start: Iterable[str], makers: dict[str, onnx.NodeProto]) -> set[s
     return seen
 
 
+def _reads_scores(node: onnx.NodeProto) -> bool:
+    """Whether what a node keeps depends on more than the lengths; a SelectBlocks that keeps none by score needs none."""
+    return not any(attribute.name == "scored_topk" and attribute.i == 0 for attribute in node.attribute)
+
+
 def check_selections(graph: onnx.GraphProto) -> None:
     """Selections must depend on the inputs, must be obeyed, and must fit into what the level before proposes."""
     _check_room(graph)
@@ -90,7 +98,7 @@ def check_selections(graph: onnx.GraphProto) -> None:
     outputs = {value.name for value in graph.output}
     obeyed: dict[str, set[str]] = {}
     for node in routed_nodes(graph):
-        if node.op_type not in _SELECTION_INPUT:
+        if node.op_type not in _SELECTION_INPUT or not _reads_scores(node):
             continue
         port, index = _SELECTION_INPUT[node.op_type]
         sources = _ancestors([node.input[index]], makers)

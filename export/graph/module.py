@@ -70,7 +70,7 @@ def _export_error(error: BaseException) -> BilevelError:
     return ExportError(f"torch.export could not trace the module ({type(error).__name__}: {summary[:300]}); see --debug")
 
 
-def _flat_names(inputs: Inputs) -> list[str]:
+def flat_names(inputs: Inputs) -> list[str]:
     """One ONNX name per tensor: a sequence ``past`` becomes past.0, past.1, ..."""
     return [
         name if isinstance(value, Tensor) else f"{name}.{index}"
@@ -80,8 +80,14 @@ def _flat_names(inputs: Inputs) -> list[str]:
 
 
 def _as_lists(inputs: Inputs) -> dict[str, Tensor | list[Tensor]]:
-    """torch.export wants its inputs and their dynamic shapes in containers of one type."""
-    return {name: value if isinstance(value, Tensor) else list(value) for name, value in inputs.items()}
+    """torch.export wants its inputs and their dynamic shapes in containers of one type.
+
+    Copies: it would take two inputs that are one tensor for one input, and the graph would read the first in both places.
+    """
+    return {
+        name: value.clone() if isinstance(value, Tensor) else [tensor.clone() for tensor in value]
+        for name, value in inputs.items()
+    }
 
 
 def _dynamic_shapes(inputs: Inputs, dynamic: Dynamic, names: Sequence[str]) -> dict[str, object]:
@@ -196,7 +202,7 @@ def save_onnx(
     for every size that shall stay free (torch.export treats a size of 1 as fixed).
     dynamic: {input: {axis: name of the size}}. Errors: ExportError, ContractError, each naming what to change.
     """
-    names = list(input_names) if input_names is not None else _flat_names(inputs)
+    names = list(input_names) if input_names is not None else flat_names(inputs)
     model = trace(module, inputs, dynamic or {}, names)
     name_values(model)
     name_ports(model, names, output_names)

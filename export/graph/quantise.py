@@ -34,7 +34,7 @@ from bilevel.export.graph.quantise_table import quantise_tables
 
 FORMATS = ("fp32", *BITS)
 INT8_ACTIVATIONS, FP32_ACTIVATIONS = 4, 1  # values of MatMulNBits' accuracy_level
-ROUTERS = ("CoarseRoute", "FineRoute", "ExpertRoute")
+ROUTERS = ("CoarseRoute", "FineRoute", "SelectBlocks", "ExpertRoute")
 _MICROSOFT = "com.microsoft"
 _SMALLEST_EXTERNAL = 1024  # bytes; what is smaller stays inside the .onnx file
 

@@ -97,6 +97,20 @@ def keep_best(best, keys, MAY_REPEAT: tl.constexpr):
 
 
 @triton.jit
+def drop_scored(best, K: tl.constexpr, SCORED_K: tl.constexpr):
+    """``best`` [R, KP] with the least of the scored ones let go until SCORED_K of them are left; forced ones stay."""
+    if SCORED_K < K:
+        scored = (best > LOWEST) & (best < FORCED)
+        many = tl.sum(scored.to(tl.int32), axis=1) > SCORED_K
+        while tl.max(many.to(tl.int32), axis=0) > 0:
+            least = tl.min(tl.where(scored, best, FULL), axis=1)
+            best = tl.where(many[:, None] & (best == least[:, None]), NEVER, best)
+            scored = (best > LOWEST) & (best < FORCED)
+            many = tl.sum(scored.to(tl.int32), axis=1) > SCORED_K
+    return best
+
+
+@triton.jit
 def ascending(best, ROWS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr):
     """The kept indices int32 [ROWS, KP] in ascending order, -1 behind them."""
     slot = tl.arange(0, KP)[None, :] + tl.zeros([ROWS, 1], tl.int32)

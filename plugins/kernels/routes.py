@@ -1,9 +1,10 @@
-"""CoarseRoute and FineRoute as Triton kernels; ``plugins/launch/launches.py`` says with what arguments and constants they run.
+"""SelectBlocks, CoarseRoute and FineRoute as Triton kernels; ``plugins/launch/launches.py`` says with what arguments and
+constants they run.
 
-Scores never reach memory: a program streams over the blocks, or over its candidates, and keeps the K best of what it has seen
-(``order``). Letters as in the contract. A choice (selection head) s sums HR/HS route heads, which read KEY_HEADS key
-heads, SUMMED route heads each; heads that read one key are summed first (q1.k + q2.k = (q1 + q2).k), except where that would
-cost the tensor cores: sums of 16-bit queries have no 16-bit form.
+Scores that a kernel computes never reach memory: a program streams over the blocks, or over its candidates, and keeps the K
+best of what it has seen (``order``). Letters as in the contract. A choice (selection head) s sums HR/HS route heads, which
+read KEY_HEADS key heads, SUMMED route heads each; heads that read one key are summed first (q1.k + q2.k = (q1 + q2).k),
+except where that would cost the tensor cores: sums of 16-bit queries have no 16-bit form.
 """
 
 from __future__ import annotations
@@ -11,7 +12,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bilevel.plugins.kernels.order import LOWEST, NEVER, ascending, forced_rank, keep_best, no_choice, product, rank
+from bilevel.plugins.kernels.order import (
+    LOWEST,
+    NEVER,
+    ascending,
+    drop_scored,
+    forced_rank,
+    keep_best,
+    no_choice,
+    product,
+    rank,
+)
 
 
 @triton.jit
@@ -141,8 +152,11 @@ def coarse_route_split(
 
 
 @triton.jit(do_not_specialize=["length", "splits"])
-def coarse_route_merge(ranks, routes, length, splits, HS: tl.constexpr, K: tl.constexpr, COLS: tl.constexpr, KP: tl.constexpr):
-    """The K best of all splits, written as routes. Grid [L, HS, B]."""
+def coarse_route_merge(
+    ranks, routes, length, splits,
+    HS: tl.constexpr, K: tl.constexpr, SCORED_K: tl.constexpr, COLS: tl.constexpr, KP: tl.constexpr,
+):  # fmt: skip
+    """The K best of all splits, at most SCORED_K of them for their score, written as routes. Grid [L, HS, B]."""
     i, s, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = (b * HS + s) * length + i
     best = no_choice(1, K, KP)
@@ -150,8 +164,87 @@ def coarse_route_merge(ranks, routes, length, splits, HS: tl.constexpr, K: tl.co
         at = first + tl.arange(0, COLS)[None, :]
         keys = tl.load(ranks + row * splits * K + at, mask=at < splits * K, other=NEVER)
         best = keep_best(best, keys, False)
+    best = drop_scored(best, K, SCORED_K)
     slot = tl.arange(0, KP)[None, :]
     tl.store(routes + row * K + slot, ascending(best, 1, K, KP), mask=slot < K)
+
+
+@triton.jit
+def is_kept(
+    block, own, horizon, BLOCK: tl.constexpr, K: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, PARTIAL: tl.constexpr
+):
+    """``is_forced``, and where PARTIAL is 2 the block that the horizon cuts; where that is not the own block which LOCAL forces
+    anyway, it takes one slot for itself."""
+    if PARTIAL == 2:
+        cut = horizon // BLOCK
+        is_cut = horizon % BLOCK != 0
+        apart = is_cut & ((cut > own) | (LOCAL == 0))
+        topk = tl.where(apart, K - 1, K)
+        kept = ((block == cut) & is_cut) | is_forced(block, own, horizon, BLOCK, topk, INIT, tl.minimum(topk, LOCAL))
+    else:
+        kept = is_forced(block, own, horizon, BLOCK, K, INIT, LOCAL)
+    return kept
+
+
+@triton.jit
+def score_ranks(
+    score, block, own, horizon, units,
+    K: tl.constexpr, BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, PARTIAL: tl.constexpr,
+):  # fmt: skip
+    """int64 keys [R, C] of given scores [R, C]. block: [1, C]; own, horizon: [R, 1], horizon 0 where the row is idle."""
+    there = (block < units) & (horizon > 0)
+    index = block + tl.zeros_like(own)
+    needed = 1 if PARTIAL == 1 else BLOCK
+    scored = tl.where(there & (block * BLOCK + needed <= horizon), rank(score, index), NEVER)
+    return tl.where(is_kept(block, own, horizon, BLOCK, K, INIT, LOCAL, PARTIAL) & there, forced_rank(index), scored)
+
+
+@triton.jit(do_not_specialize=["length", "units"])
+def select_blocks_tiles(
+    scores, past_len, new_len, routes, length, units,
+    HS: tl.constexpr, K: tl.constexpr, SCORED_K: tl.constexpr, BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
+    PARTIAL: tl.constexpr, CAUSAL: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, KP: tl.constexpr,
+):  # fmt: skip
+    """Many tokens: ROWS positions, COLS scores at a time. Grid [ceil(L/ROWS), HS, B]."""
+    s, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    past, new = tl.load(past_len + b), tl.load(new_len + b)
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    horizon = horizon_of(i, past, new, CAUSAL)[:, None]
+    own = ((past + i) // BLOCK)[:, None]
+    best = no_choice(ROWS, K, KP)
+    rows = ((b * HS + s) * length + i.to(tl.int64))[:, None]
+    for first in range(0, tl.minimum((tl.max(horizon) + BLOCK - 1) // BLOCK, units), COLS):
+        block = first + tl.arange(0, COLS)[None, :]
+        score = tl.load(scores + rows * units + block, mask=(i < length)[:, None] & (block < units), other=0.0)
+        best = keep_best(best, score_ranks(score, block, own, horizon, units, K, BLOCK, INIT, LOCAL, PARTIAL), False)
+    best = drop_scored(best, K, SCORED_K)
+    slot = tl.arange(0, KP)[None, :]
+    tl.store(routes + rows * K + slot, ascending(best, ROWS, K, KP), mask=(i < length)[:, None] & (slot < K))
+
+
+@triton.jit(do_not_specialize=["length", "units", "splits"])
+def select_blocks_split(
+    scores, past_len, new_len, ranks, length, units, splits,
+    HS: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
+    PARTIAL: tl.constexpr, CAUSAL: tl.constexpr, UNITS: tl.constexpr, COLS: tl.constexpr, KP: tl.constexpr,
+):  # fmt: skip
+    """Few tokens: the best K keys of UNITS scores, as ``coarse_route_split`` does it. Grid [splits, HS, B*L]."""
+    split, s, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    b, i = row // length, (row % length).to(tl.int32)
+    past, new = tl.load(past_len + b), tl.load(new_len + b)
+    horizon = horizon_of(i, past, new, CAUSAL)
+    own = (past + i) // BLOCK
+    best = no_choice(1, K, KP)
+    place = (b * HS + s) * length + i
+    ends = tl.minimum((horizon + BLOCK - 1) // BLOCK, units)
+    for first in range(split * UNITS, tl.minimum((split + 1) * UNITS, ends), COLS):
+        block = first + tl.arange(0, COLS)[None, :]
+        score = tl.load(scores + place * units + block, mask=block < units, other=0.0)
+        one = tl.zeros([1, 1], tl.int32)
+        keys = score_ranks(score, block, own + one, horizon + one, units, K, BLOCK, INIT, LOCAL, PARTIAL)
+        best = keep_best(best, keys, False)
+    slot = tl.arange(0, KP)[None, :]
+    tl.store(ranks + (place * splits + split) * K + slot, tl.where(best > LOWEST, best, NEVER), mask=slot < K)
 
 
 @triton.jit(do_not_specialize=["length", "units"])

@@ -18,6 +18,7 @@ LIMITS = {"K": 128, "topk": 128, "D": 256, "E": 1024, "top_k": 128}
 _MAKERS = {
     "CoarseRoute": routing.plan_coarse_route,
     "FineRoute": routing.plan_fine_route,
+    "SelectBlocks": routing.plan_select_blocks,
     "RoutedAttention": routing.plan_routed_attention,
     "ExpertRoute": experts.plan_expert_route,
     "RoutedExperts": experts.plan_routed_experts,

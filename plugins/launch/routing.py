@@ -1,15 +1,26 @@
-"""The plans of CoarseRoute, FineRoute and RoutedAttention (see ``plugins/launch/plans.py``; standard library only)."""
+"""The plans of SelectBlocks, CoarseRoute, FineRoute and RoutedAttention (see ``plugins/launch/plans.py``; standard library
+only)."""
 
 from __future__ import annotations
 
 from bilevel import contract
 from bilevel.errors import ContractError
 from bilevel.plugins.launch.launches import Buffer, Builder, Geometry, LaunchPlan
-from bilevel.plugins.launch.tiles import attention_tile, decode_tile, power_of_two, route_tile, row_tile, small_tile
+from bilevel.plugins.launch.tiles import (
+    attention_tile,
+    decode_tile,
+    power_of_two,
+    route_tile,
+    row_tile,
+    select_tile,
+    small_tile,
+)
 
 MAX_GROUP = 64  # query heads that share a key/value head and a choice: they fill the rows of a tile
 _UNITS = 256  # blocks that one program of coarse_route_split scores
 _ROUTE_NAMES = {"HR": "Hr", "HK": "Hk", "HS": "num_selection_heads", "DR": "Dr", "BLOCK": "block_size", "CAUSAL": "causal"}
+_SCORES = 1024  # scores that one program of select_blocks_split reads
+_SELECT_NAMES = {"HS": "Hs", "K": "topk", "BLOCK": "block_size", "PARTIAL": "partial_block", "CAUSAL": "causal"}
 _ATTENTION_NAMES = {"HQ": "Hq", "HKV": "Hkv", "HS": "Hs", "D": "D", "K": "K", "BLOCK": "block_size", "CAUSAL": "causal"}
 
 
@@ -38,7 +49,7 @@ def plan_coarse_route(g: Geometry, dtype: str, arch: int) -> tuple[LaunchPlan, .
     merge = make.launch(
         "routes.coarse_route_merge",
         "ranks routes length splits",
-        {"HS": constants["HS"], "K": topk, "COLS": 128, "KP": constants["KP"]},
+        {"HS": constants["HS"], "K": topk, "SCORED_K": topk, "COLS": 128, "KP": constants["KP"]},
         ("L", choices, "B"),
         small_tile(1),
     )
@@ -47,6 +58,39 @@ def plan_coarse_route(g: Geometry, dtype: str, arch: int) -> tuple[LaunchPlan, .
         "routes.coarse_route_tiles",
         "query unit_key past_len new_len routes length units",
         {**constants, "ROWS": tile.rows, "COLS": tile.cols, "DEPTH": tile.depth, "SUM_FIRST": summed_first},
+        (f"ceil_div(L, {tile.rows})", choices, "B"),
+        tile,
+    )
+    return LaunchPlan("split", "L <= 8", (ranks,), (split, merge)), LaunchPlan("tiles", "", (), (tiles,))
+
+
+def plan_select_blocks(g: Geometry, dtype: str, arch: int) -> tuple[LaunchPlan, ...]:
+    choices, topk = str(g["Hs"]), g["topk"]
+    constants = {constant: g[name] for constant, name in _SELECT_NAMES.items()}
+    constants |= {"INIT": min(g["init_blocks"], topk), "LOCAL": min(g["local_blocks"], topk), "KP": power_of_two(topk)}
+    limit = {"SCORED_K": min(g["scored_topk"], topk)}
+    splits = f"ceil_div(U, {_SCORES})"
+    ranks = Buffer("ranks", "int64", f"B * {choices} * L * {splits} * {topk}")
+    make = Builder(contract.SELECT_BLOCKS, dtype, (ranks,), splits=splits)
+    row, tile = small_tile(1), select_tile(topk)
+    split = make.launch(
+        "routes.select_blocks_split",
+        "scores past_len new_len ranks length units splits",
+        {**constants, "UNITS": _SCORES, "COLS": 64},
+        (splits, choices, "B * L"),
+        row,
+    )
+    merge = make.launch(
+        "routes.coarse_route_merge",
+        "ranks routes length splits",
+        {"HS": g["Hs"], "K": topk, **limit, "COLS": 128, "KP": constants["KP"]},
+        ("L", choices, "B"),
+        row,
+    )
+    tiles = make.launch(
+        "routes.select_blocks_tiles",
+        "scores past_len new_len routes length units",
+        {**constants, **limit, "ROWS": tile.rows, "COLS": tile.cols},
         (f"ceil_div(L, {tile.rows})", choices, "B"),
         tile,
     )

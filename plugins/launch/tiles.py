@@ -128,6 +128,13 @@ def route_tile(width: int, topk: int, dtype: str, arch: int) -> Tile:
     return _first_that_fits(candidates(), f"routing with topk={topk} in {dtype}", arch)
 
 
+def select_tile(topk: int) -> Tile:
+    """``select_blocks_tiles``: rows are positions, cols scores that are read at a time."""
+    slots = power_of_two(topk)
+    rows = 16 if slots <= 64 else 8
+    return Tile(rows, 64, 1, 4, 2, 8 * 1024 + 8 * rows * max(64, slots))
+
+
 def row_tile(width: int) -> Tile:
     """``coarse_route_split`` and ``fine_route_rows``: one position, no matrix product, next to no shared memory."""
     return Tile(1, 32, depth_of(width, 64), 1, 2, 8 * 1024)

@@ -27,6 +27,8 @@ _ROUTES = [
     (16, 1, 1, 256, 128, 64),
     (12, 4, 6, 80, 48, 24),
 ]
+# (Hs, block_size, K, scored, init, local, partial): a MiniMax-M3, an InfLLM-V2, regions of an image, a window with a sink.
+_SELECTIONS = [(4, 128, 16, 16, 0, 1, 0), (2, 64, 96, 96, 1, 33, 0), (1, 64, 4, 4, 0, 0, 1), (8, 16, 128, 0, 4, 64, 2)]
 # (Hq, Hkv, Hs, D, block_size, K)
 _ATTENTION = [
     (32, 8, 8, 128, 64, 16),
@@ -50,6 +52,10 @@ def geometries(op: str) -> Iterator[dict[str, Any]]:
             route = {"Hr": heads, "Hk": key_heads, "Dr": width, "num_selection_heads": choices, "topk": topk}
             route |= {"block_size": block_size, "init_blocks": n % 3, "local_blocks": 1 + n % 2, "causal": int(n != 2)}
             yield route if op == "CoarseRoute" else {**route, "Hc": 1, "K1": 2 * topk}
+    elif op == "SelectBlocks":
+        for n, (choices, block_size, topk, scored, init, local, partial) in enumerate(_SELECTIONS):
+            budget = {"Hs": choices, "block_size": block_size, "topk": topk, "scored_topk": scored, "causal": int(n != 2)}
+            yield {**budget, "init_blocks": init, "local_blocks": local, "partial_block": partial}
     elif op == "RoutedAttention":
         for n, (heads, kv_heads, choices, width, block_size, topk) in enumerate(_ATTENTION):
             sizes = {"Hq": heads, "Hkv": kv_heads, "Hs": choices, "D": width, "K": topk}

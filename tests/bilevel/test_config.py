@@ -178,6 +178,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "missing-experts-key": ({"experts": {"num_experts": 8}}, "config.json does not give experts.top_k"),
     "routing-not-object": ({"routing": [1]}, r"config\.json holds routing=\[1\], which must be an object"),
+    "latent-attention": (
+        {"model_type": "deepseek_v32"},
+        r"model_type='deepseek_v32' is not supported: its attention is latent \(MLA\), .*bilevel.routers.dsa",
+    ),
+    "msa-by-model-type": ({"model_type": "minimax_m3_vl"}, "is not supported: its clamped expert layers .*bilevel.routers.msa"),
     "model-type": ({"model_type": "gpt2"}, "model_type='gpt2' is not supported; bilevel reads bailing_moe, .*llama, .*qwen3"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act .* must be 'silu'"),
     "sliding-window": ({"use_sliding_window": True}, "use_sliding_window"),

@@ -28,7 +28,7 @@ def test_a_float_type_stands_for_t_and_fp64_for_fp32_too() -> None:
     assert contract.ROUTED_ATTENTION.output_dtypes("bfloat16") == ["bfloat16"]
     assert contract.EXPERT_ROUTE.output_dtypes("bfloat16") == ["int32", "float32"]
     assert contract.EXPERT_ROUTE.output_dtypes("float64") == ["int32", "float64"]
-    assert [op.name for op in contract.GPU_OPS if not op.has_float_type] == ["ExpertRoute"]
+    assert [op.name for op in contract.GPU_OPS if not op.has_float_type] == ["SelectBlocks", "ExpertRoute"]
 
 
 def test_sizes_that_are_no_numbers_are_bound_and_not_compared() -> None:

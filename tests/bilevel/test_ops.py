@@ -21,6 +21,15 @@ ROUTE: dict[str, Any] = {
     "local_blocks": 1,
     "causal": 1,
 }
+SELECT: dict[str, Any] = {
+    "block_size": 3,
+    "topk": 4,
+    "scored_topk": 2,
+    "init_blocks": 1,
+    "local_blocks": 0,
+    "partial_block": 1,
+    "causal": 1,
+}
 EXPERT: dict[str, Any] = {
     "top_k": 3,
     "topk_group": 2,
@@ -47,6 +56,7 @@ def make_call(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return {
         "CoarseRoute": ({**route, **lengths}, ROUTE),
         "FineRoute": ({**route, "candidates": routes[:, :1], **lengths}, ROUTE),
+        "SelectBlocks": ({"scores": torch.randn(2, 2, 5, 4), **lengths}, SELECT),
         "RoutedAttention": (
             {"q": torch.randn(2, 4, 5, 6), "k": k, "v": v, "routes": routes, **lengths},
             {"block_size": 3, "causal": 1, "scale": 0.5},
@@ -159,6 +169,7 @@ BAD_INPUTS: dict[str, tuple[str, Change, str]] = {
         lambda i: i.update(query=i["query"].int()),
         "query must be of a float type, got int32",
     ),
+    "half-scores": ("SelectBlocks", lambda i: i.update(scores=i["scores"].half()), "scores must be float32, got float16"),
     "half-logits": ("ExpertRoute", lambda i: i.update(logits=i["logits"].half()), "logits must be float32, got float16"),
     "float-weights-of-fp64": (
         "RoutedExperts",
@@ -211,6 +222,9 @@ BAD_ATTRIBUTES: dict[str, tuple[str, dict[str, Any], str]] = {
     "negative-init": ("CoarseRoute", {"init_blocks": -1}, "init_blocks=-1 must lie between 0"),
     "causal-2": ("CoarseRoute", {"causal": 2}, "causal=2 must lie between 0 and 1"),
     "causal-bool": ("CoarseRoute", {"causal": True}, "causal=True must be of type int"),
+    "partial-3": ("SelectBlocks", {"partial_block": 3}, "partial_block=3 must lie between 0 and 2"),
+    "negative-budget": ("SelectBlocks", {"scored_topk": -1}, "scored_topk=-1 must lie between 0 and 3840"),
+    "no-scale-of-scores": ("SelectBlocks", {"num_selection_heads": 2}, "SelectBlocks has no attribute num_selection_heads"),
     "float-topk": ("CoarseRoute", {"topk": 4.0}, "topk=4.0 must be of type int"),
     "selection-heads": ("CoarseRoute", {"num_selection_heads": 3}, "Hr=4 heads are not divisible by Hs=3"),
     "unknown": ("CoarseRoute", {"stride": 1}, "CoarseRoute has no attribute stride"),

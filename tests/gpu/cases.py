@@ -96,6 +96,17 @@ class Route:
         sizes = {"block_size": self.size, "topk": self.topk, "num_selection_heads": choices, "causal": self.causal}
         return inputs, {**sizes, "init_blocks": self.init, "local_blocks": self.local}
 
+    def given(self, random: torch.Generator, length: int) -> tuple[Inputs, Attributes]:
+        """SelectBlocks with as many choices: whole scores, NaN, infinities; only half of K for their score."""
+        scores = _whole(random, -2, 3, (3, self.heads[2], length, self.blocks))
+        for value in (NAN, INF, -INF):
+            scores[_chance(random, scores.shape) < 0.05] = value
+        past = self.size * self.blocks - length - min(1, self.size - 1)
+        lengths = {"past_len": _int32(random, past, past // 3, 0), "new_len": _int32(random, length, length // 2, 0)}
+        sizes = {"block_size": self.size, "topk": self.topk, "scored_topk": (self.topk + 1) // 2, "causal": self.causal}
+        forced = {"init_blocks": self.init, "local_blocks": self.local - 1, "partial_block": self.blocks % 3}
+        return {"scores": scores, **lengths}, {**sizes, **forced}
+
 
 @dataclass(frozen=True)
 class ExpertRoute:

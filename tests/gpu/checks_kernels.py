@@ -76,6 +76,8 @@ def attention(machine: Machine, cases: Sequence[Attention] = gpu_cases.ATTENTION
 
 def routes(machine: Machine, cases: Sequence[Route] = gpu_cases.ROUTES) -> Iterator[Result]:
     for case in cases:
+        for length in case.lengths:
+            yield from check_call(machine, "SelectBlocks", *case.given(machine.random(), length))
         for dtype in case.dtypes:
             for length in case.lengths:
                 yield from check_call(machine, "CoarseRoute", *case.call(machine.random(), length, dtype, fine=False))

@@ -52,6 +52,7 @@ class Cases:
                 for dtype in case.dtypes:
                     yield Made("RoutedAttention", *case.call(machine.random(seed), tokens, dtype), tokens)
             for route in self.routes:
+                yield Made("SelectBlocks", *route.given(machine.random(seed), tokens), tokens)
                 for dtype in route.dtypes:
                     yield Made("CoarseRoute", *route.call(machine.random(seed), tokens, dtype, fine=False), tokens)
                     yield Made("FineRoute", *route.call(machine.random(seed), tokens, dtype, fine=True), tokens)

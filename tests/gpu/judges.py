@@ -18,6 +18,7 @@ from tests.gpu.machine import Attributes, Inputs
 
 FORMS = {"coarse_route": routing.coarse_route, "fine_route": routing.fine_route, "routed_attention": attention.routed_attention}
 FORMS |= {"expert_route": experts.expert_route, "routed_experts": experts.routed_experts}
+FORMS |= {"select_blocks": routing.select_blocks}
 FORMS |= {"write_cache": reference.write_cache}
 _MOST = 2.0  # times the error that plain PyTorch makes in the same precision
 _SINGLE = 1e-5  # of the largest magnitude: fp32 must be that good whatever PyTorch's error is

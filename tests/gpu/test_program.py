@@ -104,7 +104,10 @@ def all_kernels(machine: Machine) -> Iterator[Result]:
 def test_kernels_pass(machine: HostMachine) -> None:
     found = {result.name for result in right(all_kernels(machine))}
     assert found >= {f"RoutedAttention {plan}" for plan in ("split", "tiles")} | {"FineRoute rows", "ExpertRoute rows"}
-    assert found >= {f"CoarseRoute {plan}" for plan in ("split", "tiles")} | {"RoutedExperts pairs", "RoutedExperts tiles"}
+    assert found >= {f"{name} {plan}" for name in ("CoarseRoute", "SelectBlocks") for plan in ("split", "tiles")} | {
+        "RoutedExperts pairs",
+        "RoutedExperts tiles",
+    }
     assert "WriteCache rows" in found
     assert all(result.ok for result in right(kernels.margins(machine, 20, 40, 8)))
 
@@ -122,7 +125,7 @@ def test_an_altered_output_is_reported(machine: HostMachine, monkeypatch: pytest
     found = [next(kernels.attention(machine, [ATTENTION])), next(kernels.expert_route(machine, CASES.expert_routes, tokens=3))]
     found += [next(kernels.experts(machine, CASES_OF_EXPERTS)), *kernels.routes(machine, ROUTES)]
     found += kernels.caches(machine, CASES_OF_CACHES)
-    assert len(found) == 8 and all(result.ok is False for result in found)
+    assert len(found) == 10 and all(result.ok is False for result in found)
 
 
 def test_a_write_behind_a_tensor_is_reported(machine: HostMachine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +158,7 @@ def test_the_c_interface_and_the_plugins(machine: HostMachine, folder: Path, mon
     assert all(result.ok for result in found)
     has_headers = not isinstance(find_headers(), str)
     found = right(plugins(machine, folder, CASES))
-    assert [result.ok for result in found] == ([True] * 6 if has_headers else [None])
+    assert [result.ok for result in found] == ([True] * 7 if has_headers else [None])
     machine.gpu.driver.fake_configure(13000, 80, 1, 0, None)
     lost = [result for result in library(machine, folder, CASES) if result.name != "C interface refuses"]
     assert lost and all(result.ok is False for result in lost)
@@ -165,7 +168,7 @@ def test_the_c_interface_and_the_plugins(machine: HostMachine, folder: Path, mon
     with monkeypatch.context() as lax:
         lax.setattr(KernelLibrary, "launch", lambda *arguments: None)
         lax_results = [result for result in library(machine, folder, CASES) if result.name == "C interface refuses"]
-    assert len(lax_results) == 6 and all(result.ok is False for result in lax_results)
+    assert len(lax_results) == 7 and all(result.ok is False for result in lax_results)
     assert "accepted (a rank too low)" in lax_results[0].measure
 
 

@@ -35,6 +35,15 @@ ROUTE: Attributes = {
     "local_blocks": 1,
     "causal": 1,
 }
+SELECT: Attributes = {
+    "block_size": 4,
+    "topk": 3,
+    "scored_topk": 3,
+    "init_blocks": 1,
+    "local_blocks": 1,
+    "partial_block": 0,
+    "causal": 1,
+}
 PACKED: Attributes = {"bits": 4, "block_size": 32}
 EXPERT: Attributes = {
     "top_k": 2,
@@ -142,6 +151,7 @@ def make_call(name: str, tokens: int = 6) -> tuple[Inputs, Attributes]:
         "RoutedExpertsQuantized": ({"x": torch.randn(tokens, 40), **chosen, **packed(8, 40, 5)}, PACKED),
         # One row's update reaches over the cache's end.
         "WriteCache": ({"cache": torch.randn(2, 3, 20, 5), "update": torch.randn(2, 3, tokens, 5), "start": int32(4, 17)}, {}),
+        "SelectBlocks": ({"scores": whole(2, 2, tokens, 5), **lengths}, SELECT),
     }
     return calls[name]
 
@@ -176,6 +186,36 @@ def route_calls(draw: st.DrawFn, fine: bool) -> tuple[Inputs, Attributes]:
         "num_selection_heads": num_selection_heads,
         "init_blocks": draw(st.integers(0, 3)),
         "local_blocks": draw(st.integers(1, 3)),
+        "causal": draw(st.sampled_from([0, 1])),
+    }
+    return inputs, attributes
+
+
+@st.composite
+def select_calls(draw: st.DrawFn) -> tuple[Inputs, Attributes]:
+    """Scores of every kind, more units than blocks, budgets that forced blocks exceed, whatever becomes of a partial block."""
+    batch, heads = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    block_size, num_blocks = draw(st.sampled_from([1, 2, 3, 4])), draw(st.integers(1, 8))
+    length = draw(st.integers(1, min(20, block_size * num_blocks)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    scores = whole(batch, heads, length, num_blocks + draw(st.integers(0, 2)), generator=generator)
+    if draw(st.booleans()):
+        for value in (torch.nan, torch.inf, -torch.inf, torch.finfo(torch.float32).max, -0.0):
+            scores[torch.rand(scores.shape, generator=generator) < 0.1] = value
+    room = block_size * num_blocks - length
+    inputs = {
+        "scores": scores,
+        "past_len": int32(*(draw(st.integers(0, room)) for _ in range(batch))),
+        "new_len": int32(*(draw(st.integers(0, length)) for _ in range(batch))),
+    }
+    topk = draw(st.integers(1, num_blocks + 2))
+    attributes = {
+        "block_size": block_size,
+        "topk": topk,
+        "scored_topk": draw(st.integers(0, topk)),
+        "init_blocks": draw(st.integers(0, 3)),
+        "local_blocks": draw(st.integers(0, 3)),
+        "partial_block": draw(st.integers(0, 2)),
         "causal": draw(st.sampled_from([0, 1])),
     }
     return inputs, attributes

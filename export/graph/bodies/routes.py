@@ -1,7 +1,7 @@
-"""Portable bodies of ``CoarseRoute`` and ``FineRoute`` in standard ONNX operators (semantics: ``bilevel.operators.reference``).
+"""Portable bodies of ``SelectBlocks``, ``CoarseRoute`` and ``FineRoute`` in standard ONNX operators.
 
-Written as onnxscript functions; the names in capitals of the docstrings are the contract's letters. ``FineRoute`` reads the
-candidates' keys only, so its work does not grow with the number of blocks.
+Semantics: ``bilevel.operators.reference``. Written as onnxscript functions; the names in capitals of the docstrings are
+the contract's letters. ``FineRoute`` reads the candidates' keys only, so its work does not grow with the number of blocks.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ _bilevel = Opset(DOMAIN, 1)
 _private = Opset("bilevel.private", 1)  # helpers: inlined before the model is written
 
 FLOAT, INT32, INT64 = 1, 6, 7
+SCORED, ALWAYS_KEPT = 1, 2  # what becomes of a partial block: values of partial_block
 FLOAT_MAX = 3.4028234663852886e38
 NO_BLOCK = 33554432.0  # sorts behind every block index; fp32 holds indices up to 2**24 exactly
 
@@ -81,6 +82,56 @@ def forced_init(blocks, own, topk, local, init_blocks, horizon, block_size):
     room = op.Where(blocks < own, topk - local, topk)
     wanted = op.And(blocks < init_blocks, blocks < room)
     return op.And(wanted, op.And(blocks * block_size < horizon, op.Or(blocks > own, blocks <= own - local)))
+
+
+@script(_private, default_opset=op)
+def keep_best(given, forced, scored, topk, scored_topk):
+    """int32 [.., K]: the forced blocks and the best of those that may be scored, bool [.., U]; given: fp32 [B, Hs, L, U]."""
+    lowest = op.Constant(value_float=float("-inf"))
+    masked = op.Where(scored, selectable(given), lowest)
+    keyed = op.Where(forced, op.Constant(value_float=float("inf")), masked)
+    # K empty slots behind the blocks: the width of the result never depends on how many blocks there are.
+    padded = op.Pad(keyed, op.Concat([0, 0, 0, 0, 0, 0, 0], topk, axis=0), lowest)
+    best, index = op.TopK(padded, topk, axis=-1, largest=1, sorted=1)
+    most = op.ReduceSum(op.Cast(forced, to=INT64), [-1], keepdims=1) + scored_topk
+    return ascending(index, op.And(best > lowest, op.Range(0, op.Squeeze(topk), 1) < most), topk)
+
+
+@script(_bilevel, default_opset=op)
+def SelectBlocks(
+    scores,
+    past_len,
+    new_len,
+    block_size: int,
+    topk: int,
+    scored_topk: int,
+    init_blocks: int,
+    local_blocks: int,
+    partial_block: int,
+    causal: int,
+):
+    """Keep K blocks by given scores: fp32 [B, Hs, L, U], [B], [B] -> int32 [B, Hs, L, K]."""
+    num_kept = op.Reshape(op.Constant(value_int=topk), [1])
+    size = op.Reshape(op.Constant(value_int=block_size), [1])
+    partial_kind = op.Reshape(op.Constant(value_int=partial_block), [1])
+    num_local = op.Reshape(op.Constant(value_int=local_blocks), [1])
+    position = positions(past_len, op.Shape(scores, start=2, end=3))
+    horizon = horizons(position, past_len, new_len, op.Constant(value_int=causal))
+    own = op.Div(position, size)
+    block = op.Range(0, op.Squeeze(op.Shape(scores, start=3, end=4)), 1)
+
+    partial = op.Div(horizon, size)
+    is_cut = op.And(op.Mod(horizon, size) > 0, op.Equal(partial_kind, ALWAYS_KEPT))
+    # Where the partial block is not the own one that local_blocks forces anyway, it takes one slot of the budget for itself.
+    apart = op.And(is_cut, op.Or(partial > own, op.Equal(num_local, 0)))
+    room = num_kept - op.Cast(apart, to=INT64)
+    local = op.Min(num_local, room)
+    is_local = op.And(op.And(block > own - local, block <= own), horizon > 0)
+    is_init = forced_init(block, own, room, local, op.Constant(value_int=init_blocks), horizon, size)
+    forced = op.Or(op.And(is_cut, op.Equal(block, partial)), op.Or(is_local, is_init))
+    needed = op.Where(op.Equal(partial_kind, SCORED), 1, size)
+    scored = block * size + needed <= horizon
+    return keep_best(scores, forced, scored, num_kept, op.Constant(value_int=scored_topk))
 
 
 @script(_bilevel, default_opset=op)

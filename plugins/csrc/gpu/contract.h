@@ -42,10 +42,10 @@ struct Op {
   bool in_place;  // the output is the first input, changed
   Port inputs[6];
   Port outputs[2];
-  Attribute attributes[6];
+  Attribute attributes[7];
 };
 
-constexpr int32_t kNumOps = 6;
+constexpr int32_t kNumOps = 7;
 
 constexpr Op kOps[kNumOps] = {
     {"CoarseRoute", "1", 4, 1, 6, false,
@@ -83,6 +83,24 @@ constexpr Op kOps[kNumOps] = {
        {"num_selection_heads", AttributeKind::kInt, 1, 2147483647, {}},
        {"init_blocks", AttributeKind::kInt, 0, 2147483647, {}},
        {"local_blocks", AttributeKind::kInt, 1, 2147483647, {}},
+       {"causal", AttributeKind::kInt, 0, 1, {}},
+     }},
+    {"SelectBlocks", "1", 3, 1, 7, false,
+     {
+       {"scores", PortType::kFloat32, 4, {{"B"}, {"Hs"}, {"L"}, {"U"}}},
+       {"past_len", PortType::kInt32, 1, {{"B"}}},
+       {"new_len", PortType::kInt32, 1, {{"B"}}},
+     },
+     {
+       {"routes", PortType::kInt32, 4, {{"B"}, {"Hs"}, {"L"}, {"K", 1, "topk"}}},
+     },
+     {
+       {"block_size", AttributeKind::kInt, 1, 2147483647, {}},
+       {"topk", AttributeKind::kInt, 1, 3840, {}},
+       {"scored_topk", AttributeKind::kInt, 0, 3840, {}},
+       {"init_blocks", AttributeKind::kInt, 0, 2147483647, {}},
+       {"local_blocks", AttributeKind::kInt, 0, 2147483647, {}},
+       {"partial_block", AttributeKind::kInt, 0, 2, {}},
        {"causal", AttributeKind::kInt, 0, 1, {}},
      }},
     {"RoutedAttention", "1", 6, 1, 3, false,

@@ -18,8 +18,12 @@ struct Parallel {
   }
 };
 
-// CoarseRoute (candidates null) and FineRoute.
+// What becomes of the block of which only first tokens are visible.
+enum class PartialBlock : int64_t { kNeverScored, kScored, kAlwaysKept };
+
+// SelectBlocks (scores given), CoarseRoute (candidates null) and FineRoute.
 struct RouteArguments {
+  const float* scores;        // [B, Hs, L, U] or null: then the two below
   const float* query;         // [B, Hr, L, Dr]
   const float* unit_key;      // [B, Hk, U, Dr]
   const int32_t* candidates;  // [B, Hc, L, K1] or null
@@ -27,7 +31,8 @@ struct RouteArguments {
   const int32_t* new_len;     // [B]
   int32_t* routes;            // [B, Hs, L, K]
   int64_t batch, route_heads, length, width, key_heads, units, candidate_heads, candidates_kept;
-  int64_t selection_heads, block_size, topk, init_blocks, local_blocks;
+  int64_t selection_heads, block_size, topk, scored_topk, init_blocks, local_blocks;
+  PartialBlock partial_block;
   bool causal;
 };
 

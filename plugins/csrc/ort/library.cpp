@@ -82,7 +82,7 @@ struct Kernel {
 struct Route : Kernel {
   Route(const ort::Api& api, const ort::KernelInfo* info, bool is_fine) : Kernel(api, info), is_fine(is_fine) {
     a.block_size = integer("block_size", 1);
-    a.topk = integer("topk", 1);
+    a.topk = a.scored_topk = integer("topk", 1);
     a.selection_heads = integer("num_selection_heads", 1);
     a.init_blocks = integer("init_blocks");
     a.local_blocks = integer("local_blocks");
@@ -114,6 +114,34 @@ struct Route : Kernel {
 
   bilevel::RouteArguments a{};
   bool is_fine;
+};
+
+struct Select : Kernel {
+  Select(const ort::Api& api, const ort::KernelInfo* info) : Kernel(api, info) {
+    a.block_size = integer("block_size", 1);
+    a.topk = integer("topk", 1);
+    a.scored_topk = integer("scored_topk");
+    a.init_blocks = integer("init_blocks");
+    a.local_blocks = integer("local_blocks");
+    a.partial_block = static_cast<bilevel::PartialBlock>(integer("partial_block"));
+    a.causal = integer("causal") != 0;
+    require(a.partial_block <= bilevel::PartialBlock::kAlwaysKept, "partial_block is out of range; export the model anew");
+  }
+
+  void compute(Context& context) const override {
+    bilevel::RouteArguments call = a;
+    std::vector<int64_t> scores;
+    call.scores = context.input<float>(0, scores);
+    require(scores.size() == 4, "SelectBlocks' scores must be [B, Hs, L, U]; export the model anew");
+    static const float none = 0;
+    if (!call.scores) call.scores = &none;  // an empty tensor; null would mean CoarseRoute
+    call.batch = scores[0], call.selection_heads = scores[1], call.length = scores[2], call.units = scores[3];
+    require_lengths(context, 1, call.batch, call.length, call.past_len, call.new_len);
+    call.routes = context.output<int32_t>(0, {call.batch, call.selection_heads, call.length, call.topk});
+    kernels.route(call, context.parallel());
+  }
+
+  bilevel::RouteArguments a{};
 };
 
 struct Attention : Kernel {
@@ -236,7 +264,7 @@ struct PackedExperts : Kernel {
   int64_t bits, block;
 };
 
-enum class Operator { kCoarseRoute, kFineRoute, kRoutedAttention, kExpertRoute, kRoutedExperts, kRoutedExpertsQuantized };
+enum class Operator { kCoarseRoute, kFineRoute, kSelectBlocks, kRoutedAttention, kExpertRoute, kRoutedExperts, kRoutedExpertsQuantized };
 
 // An operator's declaration: "T" is fp32 here, 'i' int32.
 struct Op : ort::CustomOp {
@@ -257,6 +285,7 @@ ort::Status* create(const ort::CustomOp* op, const ort::Api* api, const ort::Ker
     switch (self(op).which) {
       case Operator::kCoarseRoute: made = std::make_unique<Route>(*api, info, false); break;
       case Operator::kFineRoute: made = std::make_unique<Route>(*api, info, true); break;
+      case Operator::kSelectBlocks: made = std::make_unique<Select>(*api, info); break;
       case Operator::kRoutedAttention: made = std::make_unique<Attention>(*api, info); break;
       case Operator::kExpertRoute: made = std::make_unique<ExpertRoute>(*api, info); break;
       case Operator::kRoutedExperts: made = std::make_unique<Experts>(*api, info); break;
@@ -310,6 +339,7 @@ __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::Sessi
   static const Op operators[] = {
       declare(Operator::kCoarseRoute, "CoarseRoute", "ffii", "i"),
       declare(Operator::kFineRoute, "FineRoute", "ffiii", "i"),
+      declare(Operator::kSelectBlocks, "SelectBlocks", "fii", "i"),
       declare(Operator::kRoutedAttention, "RoutedAttention", "fffiii", "f"),
       declare(Operator::kExpertRoute, "ExpertRoute", "fff", "if"),
       declare(Operator::kRoutedExperts, "RoutedExperts", "fifff", "f"),

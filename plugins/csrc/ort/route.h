@@ -1,4 +1,4 @@
-// CoarseRoute and FineRoute. Included once per instruction set.
+// SelectBlocks, CoarseRoute and FineRoute. Included once per instruction set.
 
 // A score and its block as one number that orders as the contract says: score descending, index ascending. 0: never selected.
 BILEVEL_INLINE uint64_t rank_of(float score, int64_t block) {
@@ -14,26 +14,32 @@ BILEVEL_INLINE int32_t block_of(uint64_t rank) { return static_cast<int32_t>(0xf
 
 // What one position may see, and which blocks it keeps whatever their score.
 struct Position {
-  int64_t own, complete, visible;  // own block; blocks that may be scored; blocks with a visible token
+  int64_t own, scorable, visible;  // own block; blocks that may be scored; blocks with a visible token
+  int64_t partial = -1;            // the block that is kept because only its first tokens are visible
 
   Position(const RouteArguments& a, int64_t b, int64_t i) {
     const int64_t position = a.past_len[b] + i;
     const int64_t horizon = a.causal ? position + 1 : a.past_len[b] + a.new_len[b];
     own = position / a.block_size;
-    complete = horizon / a.block_size;
+    scorable = horizon / a.block_size;
     visible = (horizon + a.block_size - 1) / a.block_size;
+    if (a.partial_block == PartialBlock::kAlwaysKept && scorable < visible) partial = scorable;
+    if (a.partial_block == PartialBlock::kScored) scorable = visible;
   }
 
+  bool is_local(const RouteArguments& a, int64_t block) const { return block <= own && block > own - a.local_blocks; }
+
   bool is_forced(const RouteArguments& a, int64_t block) const {
-    return (block <= own && block > own - a.local_blocks) || block < std::min(a.init_blocks, visible);
+    return is_local(a, block) || block < std::min(a.init_blocks, visible) || block == partial;
   }
 
   // The forced blocks, most important first, at most topk of them.
   int64_t forced(const RouteArguments& a, int32_t* out) const {
     int64_t count = 0;
+    if (partial >= 0 && !is_local(a, partial)) out[count++] = static_cast<int32_t>(partial);
     for (int64_t j = own; j >= 0 && j > own - a.local_blocks && count < a.topk; --j) out[count++] = static_cast<int32_t>(j);
     for (int64_t j = 0; j < std::min(a.init_blocks, visible) && count < a.topk; ++j)
-      if (j > own || j <= own - a.local_blocks) out[count++] = static_cast<int32_t>(j);
+      if (!is_local(a, j) && j != partial) out[count++] = static_cast<int32_t>(j);
     return count;
   }
 };
@@ -69,17 +75,55 @@ static void sum_queries(const RouteArguments& a, int64_t b, int64_t s, int64_t i
   }
 }
 
-// Keep the topk best of the forced blocks and the ranked ones; write them ascending, -1 behind.
-static void write_route(const RouteArguments& a, const Position& at, std::vector<uint64_t>& ranks, int32_t* route) {
-  int64_t count = at.forced(a, route);
-  const int64_t room = a.topk - count;
-  if (room < static_cast<int64_t>(ranks.size()))
-    std::nth_element(ranks.begin(), ranks.begin() + room, ranks.end(), std::greater<uint64_t>());
-  const int64_t taken = std::min<int64_t>(room, ranks.size());
-  for (int64_t n = 0; n < taken; ++n) route[count++] = block_of(ranks[n]);
-  std::sort(route, route + count);
-  std::fill(route + count, route + a.topk, -1);
+// Keep the `room` best of `ranks`, in any order.
+static void keep_highest(std::vector<uint64_t>& ranks, int64_t room) {
+  if (room >= static_cast<int64_t>(ranks.size())) return;
+  std::nth_element(ranks.begin(), ranks.begin() + room, ranks.end(), std::greater<uint64_t>());
+  ranks.resize(room);
 }
+
+// Write the forced blocks that begin the route and the ranked ones in ascending order, -1 behind.
+static void write_route(const RouteArguments& a, const std::vector<uint64_t>& ranks, int64_t forced, int32_t* route) {
+  for (const uint64_t rank : ranks) route[forced++] = block_of(rank);
+  std::sort(route, route + forced);
+  std::fill(route + forced, route + a.topk, -1);
+}
+
+// The best of a stream of scores. Most of a long one lies below the least that is kept, which one comparison shows.
+struct Best {
+  std::vector<uint64_t>& ranks;
+  int64_t room;
+  float least = -INFINITY;  // a score must be above it to be kept
+
+  Best(std::vector<uint64_t>& ranks, int64_t room) : ranks(ranks), room(room) { ranks.clear(); }
+
+  // Blocks [first, last), which come after all earlier ones: of equal scores the earlier block stays.
+  void add(const float* scores, int64_t first, int64_t last) {
+    if (room == 0) return;
+    int64_t j = first;
+    for (; j + kLanes <= last; j += kLanes)
+      if (any(load(scores + j) > splat(least))) offer(scores, j, j + kLanes);
+    offer(scores, j, last);
+  }
+
+ private:
+  static bool any(Ints mask) {
+    int32_t hit = 0;
+    for (int lane = 0; lane < kLanes; ++lane) hit |= mask[lane];
+    return hit != 0;
+  }
+
+  void offer(const float* scores, int64_t first, int64_t last) {
+    for (int64_t j = first; j < last; ++j) {
+      if (!(scores[j] > least)) continue;  // NaN too
+      ranks.push_back(rank_of(scores[j], j));
+      if (static_cast<int64_t>(ranks.size()) < 2 * room + kLanes) continue;
+      keep_highest(ranks, room);
+      const int64_t last_kept = block_of(*std::min_element(ranks.begin(), ranks.end()));
+      least = std::min(scores[last_kept], 3.402823466e38f);  // +inf ranks as the largest finite number
+    }
+  }
+};
 
 // Adds to scores [count] those of `blocks` (null: of first, first + 1, ...) for the summed queries in `scratch`.
 static void score_blocks(const RouteArguments& a, int64_t b, const RouteScratch& scratch, const int32_t* blocks, int64_t first,
@@ -98,29 +142,30 @@ static void score_blocks(const RouteArguments& a, int64_t b, const RouteScratch&
 }
 
 // From the scores of every block that may be chosen to the route.
-static void select_coarse(const RouteArguments& a, const Position& at, const float* scores, RouteScratch& scratch, int32_t* route) {
-  scratch.ranks.clear();
-  for (int64_t j = 0; j < std::min(at.complete, a.units); ++j) {
-    if (at.is_forced(a, j)) continue;
-    if (const uint64_t rank = rank_of(scores[j], j)) scratch.ranks.push_back(rank);
-  }
-  write_route(a, at, scratch.ranks, route);
+static void select_blocks(const RouteArguments& a, const Position& at, const float* scores, RouteScratch& scratch, int32_t* route) {
+  const int64_t forced = at.forced(a, route), limit = std::min(at.scorable, a.units), init = std::min(a.init_blocks, limit);
+  Best best(scratch.ranks, std::min(a.topk - forced, a.scored_topk));
+  // Between the initial blocks and the local ones, and behind the own one. A partial block that is kept is not among them.
+  best.add(scores, init, std::min(limit, std::max(init, at.own - a.local_blocks + 1)));
+  best.add(scores, std::max(init, at.own + 1), limit);
+  keep_highest(scratch.ranks, best.room);
+  write_route(a, scratch.ranks, forced, route);
 }
 
 static void route_coarse(const RouteArguments& a, int64_t b, int64_t s, int64_t i, RouteScratch& scratch, int32_t* route) {
   const Position at(a, b, i);
-  const int64_t count = std::min(at.complete, a.units);
+  const int64_t count = std::min(at.scorable, a.units);
   sum_queries(a, b, s, i, scratch);
   scratch.scores.assign(count, 0.0f);
   score_blocks(a, b, scratch, nullptr, 0, count, scratch.scores.data());
-  select_coarse(a, at, scratch.scores.data(), scratch, route);
+  select_blocks(a, at, scratch.scores.data(), scratch, route);
 }
 
 static void route_fine(const RouteArguments& a, int64_t b, int64_t s, int64_t i, RouteScratch& scratch, int32_t* route) {
   const Position at(a, b, i);
   const int64_t list = s * a.candidate_heads / a.selection_heads;
   const int32_t* given = a.candidates + ((b * a.candidate_heads + list) * a.length + i) * a.candidates_kept;
-  const int64_t limit = std::min(at.complete, a.units);
+  const int64_t limit = std::min(at.scorable, a.units);
   std::vector<int32_t>& blocks = scratch.blocks;
   blocks.clear();
   bool ascending = true;  // CoarseRoute writes them so
@@ -139,7 +184,9 @@ static void route_fine(const RouteArguments& a, int64_t b, int64_t s, int64_t i,
   scratch.ranks.clear();
   for (size_t n = 0; n < blocks.size(); ++n)
     if (const uint64_t rank = rank_of(scratch.scores[n], blocks[n])) scratch.ranks.push_back(rank);
-  write_route(a, at, scratch.ranks, route);
+  const int64_t forced = at.forced(a, route);
+  keep_highest(scratch.ranks, a.topk - forced);
+  write_route(a, scratch.ranks, forced, route);
 }
 
 // One position's place in the batch.
@@ -162,7 +209,7 @@ static void route_few(const RouteArguments& a, int64_t rows, const Parallel& par
     const RouteRow row(a, unit / pieces);
     if (row.i >= a.new_len[row.b]) return;
     const int64_t first = unit % pieces * kBlocks;
-    const int64_t last = std::min({first + kBlocks, Position(a, row.b, row.i).complete, a.units});
+    const int64_t last = std::min({first + kBlocks, Position(a, row.b, row.i).scorable, a.units});
     sum_queries(a, row.b, row.s, row.i, scratch);
     if (first < last)
       score_blocks(a, row.b, scratch, nullptr, first, last - first, scores.data() + unit / pieces * a.units + first);
@@ -172,14 +219,14 @@ static void route_few(const RouteArguments& a, int64_t rows, const Parallel& par
     if (row.i >= a.new_len[row.b])
       std::fill(row.route, row.route + a.topk, -1);
     else
-      select_coarse(a, Position(a, row.b, row.i), scores.data() + n * a.units, RouteScratch::of_this_thread(), row.route);
+      select_blocks(a, Position(a, row.b, row.i), scores.data() + n * a.units, RouteScratch::of_this_thread(), row.route);
   }
 }
 
 static void route(const RouteArguments& a, const Parallel& parallel) {
   constexpr int64_t kRows = 16;  // positions per unit of work
   const int64_t rows = a.batch * a.selection_heads * a.length;
-  if (!a.candidates && rows <= kRows) return route_few(a, rows, parallel);
+  if (!a.scores && !a.candidates && rows <= kRows) return route_few(a, rows, parallel);
   parallel.each((rows + kRows - 1) / kRows, [&](size_t unit) {
     RouteScratch& scratch = RouteScratch::of_this_thread();
     const int64_t last = std::min<int64_t>((unit + 1) * kRows, rows);
@@ -187,6 +234,8 @@ static void route(const RouteArguments& a, const Parallel& parallel) {
       const RouteRow row(a, n);
       if (row.i >= a.new_len[row.b])
         std::fill(row.route, row.route + a.topk, -1);
+      else if (a.scores)
+        select_blocks(a, Position(a, row.b, row.i), a.scores + n * a.units, scratch, row.route);
       else if (a.candidates)
         route_fine(a, row.b, row.s, row.i, scratch, row.route);
       else

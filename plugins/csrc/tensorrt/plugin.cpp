@@ -8,6 +8,7 @@
 #include <new>
 #include <optional>
 #include <sstream>
+#include <utility>
 
 #include "NvInferRuntime.h"
 #include "calls.h"
@@ -273,17 +274,19 @@ void write_log(ILogger::Severity severity, const char* op, const char* what, con
   }
 }
 
+// One creator for every operator.
+template <size_t... Index>
+nvinfer1::IPluginCreatorInterface* const* creators_of(std::index_sequence<Index...>) {
+  static Creator creators[] = {Creator(kOps[Index])...};
+  static nvinfer1::IPluginCreatorInterface* const list[] = {&creators[Index]...};
+  return list;
+}
+
 }  // namespace bilevel
 
 extern "C" BILEVEL_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { bilevel::set_logger_finder(finder); }
 
 extern "C" BILEVEL_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
-  using bilevel::Creator;
-  static Creator creators[] = {Creator(bilevel::kOps[0]), Creator(bilevel::kOps[1]), Creator(bilevel::kOps[2]),
-                               Creator(bilevel::kOps[3]), Creator(bilevel::kOps[4]), Creator(bilevel::kOps[5])};
-  static nvinfer1::IPluginCreatorInterface* const list[] = {&creators[0], &creators[1], &creators[2],
-                                                             &creators[3], &creators[4], &creators[5]};
-  static_assert(sizeof list / sizeof *list == bilevel::kNumOps, "every operator has a creator");
   count = bilevel::kNumOps;
-  return list;
+  return bilevel::creators_of(std::make_index_sequence<bilevel::kNumOps>());
 }

@@ -145,8 +145,12 @@ KERNEL_FAULTS = {
     "level 2: key heads interleaved": _kernel(
         "route.h", "key_head = r * a.key_heads / a.route_heads", "key_head = r % a.key_heads", "layer 0 level 2", "FineRoute"
     ),
-    "both levels: top-k off by one": _kernel(
-        "route.h", "const int64_t room = a.topk - count;", "const int64_t room = a.topk - count - 1;", "level 1", "CoarseRoute"
+    "level 1: top-k off by one": _kernel(
+        "route.h",
+        "std::min(a.topk - forced, a.scored_topk)",
+        "std::max<int64_t>(0, a.topk - forced - 1)",
+        "level 1",
+        "CoarseRoute",
     ),
     "attention: a repeated block counted twice": _kernel(
         "attention.h",

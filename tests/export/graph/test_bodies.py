@@ -40,6 +40,7 @@ from tests.support.operator_calls import (
     route_calls,
     run_body,
     run_reference,
+    select_calls,
 )
 
 # What a body is made of
@@ -148,6 +149,11 @@ def test_fine_route_body_equals_reference(call: tuple[Inputs, Attributes]) -> No
     assert_equal("FineRoute", *call)
 
 
+@given(call=select_calls())
+def test_select_blocks_body_equals_reference(call: tuple[Inputs, Attributes]) -> None:
+    assert_equal("SelectBlocks", *call)
+
+
 @pytest.mark.parametrize("name", ["CoarseRoute", "FineRoute"])
 @pytest.mark.parametrize("causal", [0, 1], ids=["full", "causal"])
 @pytest.mark.parametrize("score", [0.0, torch.nan, torch.inf, -torch.inf], ids=["zero", "nan", "inf", "-inf"])
@@ -164,7 +170,7 @@ def test_route_body_all_scores_equal(name: str, causal: int, score: float) -> No
     assert routes[0, 0, 19].tolist() == scored
 
 
-@pytest.mark.parametrize("name", ["CoarseRoute", "FineRoute"])
+@pytest.mark.parametrize("name", ["CoarseRoute", "FineRoute", "SelectBlocks"])
 def test_route_body_empty_rows_have_no_routes(name: str) -> None:
     inputs, attributes = make_call(name)
     inputs["new_len"] = int32(0, 0)

@@ -17,6 +17,7 @@ from bilevel.errors import BilevelError, ConfigError, ContractError, ExportError
 from bilevel.export.graph.module import save_onnx
 
 ROUTE: dict[str, Any] = {"block_size": 4, "num_selection_heads": 2, "init_blocks": 1, "local_blocks": 1, "causal": 1}
+WITHOUT_HEADS = {name: value for name, value in ROUTE.items() if name != "num_selection_heads"}
 ATTEND: dict[str, Any] = {"block_size": 4, "causal": 1, "scale": 0.5}
 
 
@@ -88,6 +89,46 @@ class LevelOneIgnored(Attention):
         return self.attend(q, k, routes, past_len, new_len) + 0.0 * candidates.sum()
 
 
+class OwnScores(Attention):
+    """A router of one's own, behind level 1's choice as a mask."""
+
+    scored_topk = 2
+
+    def refine(self, q: Tensor, block_key: Tensor, candidates: Tensor, past_len: Tensor, new_len: Tensor) -> Tensor:
+        allowed = (candidates[..., None] == torch.arange(block_key.shape[2])).any(3)
+        scores = torch.where(allowed, self.scores(q[:, ::2] @ block_key.mT), -torch.inf)
+        return ops.select_blocks(
+            scores, past_len, new_len, topk=2, scored_topk=self.scored_topk, partial_block=0, **WITHOUT_HEADS
+        )
+
+    def scores(self, products: Tensor) -> Tensor:
+        return products.relu()
+
+
+class FrozenScores(OwnScores):
+    def refine(self, q: Tensor, block_key: Tensor, candidates: Tensor, past_len: Tensor, new_len: Tensor) -> Tensor:
+        scores = torch.arange(4.0).expand(2, 2, q.shape[2], 4)
+        options = {"topk": 2, "scored_topk": self.scored_topk, "partial_block": 0, **WITHOUT_HEADS}
+        return ops.select_blocks(scores, past_len, new_len, **options)
+
+    def forward(self, q: Tensor, k: Tensor, past_len: Tensor, new_len: Tensor) -> Tensor:
+        return self.attend(q, k, self.refine(q, k, k, past_len, new_len), past_len, new_len)
+
+
+class WindowOnly(FrozenScores):
+    """Nothing is kept for its score: there is nothing to freeze."""
+
+    scored_topk = 0
+
+
+class SelectionIgnored(OwnScores):
+    def forward(self, q: Tensor, k: Tensor, past_len: Tensor, new_len: Tensor) -> Tensor:
+        block_key = k.unflatten(2, (-1, 4)).mean(3)
+        candidates = ops.coarse_route(q, block_key, past_len, new_len, topk=self.coarse_topk, **ROUTE)
+        routes = self.refine(q, block_key, candidates, past_len, new_len)
+        return self.attend(q, k, candidates, past_len, new_len) + 0.0 * routes.sum()
+
+
 class DroppedRouter(Attention):
     """A learned router whose projection nobody reads."""
 
@@ -105,6 +146,24 @@ def test_guards_pass_the_module_as_it_should_be(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("kind", "operators"),
+    [
+        (OwnScores, ["CoarseRoute", "SelectBlocks", "RoutedAttention"]),
+        (WindowOnly, ["SelectBlocks", "RoutedAttention"]),
+    ],
+)
+def test_guards_pass_given_scores(tmp_path: Path, kind: type[Attention], operators: list[str]) -> None:
+    model = save_onnx(kind(), EXAMPLE, tmp_path / "x.onnx", output_names=["out"])
+    assert [n.op_type for n in model.graph.node if n.domain == "bilevel"] == operators
+
+
+def test_scores_in_sixteen_bits_are_refused(tmp_path: Path) -> None:
+    example = {name: x.half() if x.is_floating_point() else x for name, x in EXAMPLE.items()}
+    with pytest.raises(ContractError, match="SelectBlocks: scores must be float32, got float16"):
+        save_onnx(OwnScores(), example, tmp_path / "x.onnx", output_names=["out"])
+
+
+@pytest.mark.parametrize(
     ("kind", "error", "message"),
     [
         (TooManyKept, ContractError, "topk=3841.* 3840"),
@@ -117,6 +176,8 @@ def test_guards_pass_the_module_as_it_should_be(tmp_path: Path) -> None:
             ExportError,
             "nothing obeys the selection of FineRoute.*run densely; pass its output to RoutedAttention",
         ),
+        (FrozenScores, ExportError, "SelectBlocks .* has scores that depend on no input: tracing froze the selection"),
+        (SelectionIgnored, ExportError, "nothing obeys the selection of SelectBlocks.*pass its output to RoutedAttention"),
         (LevelOneIgnored, ExportError, "nothing obeys the selection of CoarseRoute"),
         (DroppedRouter, ExportError, "never reads 1 parameter.*'router.weight'.*make forward use it, or delete it"),
     ],

@@ -221,3 +221,17 @@ def test_save_onnx_contract_is_checked_while_tracing(tmp_path: Path) -> None:
     }
     with pytest.raises(ContractError, match="10 tokens, not a multiple of block_size=4.*pad_to_blocks"):
         save_onnx(Wrong(), feeds, tmp_path / "x.onnx", output_names=["y"])
+
+
+def test_save_onnx_inputs_that_are_one_tensor(tmp_path: Path) -> None:
+    """Two caches may share their example: they are two inputs all the same."""
+
+    class Difference(nn.Module):
+        def forward(self, keys: Tensor, values: Tensor) -> Tensor:
+            return keys - values
+
+    one = torch.zeros(2, 3)
+    save_onnx(Difference(), {"keys": one, "values": one}, tmp_path / "x.onnx", output_names=["out"])
+    feeds = {"keys": np.ones((2, 3), np.float32), "values": np.zeros((2, 3), np.float32)}
+    (out,) = ort.InferenceSession(str(tmp_path / "x.onnx")).run(None, feeds)
+    assert (out == 1).all()

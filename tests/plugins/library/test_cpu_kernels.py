@@ -16,6 +16,7 @@ from bilevel.operators import attention, routing
 from tests.support.cpu_library import open_kernel, run_kernel, sets_here
 from tests.support.operator_calls import (
     ROUTE,
+    SELECT,
     Attributes,
     Inputs,
     assert_same,
@@ -27,6 +28,7 @@ from tests.support.operator_calls import (
     packed_calls,
     route_calls,
     run_reference,
+    select_calls,
     whole,
 )
 
@@ -55,6 +57,11 @@ def test_coarse_route_kernel_equals_reference(call: tuple[Inputs, Attributes]) -
 @given(call=route_calls(fine=True))
 def test_fine_route_kernel_equals_reference(call: tuple[Inputs, Attributes]) -> None:
     check("FineRoute", *call)
+
+
+@given(call=select_calls())
+def test_select_blocks_kernel_equals_reference(call: tuple[Inputs, Attributes]) -> None:
+    check("SelectBlocks", *call)
 
 
 @given(call=attention_calls())
@@ -252,10 +259,12 @@ def big_calls() -> list[tuple[str, Inputs, Attributes]]:
             **lengths_of(2, length, 4 * 900 - length, generator),
         }
         calls.append(("CoarseRoute", inputs, {**ROUTE, "topk": 50}))
+        scores = {"scores": torch.randn(2, 2, length, 900, generator=generator), **dict(list(inputs.items())[2:])}
+        calls.append(("SelectBlocks", scores, {**SELECT, "topk": 50, "scored_topk": 48}))
     return [*calls, *((name, *make_call(name, 200)) for name in ("ExpertRoute", "RoutedExperts", "RoutedExpertsQuantized"))]
 
 
-@pytest.mark.parametrize("call", range(9))
+@pytest.mark.parametrize("call", range(11))
 def test_kernels_are_the_same_for_any_number_of_threads(call: int) -> None:
     name, inputs, attributes = big_calls()[call]
     for isa in sets_here():
@@ -263,7 +272,7 @@ def test_kernels_are_the_same_for_any_number_of_threads(call: int) -> None:
         assert all(torch.equal(one, two) for one, two in pairs), isa
 
 
-@pytest.mark.parametrize("call", range(9))
+@pytest.mark.parametrize("call", range(11))
 def test_kernels_overwrite_all_of_a_bound_output(call: int) -> None:
     """A buffer that is used again, full of NaN and -7, and calls from two threads at once."""
     name, inputs, attributes = big_calls()[call]
@@ -285,7 +294,8 @@ def test_kernels_overwrite_all_of_a_bound_output(call: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["CoarseRoute", "FineRoute", "RoutedAttention", "ExpertRoute", "RoutedExperts", "RoutedExpertsQuantized"]
+    "name",
+    ["CoarseRoute", "FineRoute", "SelectBlocks", "RoutedAttention", "ExpertRoute", "RoutedExperts", "RoutedExpertsQuantized"],
 )
 def test_kernels_take_empty_calls(name: str) -> None:
     """No rows, no tokens: outputs of that size and no error."""
@@ -293,7 +303,7 @@ def test_kernels_take_empty_calls(name: str) -> None:
     for size in ("B", "L") if "past_len" in inputs else ("T",):
         axes = {
             "B": {0: inputs.keys()},
-            "L": {2: ["query", "q", "candidates", "routes"]},
+            "L": {2: ["query", "q", "candidates", "routes", "scores"]},
             "T": {0: ["x", "ids", "weights", "logits", "group_logits"]},
         }
         empty = dict(inputs)

@@ -334,8 +334,8 @@ def test_raw_pointers_that_are_null(library: KernelLibrary) -> None:
 
 def test_info_names_what_the_library_holds(library: KernelLibrary) -> None:
     assert library.info["abi"] == 1 and set(library.info["architectures"]) == {"80", "87", "90"}
-    assert len(library.info["variants"]) == 16  # three types, and ExpertRoute has no model type
-    assert {"op": "ExpertRoute", "dtype": "float32"}.items() <= library.info["variants"][3].items()
+    assert len(library.info["variants"]) == 17  # three types, and SelectBlocks and ExpertRoute have no model type
+    assert {"op": "ExpertRoute", "dtype": "float32"}.items() <= library.info["variants"][4].items()
 
 
 def test_files_that_are_no_library(tmp_path: Path) -> None:

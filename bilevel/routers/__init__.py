@@ -1,0 +1,1 @@
+"""Published routers as modules: scores in plain PyTorch, then ``bilevel.ops.select_blocks``. One file each, with its source."""
