@@ -118,7 +118,7 @@ def _fake_outputs(op: contract.Op, tensors: tuple[Tensor, ...], attributes: dict
 
 def _form(op: contract.Op, eager: Callable[..., Any]) -> Callable[..., Any]:
     """``op`` on checked inputs: by the kernels, or by the PyTorch form ``eager``."""
-    differentiable = any(port.dtype != "int32" for port in op.outputs)
+    differentiable = _is_differentiable(op)
 
     def form(*tensors: Tensor, **attributes: Any) -> Any:
         kernels = gpu_kernels.kernels_for(tensors[0].device.type)
@@ -131,8 +131,52 @@ def _form(op: contract.Op, eager: Callable[..., Any]) -> Callable[..., Any]:
     return form
 
 
-def _define(op: contract.Op, eager: Callable[..., Any]) -> Callable[..., Any]:
-    """Register ``torch.ops.bilevel.<name>`` and return the function that modules call."""
+def _is_differentiable(op: contract.Op) -> bool:
+    return any(port.dtype != "int32" for port in op.outputs)
+
+
+def _register_gradient(op: contract.Op, eager: Callable[..., Any]) -> None:
+    """The gradient of ``torch.ops.bilevel.<name>``: that of the PyTorch form, which is computed again from the inputs. It is an
+    operator of its own, ``<name>_backward``, so that torch.compile does not look into what follows the data."""
+    floats = [port.dtype != "int32" for port in op.outputs]
+    learned = [n for n, port in enumerate(op.inputs) if port.dtype in ("T", "float32")]
+    schema = _torch_schema(op).split("(", 1)[1].rsplit(" ->", 1)[0]
+    gradients = ", ".join(f"Tensor gradient{n}" for n, is_float in enumerate(floats) if is_float)
+    outputs = ", ".join("Tensor" for _ in learned)
+    name = f"{op.torch_name}_backward"
+    _library.define(f"{name}({gradients}, {schema} -> ({outputs})")
+
+    def backward(*tensors: Tensor, **attributes: Any) -> tuple[Tensor, ...]:
+        given, inputs = tensors[: sum(floats)], [x.detach() for x in tensors[sum(floats) :]]
+        sources = [inputs[n].requires_grad_() for n in learned]
+        with torch.enable_grad():
+            outputs = eager(*inputs, **attributes)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        outputs = [out for out, is_float in zip(outputs, floats, strict=True) if is_float]
+        found = torch.autograd.grad(outputs, sources, given, allow_unused=True, materialize_grads=True)
+        return tuple(x.contiguous() for x in found)
+
+    def fake(*tensors: Tensor, **attributes: Any) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(tensors[sum(floats) + n], memory_format=torch.contiguous_format) for n in learned)
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any, keyword_only_inputs: dict[str, Any] | None = None) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.attributes = keyword_only_inputs or {}
+
+    def gradient(ctx: Any, *given: Tensor) -> tuple[Tensor | None, ...]:
+        node = getattr(getattr(torch.ops, contract.DOMAIN), name)
+        given = tuple(grad for grad, is_float in zip(given, floats, strict=True) if is_float)
+        found = dict(zip(learned, node(*given, *ctx.saved_tensors, **ctx.attributes), strict=True))
+        return tuple(found.get(n) if want else None for n, want in enumerate(ctx.needs_input_grad))
+
+    _library.impl(name, backward, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{contract.DOMAIN}::{name}", fake, lib=_library)
+    torch.library.register_autograd(f"{contract.DOMAIN}::{op.torch_name}", gradient, setup_context=setup, lib=_library)
+
+
+def _define(op: contract.Op, eager: Callable[..., Any], *, is_opaque: bool = False) -> Callable[..., Any]:
+    """Register ``torch.ops.bilevel.<name>`` and return the function that modules call. is_opaque: torch.compile calls the
+    operator as a whole, since what its PyTorch form does follows the data."""
     form = _form(op, eager)
 
     def checked(*tensors: Tensor, **attributes: Any) -> Any:
@@ -146,10 +190,14 @@ def _define(op: contract.Op, eager: Callable[..., Any]) -> Callable[..., Any]:
         return _fake_outputs(op, tensors, attributes)
 
     torch.library.register_fake(f"{contract.DOMAIN}::{op.torch_name}", fake, lib=_library)
+    if _is_differentiable(op):
+        _register_gradient(op, eager)
     node = getattr(getattr(torch.ops, contract.DOMAIN), op.torch_name)
 
     def call(*tensors: Tensor, **attributes: Any) -> Any:
         if not torch.compiler.is_exporting():
+            if is_opaque and torch.compiler.is_compiling():
+                return node(*tensors, **attributes)
             outputs = checked(*tensors, **attributes)
             if (calls := _recording.get()) is not None:
                 calls.append(Call(op, tensors, attributes, outputs if isinstance(outputs, tuple) else (outputs,)))
@@ -168,7 +216,7 @@ def _define(op: contract.Op, eager: Callable[..., Any]) -> Callable[..., Any]:
 coarse_route = _define(contract.COARSE_ROUTE, routing.coarse_route)
 fine_route = _define(contract.FINE_ROUTE, routing.fine_route)
 select_blocks = _define(contract.SELECT_BLOCKS, routing.select_blocks)
-routed_attention = _define(contract.ROUTED_ATTENTION, attention.routed_attention)
+routed_attention = _define(contract.ROUTED_ATTENTION, attention.routed_attention, is_opaque=True)
 expert_route = _define(contract.EXPERT_ROUTE, experts.expert_route)
 routed_experts = _define(contract.ROUTED_EXPERTS, experts.routed_experts)
 routed_experts_quantized = _define(contract.ROUTED_EXPERTS_QUANTIZED, experts.routed_experts_quantized)

@@ -34,6 +34,8 @@ LAW: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     "bilevel.bundle.confined": (("bilevel.errors",), ()),  # a process starts with it
     # The one door to the kernels: nothing but this module, inside a function, loads PyTorch's and Triton's side of plugins/.
     "bilevel.gpu_kernels": (("bilevel.plugins.kernels.launch",), ()),
+    # And the one to the CPU library, for training.
+    "bilevel.operators.cpu_library": (("bilevel", "bilevel.plugins.library.cpu"), ("torch",)),
     # What describes the kernels' launches is read without PyTorch and Triton too, by whoever writes a launcher in C.
     "bilevel.plugins.launch": ((*LEAVES, "bilevel.plugins.launch"), ()),
     "bilevel.plugins.kernels": ((*LEAVES, "bilevel.plugins.launch", "bilevel.plugins.kernels"), ("torch", "triton")),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from bilevel.operators import cpu_library, routed_tiles
 from bilevel.operators.precision import wide
-from bilevel.operators.routing import block_mask, head_map
+from bilevel.operators.routing import head_map
 
 
 def visible_tokens(capacity: int, length: int, past_len: Tensor, new_len: Tensor, causal: bool) -> Tensor:
@@ -96,15 +98,30 @@ def routed_attention(
     causal: int,
     scale: float,
 ) -> Tensor:
-    """Softmax attention over the tokens of the routed blocks (see ``bilevel.operators.reference.routed_attention``)."""
-    capacity = k.shape[2]
-    kept = block_mask(routes, capacity // block_size).repeat_interleave(block_size, dim=-1)
-    kept = kept[:, head_map(q.shape[1], routes.shape[1], q.device)] if routes.shape[1] > 1 else kept
-    visible = visible_tokens(capacity, q.shape[2], past_len, new_len, bool(causal))
-    # A garbage token that nobody may see must not poison the sum: 0 * NaN is NaN.
-    reach = torch.arange(capacity, device=k.device) < (past_len + new_len)[:, None]
-    k, v = (torch.where(reach[:, None, :, None], x, 0) for x in (k, v))
-    return masked_attention(q, k, v, AttentionMask.of(kept & visible[:, None]), scale)
+    """Softmax attention over the tokens of the routed blocks (see ``bilevel.operators.reference.routed_attention``); ``v`` may
+    be of another width than ``k``. Time and memory, of the gradients too, follow the blocks that are kept."""
+    call = routed_tiles.Call(
+        routes, past_len, new_len, block_size, bool(causal), float(scale), q.shape[1], k.shape[1], k.shape[2]
+    )
+    return _RoutedAttention.apply(q, k, v, call)
+
+
+class _RoutedAttention(torch.autograd.Function):
+    """Keeps q, k, v, the output and each row's log-sum-exp; probabilities are computed again on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: routed_tiles.Call) -> Tensor:
+        kernels = cpu_library if any(ctx.needs_input_grad) and cpu_library.covers(q, k, v) else None
+        out, lse = kernels.attention_forward(q, k, v, call) if kernels else routed_tiles.forward(q, k, v, call)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.call, ctx.kernels = call, kernels
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        gradients: Any = ctx.kernels.attention_backward if ctx.kernels else routed_tiles.backward
+        return (*gradients(grad, *ctx.saved_tensors, ctx.call), None)
 
 
 def every_block(num_blocks: int, length: int, past_len: Tensor, new_len: Tensor, block_size: int) -> Tensor:

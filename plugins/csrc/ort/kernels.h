@@ -49,6 +49,16 @@ struct AttentionArguments {
   float scale;
 };
 
+// RoutedAttention for training: values of a width of their own, and gradients where grad_out is given.
+struct TrainingArguments {
+  AttentionArguments call;   // v: [B, Hkv, M, E], out: [B, Hq, L, E]
+  float* lse;                // [B, Hq, L], natural logarithm; -inf of a row that reads nothing
+  const float* grad_out;     // [B, Hq, L, E], or null: forward
+  float* grad_q;             // [B, Hq, L, D]
+  float *grad_k, *grad_v;    // [pieces, B, Hkv, M, D or E], zeros: what each piece of the tokens adds
+  int64_t value_width, pieces;
+};
+
 enum class GroupScore { kMax, kTop2Sum, kExternal };
 
 struct ExpertRouteArguments {
@@ -89,6 +99,7 @@ struct Kernels {
   const char* name;
   void (*route)(const RouteArguments&, const Parallel&);
   void (*attention)(const AttentionArguments&, const Parallel&);
+  void (*train_attention)(const TrainingArguments&, const Parallel&);
   void (*expert_route)(const ExpertRouteArguments&, const Parallel&);
   void (*experts)(const ExpertsArguments&, const Parallel&);
 };
@@ -98,5 +109,8 @@ namespace avx512 { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
 #endif
 namespace baseline { extern const Kernels kernels; }
+
+// The best kernels that this CPU has, or those that BILEVEL_CPU_ISA names (for tests; ignored where the CPU lacks them).
+const Kernels& best_kernels();
 
 }  // namespace bilevel

@@ -1,5 +1,4 @@
 // The operators as an ONNX Runtime custom-op library: domain "bilevel", CPU, fp32.
-#include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <memory>
@@ -15,25 +14,6 @@ namespace {
 
 using ort::Context;
 using ort::require;
-
-// The best kernels that this CPU has, or those that BILEVEL_CPU_ISA names (for tests; ignored where the CPU lacks them).
-const bilevel::Kernels& best_kernels() {
-  const bilevel::Kernels* usable[3];
-  int count = 0;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool is_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (is_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"))
-    usable[count++] = &bilevel::avx512::kernels;
-  if (is_avx2) usable[count++] = &bilevel::avx2::kernels;
-#endif
-  usable[count++] = &bilevel::baseline::kernels;
-  const char* wanted = std::getenv("BILEVEL_CPU_ISA");
-  for (int i = 0; wanted && i < count; ++i)
-    if (!std::strcmp(wanted, usable[i]->name)) return *usable[i];
-  return *usable[0];
-}
 
 // past_len and new_len [B]: how many tokens each row's cache holds, and how many of the L tokens of this call are its own.
 void require_lengths(const ort::Context& context, size_t first, int64_t batch, int64_t length, const int32_t*& past_len,
@@ -76,7 +56,7 @@ struct Kernel {
 
   const ort::Api& api;
   const ort::KernelInfo* info;
-  const bilevel::Kernels& kernels = best_kernels();
+  const bilevel::Kernels& kernels = bilevel::best_kernels();
 };
 
 struct Route : Kernel {
@@ -359,7 +339,4 @@ __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::Sessi
   }
   return api->call(ort::kAddCustomOpDomain, options, domain);
 }
-
-// The instruction set whose kernels this CPU gets: "avx512", "avx2" or "baseline".
-__attribute__((visibility("default"))) const char* bilevel_instruction_set() { return best_kernels().name; }
 }
