@@ -132,15 +132,15 @@ async def suffer(port: int, name: str, rounds: int = 3, clients: int = 8) -> dic
     return found
 
 
-def with_template(bundle: Path, folder: Path) -> Path:
-    """The bundle with LOOP as its chat template; its files are links."""
+def with_template(bundle: Path, folder: Path, template: str = LOOP) -> Path:
+    """The bundle with another chat template; its files are links."""
     folder.mkdir()
     manifest = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
     for name in manifest["files"]:
         (folder / name).symlink_to(bundle / name)
     (folder / "chat_template.jinja").unlink(missing_ok=True)
-    (folder / "chat_template.jinja").write_text(LOOP, encoding="utf-8")
-    record = {"sha256": hashlib.sha256(LOOP.encode()).hexdigest(), "bytes": len(LOOP)}
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    record = {"sha256": hashlib.sha256(template.encode()).hexdigest(), "bytes": len(template)}
     manifest["files"]["chat_template.jinja"] = record
     (folder / "bundle.json").write_text(json.dumps(manifest), encoding="utf-8")
     return folder

@@ -63,6 +63,19 @@ async def ask(port: int, body: Any, stop_after: int | None = None, answer: Answe
     return answer
 
 
+async def post_json(port: int, path: str, body: Any) -> tuple[int, Any]:
+    """The status and the JSON of a whole answer."""
+    data = json.dumps(body).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 24)
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
+    try:
+        writer.write(f"{head}Connection: close\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
+        answer, _, content = (await reader.read()).partition(b"\r\n\r\n")
+    finally:
+        writer.close()
+    return int(answer.split()[1]), json.loads(content)
+
+
 class Stream:
     """One streamed answer as it comes: bytes, and (time.perf_counter, tokens) of each piece."""
 

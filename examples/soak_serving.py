@@ -2,10 +2,12 @@
 
     python examples/soak_serving.py build/example-bundle --requests 10000
 
-A tenth of the clients hang up midway, a tenth send what is no request; every whole answer is compared with what the model says
-alone (greedy). Prints the server's resident memory as it goes. Exit status 1 where memory grew by more than 5 % after the first
-fifth, an answer was wrong, a status was not the right one, or a row or a waiting request was left. Then it is attacked
-(``serving_attacks.py``), and what that does to ``/v2/health/live`` is printed, which depends on what else the machine does.
+A tenth of the clients hang up midway, a tenth send what is no request, a quarter ask for JSON of a schema or for a call of a
+tool; every whole answer is compared with what the model says alone (greedy, token by token: half of the texts repeat
+themselves, so that the server drafts), and what follows a schema is parsed. Prints the server's resident memory as it goes.
+Exit status 1 where memory grew by more than 5 % after the first fifth, an answer was wrong, a status was not the right one, or
+a row or a waiting request was left. Then it is attacked (``serving_attacks.py``), and what that does to ``/v2/health/live`` is
+printed, which depends on what else the machine does.
 """
 
 from __future__ import annotations
@@ -14,13 +16,16 @@ import argparse
 import asyncio
 import json
 import sys
+import tempfile
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from serving_attacks import measure
-from serving_client import ask, metric, server
+from serving_attacks import measure, with_template
+from serving_client import ask, metric, post_json, server
 
 from bilevel.bundle.format import load_bundle
 from bilevel.runtime.generate.generator import Generator
@@ -39,23 +44,41 @@ MALFORMED: list[tuple[bytes, int]] = [
 ]
 
 
+KINDS = {"whole": 0.55, "schema": 0.15, "tool": 0.1, "cancelled": 0.1, "malformed": 0.1}  # shares of the requests
+SCHEMA = {
+    "type": "object",
+    "properties": {"count": {"type": "integer", "minimum": 0, "maximum": 999}, "sound": {"type": "boolean"}},
+    "required": ["count", "sound"],
+    "additionalProperties": False,
+}
+TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
+
+
+def check_object(text: str) -> None:
+    """Raises ValueError for what is not of SCHEMA."""
+    value = json.loads(text)
+    if sorted(value) != ["count", "sound"] or type(value["sound"]) is not bool or not 0 <= value["count"] <= 999:
+        raise ValueError(f"{text!r} is not of the schema")
+
+
 class Soak:
     """The requests that are left, and what went wrong."""
 
     def __init__(self, port: int, name: str, texts: list[tuple[str, str]], requests: int) -> None:
         self.port, self.name, self.texts, self.left = port, name, texts, requests
-        self.counts = dict.fromkeys(("whole", "cancelled", "malformed"), 0)
+        self.counts = dict.fromkeys(KINDS, 0)
         self.problems: list[str] = []
+        self.followed = 0  # answers that were of the schema
         self._random = np.random.default_rng(0)
 
     async def client(self) -> None:
         """One client: a request after the other until none is left."""
         while self.left > 0:
             self.left -= 1
-            kind = self._random.choice(["whole", "cancelled", "malformed"], p=[0.8, 0.1, 0.1])
+            kind = self._random.choice([*KINDS], p=[*KINDS.values()])
             try:
                 await asyncio.wait_for(getattr(self, f"_{kind}")(), 120)
-            except (OSError, asyncio.TimeoutError, IndexError) as error:
+            except (OSError, asyncio.TimeoutError, LookupError, TypeError, ValueError) as error:
                 self.problems.append(f"{kind}: {type(error).__name__} {error}")
             self.counts[kind] += 1
 
@@ -67,6 +90,37 @@ class Soak:
         answer = await ask(self.port, self._body(prompt))
         if answer.status != 200 or answer.text != expected:
             self.problems.append(f"{answer.status}: {prompt[-30:]!r} gave {answer.text!r} instead of {expected!r}")
+
+    async def _schema(self) -> None:
+        prompt, _ = self.texts[self._random.integers(len(self.texts))]
+        form = {"type": "json_schema", "json_schema": {"name": "report", "schema": SCHEMA}}
+        body = {"model": self.name, "prompt": prompt[:20] or "a", "max_tokens": 64, "response_format": form}
+        await self._follow("/v1/completions", body, lambda choice: choice["text"])
+
+    async def _tool(self) -> None:
+        function = {"name": "report", "parameters": SCHEMA}
+        body = {
+            "model": self.name,
+            "messages": [{"role": "user", "content": "How many?"}],
+            "max_tokens": 96,
+            "tools": [{"type": "function", "function": function}],
+            "tool_choice": "required",
+        }
+
+        def arguments(choice: Any) -> str:
+            (call,) = choice["message"]["tool_calls"]
+            return str(call["function"]["arguments"])
+
+        await self._follow("/v1/chat/completions", body, arguments)
+
+    async def _follow(self, path: str, body: dict[str, Any], read: Callable[[Any], str]) -> None:
+        """A whole answer that follows the schema, unless it ran out of tokens."""
+        status, answer = await post_json(self.port, path, body)
+        if status != 200:
+            self.problems.append(f"{path} gave {status}: {str(answer)[:200]}")
+        elif (choice := answer["choices"][0])["finish_reason"] != "length":
+            check_object(read(choice))
+            self.followed += 1
 
     async def _cancelled(self) -> None:
         prompt, _ = self.texts[self._random.integers(len(self.texts))]
@@ -106,13 +160,14 @@ async def run(soak: Soak, process: int, requests: int) -> list[tuple[int, float]
 
 def make_texts(bundle: Path) -> list[tuple[str, str]]:
     """Prompts of up to 120 tokens, many of which begin alike, and what the model says alone."""
-    generator, random = Generator.open(bundle, verify=False), np.random.default_rng(1)
+    generator, random = Generator.open(bundle, verify=False, speculation=False), np.random.default_rng(1)
     tokenizer, vocab_size = generator.tokenizer, generator.session.bundle.vocab_size
     beginnings = [random.integers(2, vocab_size, 60).tolist() for _ in range(4)]
     most = generator.session.bundle.max_positions - MOST_TOKENS
     ids = [
         beginnings[i % 4][: random.integers(0, 60)] + random.integers(2, vocab_size, 1 + i).tolist() for i in range(NUM_TEXTS)
     ]
+    ids = [each[-9:] * 6 if i % 2 else each for i, each in enumerate(ids)]
     prompts = [tokenizer.decode(each) for each in ids]
     fitting = [prompt for prompt in prompts if prompt and len(tokenizer.encode(prompt)) <= most]
     params = SamplingParams(max_tokens=MOST_TOKENS)
@@ -129,11 +184,14 @@ def main() -> int:
     texts = make_texts(bundle)
     start = time.perf_counter()
     capacity = min(1024, load_bundle(bundle, verify=False).max_positions)
-    with server(str(bundle), "--capacity", str(capacity), "--max-queue", "64") as (port, process):
-        soak = Soak(port, bundle.name, texts, args.requests)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        served = with_template(bundle, Path(folder) / "bundle", TEMPLATE)
+        port, process = stack.enter_context(server(str(served), "--capacity", str(capacity), "--max-queue", "64"))
+        soak = Soak(port, served.name, texts, args.requests)
         samples = asyncio.run(run(soak, process, args.requests))
         time.sleep(1)
         stuck = metric(port, "bilevel_rows") + metric(port, "bilevel_queue")
+        drafts = [metric(port, name) for name in ("bilevel_draft_tokens_taken_total", "bilevel_drafted_tokens_total")]
     warm = next(mib for done, mib in samples if done >= args.requests / 5)
     growth = samples[-1][1] / warm - 1
     seconds = time.perf_counter() - start
@@ -141,6 +199,7 @@ def main() -> int:
         f"{soak.counts} in {seconds:.0f} s; memory {warm:.1f} MiB after a fifth, {samples[-1][1]:.1f} at the end "
         f"({100 * growth:+.1f} %)"
     )
+    print(f"{soak.followed} answers of the schema; {drafts[0]:g} of {drafts[1]:g} drafted tokens taken")
     print(f"{len(soak.problems)} problems, {stuck:g} rows or waiting requests left")
     for problem in soak.problems[:5]:
         print(f"  {problem}")
