@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bilevel import ops
@@ -19,8 +20,7 @@ class OffsetNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.zeros(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        scaled = wide(x) * torch.rsqrt(wide(x).square().mean(-1, keepdim=True) + self.eps)
-        return (scaled * (1.0 + wide(self.weight))).to(x.dtype)
+        return F.rms_norm(wide(x), self.weight.shape, 1.0 + wide(self.weight), self.eps).to(x.dtype)
 
 
 def positions(past_len: Tensor, length: int) -> Tensor:

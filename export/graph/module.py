@@ -146,6 +146,19 @@ def _forget_sources(model: onnx_ir.Model) -> None:
         props.clear()
 
 
+def _cast_before_norms(model: onnx_ir.Model) -> None:
+    """Give every RMSNormalization one type. A norm that a module writes out in fp32 over 16-bit vectors becomes one of two,
+    which the standard allows and onnx's own inference refuses."""
+    for node in [node for node in model.graph if node.op_type == "RMSNormalization" and not node.domain]:
+        x, scale = node.inputs[:2]
+        if x is None or scale is None or None in (x.dtype, scale.dtype) or x.dtype == scale.dtype:
+            continue
+        cast = onnx_ir.node("Cast", [x], attributes={"to": scale.dtype})
+        cast.outputs[0].dtype, cast.outputs[0].shape = scale.dtype, x.shape
+        model.graph.insert_before(node, cast)
+        node.replace_input_with(0, cast.outputs[0])
+
+
 def trace(module: nn.Module, inputs: Inputs, dynamic: Dynamic, names: Sequence[str]) -> onnx_ir.Model:
     """Trace with example tensors and translate to an ONNX IR model without bodies; the nodes of ``ops.name_value`` still stand.
 
@@ -169,6 +182,7 @@ def trace(module: nn.Module, inputs: Inputs, dynamic: Dynamic, names: Sequence[s
         module.train(was_training)
     assert onnx_program is not None  # only None when torch writes the file itself
     _name_sizes(onnx_program.model, dynamic, names)
+    _cast_before_norms(onnx_program.model)
     _forget_sources(onnx_program.model)
     return onnx_program.model
 

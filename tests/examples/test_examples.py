@@ -36,6 +36,17 @@ def test_export_own_router(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "against PyTorch (portable bodies, CPU kernels): equal" in printed
 
 
+def test_export_image_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every choice in both executions is PyTorch's, by score and, where regions tie, by index."""
+    verdicts = run_example("export_image_layer").main(tmp_path / "new" / "folder")
+    for verdict, images in zip(verdicts, (3, 1), strict=True):
+        (selection,) = verdict.selections.values()
+        assert verdict.passed and verdict.executions == ("portable bodies", "CPU kernels")
+        assert selection.exact == selection.rows == 2 * 16 * images
+        assert max(judged.error for judged in verdict.computations.values()) < 1e-5
+    assert "nothing: equal in portable bodies, CPU kernels" in capsys.readouterr().out
+
+
 def test_router_cost(capsys: pytest.CaptureFixture[str]) -> None:
     """It runs, and the two ways choose in comparable times: the bound is loose, for a busy machine."""
     times = run_example("router_cost").main(["--rounds", "2", "--shapes", "3x40"])["3x40"]

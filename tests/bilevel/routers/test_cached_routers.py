@@ -48,16 +48,18 @@ def test_any_cut_gives_the_routes_and_outputs_of_one_call(name: str, cuts: list[
 
 @NAMES
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf, 3e38])
-def test_no_choice_reads_what_its_word_may_not_see(name: str, poison: float) -> None:
+def test_nothing_reads_what_its_word_may_not_see(name: str, poison: float) -> None:
     """What lies behind the text in the caches, and what the words behind a word are."""
     layer, text = randomise(LAYERS[name]()), torch.randn(1, 60, WIDTH)
-    _, (routes,) = run(layer, text, [60])
-    _, pieces = run(layer, text, [41, 19], fill=poison)
+    whole, (routes,) = run(layer, text, [60])
+    spoilt, pieces = run(layer, text, [41, 19], fill=poison)
     assert torch.equal(torch.cat(pieces, 2), routes)
+    torch.testing.assert_close(spoilt, whole, rtol=1e-5, atol=1e-5)
     text = text.clone()
     text[:, 30:] = poison
-    _, (others,) = run(layer, text, [60])
+    changed, (others,) = run(layer, text, [60])
     assert torch.equal(others[:, :, :30], routes[:, :, :30])
+    torch.testing.assert_close(changed[:, :30], whole[:, :30], rtol=1e-5, atol=1e-5)
 
 
 @NAMES
@@ -86,6 +88,23 @@ def test_loops_and_gpu_kernels_choose_alike(name: str) -> None:
     few = {"scores": scores[:, :, -3:].contiguous(), "past_len": past_len + 67, "new_len": past_len + 3}
     (routes,) = check_kernels("SelectBlocks", few, call.attributes)
     assert torch.equal(routes, call.outputs[0][:, :, -3:])
+
+
+@NAMES
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_layers_in_other_types(name: str, dtype: torch.dtype) -> None:
+    """Scores are fp32, or fp64 in a model of fp64; rows whose choices are the same differ by rounding only."""
+    layer, text = randomise(LAYERS[name]()), torch.randn(1, 40, WIDTH).to(dtype)
+    whole, (routes,) = run(layer, text.float(), [40])
+    caches = [cache.to(dtype) for cache in empty_caches(layer, 1)]
+    with torch.no_grad(), ops.recorded() as calls:
+        out, _ = layer.to(dtype)(text, caches, *lengths([0], [40]))
+    (call,) = (call for call in calls if call.op.name == "SelectBlocks")
+    assert out.dtype == dtype and call.tensors[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    same = (call.outputs[0] == routes).all(-1).all(1)
+    least, tolerance = {torch.float64: (0.99, 1e-4), torch.float16: (0.8, 0.05), torch.bfloat16: (0.3, 0.4)}[dtype]
+    assert same.float().mean() > least
+    torch.testing.assert_close(out[same].float(), whole[same], rtol=tolerance, atol=tolerance)
 
 
 class All(nn.Module):

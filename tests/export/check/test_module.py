@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from bilevel import ops
 from bilevel.errors import BundleError, ExportError
 from bilevel.export.check.module import check_module
+from bilevel.export.graph.bodies import routes
 from bilevel.export.graph.module import save_onnx
+from tests.export.check.surgery import body
 
 
 def int32(*values: int) -> Tensor:
@@ -39,13 +42,13 @@ class Layer(nn.Module):
         allowed = (first[..., None] == torch.arange(blocks.shape[2])).any(3)
         scores = torch.tanh(x[:, None] @ blocks.mT) * self.slope
         scores = torch.where(allowed, scores, -torch.inf)
-        routes = ops.select_blocks(scores, past_len, new_len, topk=3, scored_topk=3, partial_block=0, **shared)
-        out = ops.routed_attention(x[:, None], keys, keys, routes, past_len, new_len, scale=0.35, **size)[:, 0]
+        chosen = ops.select_blocks(scores, past_len, new_len, topk=3, scored_topk=3, partial_block=0, **shared)
+        out = ops.routed_attention(x[:, None], keys, keys, chosen, past_len, new_len, scale=0.35, **size)[:, 0]
         flat = out.flatten(0, 1)
         scoring: dict[str, Any] = {"score_func": "softmax", "group_score": "max", "normalize": 1, "scale": 1.0}
         logits = self.gate(flat)
         ids, weights = ops.expert_route(logits, logits[:, :1] * 0, torch.zeros(4), top_k=2, topk_group=1, **scoring)
-        return ops.routed_experts(flat, ids, weights, self.gate_up, self.down).unflatten(0, out.shape[:2]), routes
+        return ops.routed_experts(flat, ids, weights, self.gate_up, self.down).unflatten(0, out.shape[:2]), chosen
 
 
 def inputs(length: int, past: tuple[int, int] = (40, 3)) -> dict[str, Tensor]:
@@ -133,6 +136,28 @@ def test_a_fault_is_found_at_its_operator(exported: tuple[Layer, Path], tmp_path
     assert not verdict.passed
     assert (verdict.attributes or failing)[0].startswith(expected)
     assert all("CoarseRoute" not in name for name in failing), "what comes before the fault is not blamed"
+
+
+BODY_FAULTS = {
+    "a-local-block-too-many": ("op.And(block > own - local, block <= own)", "op.And(block >= own - local, block <= own)"),
+    "no-initial-block": ("op.Equal(block, partial)), op.Or(is_local, is_init))", "op.Equal(block, partial)), is_local)"),
+    "the-lower-score-wins": ("padded, topk, axis=-1, largest=1", "padded, topk, axis=-1, largest=0"),
+    "one-scored-block-too-few": ("+ scored_topk", "+ scored_topk - 3"),
+    "an-index-off-by-one": ("ascending(index, op.And(best > lowest, op.R", "ascending(index + 1, op.And(best > lowest, op.R"),
+}
+
+
+@pytest.mark.parametrize("fault", BODY_FAULTS)
+def test_a_fault_of_the_body_is_found_in_the_body(exported: tuple[Layer, Path], tmp_path: Path, fault: str) -> None:
+    """And in no other operator; the CPU kernels are right."""
+    layer, path = exported
+    model = onnx.load(path)
+    body("SelectBlocks", routes, BODY_FAULTS[fault])(model)
+    onnx.save(model, tmp_path / "broken.onnx")
+    verdict = check_module(layer, inputs(17), tmp_path / "broken.onnx")
+    wrong = {name: judged.example for name, judged in verdict.selections.items() if not judged.passed}
+    assert list(wrong) == ["1 SelectBlocks"] and wrong["1 SelectBlocks"].startswith("portable bodies")
+    assert all(judged.passed for judged in verdict.computations.values())
 
 
 def test_another_modules_graph_is_refused(exported: tuple[Layer, Path], tmp_path: Path) -> None:

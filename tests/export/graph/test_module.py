@@ -235,3 +235,24 @@ def test_save_onnx_inputs_that_are_one_tensor(tmp_path: Path) -> None:
     feeds = {"keys": np.ones((2, 3), np.float32), "values": np.zeros((2, 3), np.float32)}
     (out,) = ort.InferenceSession(str(tmp_path / "x.onnx")).run(None, feeds)
     assert (out == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_save_onnx_a_norm_that_is_written_out(tmp_path: Path, dtype: torch.dtype) -> None:
+    """In fp32 over 16-bit vectors: torch's exporter joins cast and norm to one node."""
+
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            wide = x.float()
+            scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+            return (scaled * (1.0 + self.weight.float())).to(x.dtype)
+
+    norm, x = Norm().to(dtype), torch.randn(3, 8).to(dtype)
+    save_onnx(norm, {"x": x}, tmp_path / "x.onnx", output_names=["out"])
+    (out,) = ort.InferenceSession(str(tmp_path / "x.onnx")).run(None, {"x": x.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(out), norm(x), rtol=2e-3, atol=2e-3)

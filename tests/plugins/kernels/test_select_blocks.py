@@ -26,7 +26,7 @@ class Case:
     init: int = 0
     local: int = 0
     causal: int = 1
-    heads: int = 2
+    heads: int = 1
 
     def attributes(self) -> Attributes:
         sizes = {"block_size": self.size, "topk": self.topk, "scored_topk": self.scored}
@@ -43,13 +43,13 @@ class Case:
 
 
 CASES = {
-    "only-scores-an-open-block-too": Case(4, 5, 20, 5, partial=1),
+    "only-scores-an-open-block-too": Case(4, 5, 20, 5, partial=1, heads=3),
     "open-block-forced-and-few-scored": Case(3, 6, 30, 2, partial=2, init=1),
-    "forced-ones-over-K": Case(2, 3, 40, 3, partial=2, init=3, local=2),
+    "forced-ones-over-K": Case(2, 3, 40, 3, partial=2, init=3, local=2, heads=2),
     "without-causality-a-partial-last-block-forced": Case(5, 7, 9, 1, partial=2, init=2, local=1, causal=0),
     "without-causality-K-over-N": Case(5, 12, 9, 12, partial=1, causal=0),
     "only-forced-ones": Case(1, 8, 90, 0, partial=0, init=2, local=4),
-    "tokens-are-blocks": Case(1, 33, 200, 33, partial=0, heads=1),
+    "tokens-are-blocks": Case(1, 33, 200, 33, partial=0),
 }
 
 
@@ -57,7 +57,7 @@ CASES = {
 def test_select_blocks_equals_reference(case: Case) -> None:
     """Few positions, on both plans; a last block with and without all of its tokens."""
     for short in {0, case.size - 1}:
-        check("SelectBlocks", case.inputs(3, short), case.attributes())
+        check("SelectBlocks", case.inputs(2, short), case.attributes())
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -74,7 +74,7 @@ def test_select_blocks_tiles_equal_reference(case: Case) -> None:
 @pytest.mark.parametrize("scored", [4, 1])
 def test_select_blocks_merges_splits(scored: int) -> None:
     """More scores than one program reads; the best lie in different splits."""
-    case = Case(1, 4, 2100, scored, partial=0, local=1, heads=1)
+    case = Case(1, 4, 2100, scored, partial=0, local=1)
     inputs = case.inputs(1)
     inputs["scores"] = torch.randn(inputs["scores"].shape).round()
     inputs["scores"][:, :, :, [5, 1500, 2060]] = 9.0
