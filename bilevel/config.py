@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bilevel.config_types import at_most, check_types, positive
-from bilevel.contract import MAX_TOPK, MOST_BLOCK, MOST_POSITIONS
+from bilevel.contract import MAX_TOPK, MOST_BLOCK, MOST_POSITIONS, SCORE_FUNCS
 from bilevel.errors import ConfigError
 from bilevel.rope_scaling import RopeScaling
 
@@ -122,9 +122,9 @@ class Experts:
     num_experts: E. top_k: experts per word. n_group / topk_group: groups there are and groups kept.
     intermediate_size: f, an expert's width. layers: indices of the layers whose MLP is replaced by experts.
     shared_intermediate_size: width of the shared expert, which every word goes through beside its own (0 = none).
-    score_func: sigmoid or softmax. group_score: external (level 1: similarity of the word embedding to a group's centroid),
-    max or top2_sum (from the layer's own scores). normalize: the kept weights sum to 1. scale: factor on the weights.
-    select_bias: a per-expert bias that moves the choice but not the weights.
+    score_func: sigmoid, softmax or sqrtsoftplus. group_score: external (level 1: similarity of the word embedding to a group's
+    centroid), max or top2_sum (from the layer's own scores). normalize: the kept weights sum to 1. scale: factor on the
+    weights. select_bias: a per-expert bias that moves the choice but not the weights.
     """
 
     num_experts: int
@@ -155,8 +155,8 @@ class Experts:
         if self.shared_intermediate_size < 0:
             raise ConfigError(f"experts.shared_intermediate_size={self.shared_intermediate_size} must be at least 0")
         at_most("experts", MOST_POSITIONS, shared_intermediate_size=self.shared_intermediate_size)
-        if self.score_func not in ("sigmoid", "softmax"):
-            raise ConfigError(f"experts.score_func={self.score_func!r} must be sigmoid or softmax")
+        if self.score_func not in SCORE_FUNCS:
+            raise ConfigError(f"experts.score_func={self.score_func!r} must be one of {', '.join(SCORE_FUNCS)}")
         if self.group_score not in ("external", "max", "top2_sum"):
             raise ConfigError(f"experts.group_score={self.group_score!r} must be external, max or top2_sum")
         if self.num_experts % self.n_group:

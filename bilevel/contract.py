@@ -187,6 +187,7 @@ def _int(name: str, meaning: str, minimum: int, maximum: int | None = None) -> A
 _LENGTHS = (_port("past_len", "int32", "B"), _port("new_len", "int32", "B"))
 _ROUTE_QUERY = (_port("query", "T", "B", "Hr", "L", "Dr"), _port("unit_key", "T", "B", "Hk", "U", "Dr"))
 _ROUTES = (_port("routes", "int32", "B", Dim("Hs", sized_by="num_selection_heads"), "L", Dim("K", sized_by="topk")),)
+SCORE_FUNCS = ("sigmoid", "softmax", "sqrtsoftplus")  # their places are the numbers that the kernels know them by
 _TOP_K = Dim("k", sized_by="top_k")
 _BLOCK_SIZE = _int("block_size", "tokens per block", 1)
 _CAUSAL = _int("causal", "1: position t sees tokens 0..t; 0: it sees every valid token", 0, 1)
@@ -259,7 +260,7 @@ EXPERT_ROUTE = Op(
     (
         _int("top_k", "experts kept", 1, MAX_TOPK),
         _int("topk_group", "groups kept", 1),
-        Attribute("score_func", "string", "logits to scores", choices=("sigmoid", "softmax")),
+        Attribute("score_func", "string", "logits to scores", choices=SCORE_FUNCS),
         Attribute(
             "group_score",
             "string",

@@ -11,7 +11,7 @@ from torch import Tensor
 from bilevel import contract
 from bilevel.errors import ContractError
 from bilevel.operators.precision import wide
-from bilevel.operators.reference import dequantise
+from bilevel.operators.reference import dequantise, sqrt_softplus
 
 _FLOAT_MAX = torch.finfo(torch.float32).max
 
@@ -73,6 +73,8 @@ def expert_route(
 
 
 def _scores(logits: Tensor, score_func: str) -> Tensor:
+    if score_func == "sqrtsoftplus":
+        return sqrt_softplus(logits)
     return torch.sigmoid(logits) if score_func == "sigmoid" else torch.softmax(logits, dim=-1)
 
 

@@ -166,6 +166,16 @@ def routed_attention(
     return out
 
 
+def sqrt_softplus(x: Tensor) -> Tensor:
+    """sqrt(log(1 + e^x)), to a few units in the last place and with finite gradients wherever ``x`` is (DeepSeek-V4's scores).
+
+    Far below 0 the logarithm is e^x, which is gone at -104 in fp32; its root e^(x/2) (1 - e^x/4 + ...) is not.
+    """
+    low = x.clamp(max=0)
+    tail = torch.exp(low / 2) * (1 - torch.exp(low) / 4)
+    return torch.where(x < -20, tail, torch.nn.functional.softplus(x.clamp(min=-20), threshold=50).sqrt())
+
+
 def expert_route(
     logits: Tensor,
     group_logits: Tensor,
@@ -190,7 +200,11 @@ def expert_route(
     ids = torch.full((num_tokens, top_k), -1, dtype=torch.int32)
     weights = logits.new_zeros(num_tokens, top_k)
     for t in range(num_tokens):
-        scores = torch.sigmoid(logits[t]) if score_func == "sigmoid" else torch.softmax(logits[t], dim=0)
+        scores = {
+            "sigmoid": torch.sigmoid,
+            "softmax": lambda row: torch.softmax(row, dim=0),
+            "sqrtsoftplus": sqrt_softplus,
+        }[score_func](logits[t])
         choice = [_rank(float(score + bias)) for score, bias in zip(scores, select_bias, strict=True)]
         groups = []
         for g in range(num_groups):

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 
 from bilevel.contract import ALWAYS_KEPT, SCORED
 from bilevel.export.check.judge import SMALLEST_NORMAL, UNIT_ROUNDOFF, Array, ScoredChoices, dot_bound
+from bilevel.operators.reference import sqrt_softplus
 
 
 def as_set(indices: Array, size: int) -> Array:
@@ -91,6 +93,8 @@ def _expert_scores(logits: Array, score_func: str) -> Array:
     if score_func == "sigmoid":
         with np.errstate(over="ignore"):
             return np.asarray(1 / (1 + np.exp(-logits)))
+    if score_func == "sqrtsoftplus":
+        return sqrt_softplus(torch.from_numpy(logits)).numpy()
     with np.errstate(invalid="ignore"):  # a row that holds inf is NaN
         shifted = np.exp(logits - logits.max(1, keepdims=True))
     return np.asarray(shifted / shifted.sum(1, keepdims=True))
@@ -100,7 +104,7 @@ def _score_bound(logits: Array, score_func: str) -> Array:
     """What rounding may move the scores [T, E] by, as a share of each: exp, the division and a softmax's sum lose a few units
     in the last place, a softmax also what the distance to its largest logit was rounded by. A gate's scores may be tiny and
     still have an order, so nothing here is absolute but what lies below the smallest normal number."""
-    if score_func == "sigmoid":
+    if score_func != "softmax":
         return np.full_like(logits, 8 * UNIT_ROUNDOFF)
     with np.errstate(invalid="ignore"):
         distance = np.abs(logits - logits.max(1, keepdims=True))

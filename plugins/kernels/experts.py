@@ -15,10 +15,21 @@ from bilevel.plugins.kernels.order import LOWEST, NEVER, index_of, narrow, rank
 
 
 @triton.jit
-def scores_of(logits, SIGMOID: tl.constexpr):
-    """Sigmoid, or softmax over all of a 2-D tile whose unused places hold -inf."""
-    if SIGMOID:
+def scores_of(logits, FUNC: tl.constexpr):
+    """0: sigmoid; 1: softmax over all of a 2-D tile whose unused places hold -inf; 2: sqrt(log(1 + e^x))."""
+    if FUNC == 0:
         result = 1.0 / (1.0 + tl.exp(-logits))
+    elif FUNC == 2:
+        power = tl.exp(-tl.abs(logits))
+        # log(1 + p) = 2 artanh(s), s = p / (2 + p) <= 1/3: exact where a hardware's logarithm near 1 is not.
+        s = power / (2.0 + power)
+        square = s * s
+        series = 1.0 / 13.0 + square / 15.0
+        for n in tl.static_range(6):
+            series = 1.0 / (11.0 - 2.0 * n) + square * series
+        softplus = tl.where(logits > 0.0, logits, 0.0) + 2.0 * s * series
+        root = tl.sqrt(tl.where(logits == logits, softplus, logits))  # noqa: PLR0124 (NaN)
+        result = tl.where(logits < -20.0, tl.exp(0.5 * logits), root)  # where e^x underflows, its root does not
     else:
         largest = tl.max(tl.max(logits, axis=1), axis=0)
         power = tl.exp(logits - largest)
@@ -53,7 +64,7 @@ def score_of(key):
 @triton.jit
 def expert_route_rows(
     logits, group_logits, select_bias, ids, weights, scale,
-    E: tl.constexpr, GROUPS: tl.constexpr, TOP_K: tl.constexpr, TOP_GROUPS: tl.constexpr, SIGMOID: tl.constexpr,
+    E: tl.constexpr, GROUPS: tl.constexpr, TOP_K: tl.constexpr, TOP_GROUPS: tl.constexpr, FUNC: tl.constexpr,
     SCORE: tl.constexpr, NORMALIZE: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
     """One token: groups first, then experts inside them, best first. Grid [T]."""
@@ -62,7 +73,7 @@ def expert_route_rows(
     g, n = tl.arange(0, GP)[:, None], tl.arange(0, SP)[None, :]
     expert = g * SIZE + n
     there = (g < GROUPS) & (n < SIZE)
-    score = scores_of(tl.load(logits + token * E + expert, mask=there, other=float("-inf")), SIGMOID)
+    score = scores_of(tl.load(logits + token * E + expert, mask=there, other=float("-inf")), FUNC)
     bias = tl.load(select_bias + expert, mask=there, other=0.0)
     choice = tl.where(there, rank(score + bias, expert), NEVER)
     group = group_ranks(choice, group_logits, token, E, GROUPS, SCORE, GP)

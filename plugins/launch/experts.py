@@ -17,7 +17,7 @@ def plan_expert_route(g: Geometry, dtype: str, arch: int) -> tuple[LaunchPlan, .
         "GROUPS": groups,
         "TOP_K": top_k,
         "TOP_GROUPS": g["topk_group"],
-        "SIGMOID": int(g["score_func"] == "sigmoid"),
+        "FUNC": contract.SCORE_FUNCS.index(g["score_func"]),
         "SCORE": ("max", "top2_sum", "external").index(g["group_score"]),
         "NORMALIZE": g["normalize"],
         "GP": power_of_two(groups),

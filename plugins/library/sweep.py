@@ -65,7 +65,7 @@ def geometries(op: str) -> Iterator[dict[str, Any]]:
     else:
         for n, (experts, groups, topk_group, topk, width, inner) in enumerate(_EXPERTS):
             if op == "ExpertRoute":
-                names = {"score_func": ("sigmoid", "softmax")[n % 2], "group_score": ("max", "top2_sum", "external")[n % 3]}
+                names = {"score_func": contract.SCORE_FUNCS[n % 3], "group_score": ("max", "top2_sum", "external")[n % 3]}
                 yield {
                     "E": experts,
                     "Gp": groups,

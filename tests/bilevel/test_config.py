@@ -222,7 +222,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "groups": ({"experts": {**EXPERTS, "n_group": 3}}, "experts.num_experts=8 is not divisible by n_group=3"),
     "topk-group": ({"experts": {**EXPERTS, "topk_group": 5}}, "experts.topk_group=5 exceeds n_group=4"),
     "top-k": ({"experts": {**EXPERTS, "top_k": 5}}, "experts.top_k=5 exceeds the 4 experts that the kept groups hold"),
-    "score": ({"experts": {**EXPERTS, "score_func": "relu"}}, "experts.score_func='relu' must be sigmoid or softmax"),
+    "score": (
+        {"experts": {**EXPERTS, "score_func": "relu"}},
+        "experts.score_func='relu' must be one of sigmoid, softmax, sqrtsoftplus",
+    ),
     "group": ({"experts": {**EXPERTS, "group_score": "mean"}}, "experts.group_score='mean' must be external, max or"),
     "layer": ({"experts": {**EXPERTS, "layers": [0, 3]}}, r"experts.layers holds 3, but the layers are 0\.\.2"),
     "layers": ({"experts": {**EXPERTS, "layers": 1}}, "experts.layers=1 must be a list of whole numbers"),

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bilevel import ops
+from bilevel import contract, ops
 from bilevel.config import Experts
 from bilevel.operators import experts, reference
 
@@ -44,7 +44,7 @@ def routing_cases(draw: st.DrawFn) -> tuple[tuple[Tensor, Tensor, Tensor], dict[
     attributes = {
         "top_k": draw(st.integers(1, topk_group * num_experts // num_groups)),
         "topk_group": topk_group,
-        "score_func": draw(st.sampled_from(["sigmoid", "softmax"])),
+        "score_func": draw(st.sampled_from(contract.SCORE_FUNCS)),
         "group_score": draw(st.sampled_from(["external", "max", "top2_sum"])),
         "normalize": draw(st.sampled_from([0, 1])),
         "scale": draw(st.sampled_from([1.0, 2.5])),
@@ -101,7 +101,7 @@ def test_expert_route_choice(name: str) -> None:
             torch.testing.assert_close(weights, torch.tensor([wanted]))
 
 
-@pytest.mark.parametrize("score_func", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("score_func", contract.SCORE_FUNCS)
 def test_expert_route_weights_are_normalised(score_func: str) -> None:
     inputs = torch.randn(5, 8), torch.randn(5, 4), torch.zeros(8)
     _, weights = ops.expert_route(*inputs, **{**PLAIN, "score_func": score_func, "normalize": 1, "scale": 2.5})
@@ -145,7 +145,7 @@ def test_expert_route_equals_deepseek_v3(shift: float) -> None:
     assert torch.equal(zero_ids, true_ids) == (shift == 0.0)
 
 
-@pytest.mark.parametrize("score_func", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("score_func", contract.SCORE_FUNCS)
 @pytest.mark.parametrize("normalize", [0, 1])
 def test_expert_route_gradient_reaches_logits(score_func: str, normalize: int) -> None:
     logits = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)

@@ -229,7 +229,7 @@ BAD_ATTRIBUTES: dict[str, tuple[str, dict[str, Any], str]] = {
     "selection-heads": ("CoarseRoute", {"num_selection_heads": 3}, "Hr=4 heads are not divisible by Hs=3"),
     "unknown": ("CoarseRoute", {"stride": 1}, "CoarseRoute has no attribute stride"),
     "string-scale": ("RoutedAttention", {"scale": "0.5"}, "scale='0.5' must be of type float"),
-    "score-func": ("ExpertRoute", {"score_func": "relu"}, "score_func='relu' must be one of sigmoid, softmax"),
+    "score-func": ("ExpertRoute", {"score_func": "relu"}, "score_func='relu' must be one of sigmoid, softmax, sqrtsoftplus"),
     "group-score": ("ExpertRoute", {"group_score": 1}, "group_score=1 must be of type string"),
     "top-k": ("ExpertRoute", {"top_k": 5}, "top_k=5 exceeds the 4 experts that 2 groups hold"),
     "three-bits": ("RoutedExpertsQuantized", {"bits": 3}, "bits=3 must be one of 4, 8"),

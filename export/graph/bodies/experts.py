@@ -35,6 +35,13 @@ def softmax_scores(logits):
 
 
 @script(_private, default_opset=op)
+def sqrtsoftplus_scores(logits):
+    """Far below 0 the softplus is e^x, which underflows where its root e^(x/2) does not."""
+    tail = op.Exp(logits * op.Constant(value_float=0.5))
+    return op.Where(logits < op.Constant(value_float=-20.0), tail, op.Sqrt(op.Softplus(logits)))
+
+
+@script(_private, default_opset=op)
 def external_groups(grouped, group_logits):
     return selectable(group_logits)
 
@@ -51,7 +58,7 @@ def top2_groups(grouped, group_logits):
     return selectable(op.ReduceSum(best, [2], keepdims=0))
 
 
-_SCORES = {"sigmoid": sigmoid_scores, "softmax": softmax_scores}
+_SCORES = {"sigmoid": sigmoid_scores, "softmax": softmax_scores, "sqrtsoftplus": sqrtsoftplus_scores}
 _GROUPS = {"external": external_groups, "max": max_groups, "top2_sum": top2_groups}
 
 

@@ -133,7 +133,7 @@ constexpr Op kOps[kNumOps] = {
      {
        {"top_k", AttributeKind::kInt, 1, 3840, {}},
        {"topk_group", AttributeKind::kInt, 1, 2147483647, {}},
-       {"score_func", AttributeKind::kString, 0, 0, {"sigmoid", "softmax"}},
+       {"score_func", AttributeKind::kString, 0, 0, {"sigmoid", "softmax", "sqrtsoftplus"}},
        {"group_score", AttributeKind::kString, 0, 0, {"max", "top2_sum", "external"}},
        {"normalize", AttributeKind::kInt, 0, 1, {}},
        {"scale", AttributeKind::kFloat, 0, 0, {}},

@@ -6,10 +6,19 @@ struct ExpertScratch {
   std::vector<float> best;
 };
 
-// Scores of one token's experts from their logits: sigmoid, or softmax over all of them.
+// sqrt(log(1 + e^x)). Far below 0 the logarithm is e^x, which underflows where its root does not.
+static float sqrt_softplus(float x) {
+  return x < -20.0f ? std::exp(0.5f * x) : std::sqrt(std::max(x, 0.0f) + std::log1p(std::exp(-std::fabs(x))));
+}
+
+// Scores of one token's experts from their logits: one by one, or softmax over all of them.
 static void expert_scores(const ExpertRouteArguments& a, const float* logits, float* scores) {
-  if (!a.is_softmax) {
+  if (a.score_func == ScoreFunc::kSigmoid) {
     for (int64_t e = 0; e < a.experts; ++e) scores[e] = 1.0f / (1.0f + std::exp(-logits[e]));
+    return;
+  }
+  if (a.score_func == ScoreFunc::kSqrtSoftplus) {
+    for (int64_t e = 0; e < a.experts; ++e) scores[e] = sqrt_softplus(logits[e]);
     return;
   }
   float peak = -INFINITY, total = 0.0f;

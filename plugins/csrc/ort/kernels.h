@@ -59,6 +59,7 @@ struct TrainingArguments {
   int64_t value_width, pieces;
 };
 
+enum class ScoreFunc { kSigmoid, kSoftmax, kSqrtSoftplus };
 enum class GroupScore { kMax, kTop2Sum, kExternal };
 
 struct ExpertRouteArguments {
@@ -68,7 +69,8 @@ struct ExpertRouteArguments {
   int32_t* ids;               // [T, k]
   float* weights;             // [T, k]
   int64_t tokens, experts, groups, top_k, topk_group;
-  bool is_softmax, normalize;
+  bool normalize;
+  ScoreFunc score_func;
   GroupScore group_score;
   float scale;
 };

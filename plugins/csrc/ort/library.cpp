@@ -157,7 +157,12 @@ struct ExpertRoute : Kernel {
     a.topk_group = integer("topk_group");
     a.normalize = integer("normalize") != 0;
     a.scale = number("scale");
-    a.is_softmax = text("score_func") == "softmax";
+    const std::string scores = text("score_func");
+    a.score_func = scores == "softmax"        ? bilevel::ScoreFunc::kSoftmax
+                   : scores == "sqrtsoftplus" ? bilevel::ScoreFunc::kSqrtSoftplus
+                                              : bilevel::ScoreFunc::kSigmoid;
+    require(a.score_func != bilevel::ScoreFunc::kSigmoid || scores == "sigmoid",
+            "ExpertRoute has a score_func that this library does not know; install the bilevel that exported the model");
     const std::string group = text("group_score");
     a.group_score = group == "max"        ? bilevel::GroupScore::kMax
                     : group == "top2_sum" ? bilevel::GroupScore::kTop2Sum

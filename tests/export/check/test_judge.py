@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from bilevel import contract
 from bilevel.export.check.choices import block_choice, expert_choices, expert_weights, is_proper
 from bilevel.export.check.judge import Array, Computation, ScoredChoices, Selection, dot_bound, judge_selection, loosen
 from bilevel.operators import reference
@@ -153,7 +154,7 @@ def test_is_proper(routes: list[int], proper: bool) -> None:
     assert bool(is_proper(np.array(routes))) == proper
 
 
-@pytest.mark.parametrize("score_func", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("score_func", contract.SCORE_FUNCS)
 @pytest.mark.parametrize("normalize", [0, 1])
 def test_expert_weights_are_the_reference_s(score_func: str, normalize: int) -> None:
     logits, groups, bias = torch.randn(20, 8), torch.randn(20, 4), torch.randn(8)
@@ -207,7 +208,7 @@ def test_block_choice_explains_the_reference(fine: bool, causal: int) -> None:
 
 
 @pytest.mark.parametrize("group_score", ["external", "max", "top2_sum"])
-@pytest.mark.parametrize("score_func", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("score_func", contract.SCORE_FUNCS)
 def test_expert_choices_explain_the_reference(score_func: str, group_score: str) -> None:
     logits, groups, bias = torch.randn(20, 8), torch.randn(20, 4), torch.randn(8)
     attributes: dict[str, Any] = {"top_k": 3, "topk_group": 2, "score_func": score_func, "group_score": group_score}

@@ -222,7 +222,7 @@ def test_routed_attention_body_rows_without_a_visible_token_give_zero(length: in
 
 
 @pytest.mark.parametrize("group_score", ["external", "max", "top2_sum"])
-@pytest.mark.parametrize("score_func", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("score_func", contract.SCORE_FUNCS)
 @given(data=st.data())
 @settings(max_examples=20)
 def test_expert_route_body_equals_reference(data: st.DataObject, score_func: str, group_score: str) -> None:

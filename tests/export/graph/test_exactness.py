@@ -18,9 +18,10 @@ from onnx import helper
 from onnxscript import optimizer
 from torch import Tensor, nn
 
-from bilevel import contract
+from bilevel import contract, ops
 from bilevel.export.graph.module import save_onnx
 from bilevel.export.graph.specialise import specialise_functions
+from tests.support.cpu_library import run_kernel, sets_here
 from tests.support.operator_calls import (
     EXPERT,
     KINDS,
@@ -31,6 +32,7 @@ from tests.support.operator_calls import (
     node_of,
     run_reference,
 )
+from tests.support.triton_calls import run_kernels
 
 LEVELS = {
     "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
@@ -112,7 +114,7 @@ CALLS: dict[str, Callable[[], tuple[Inputs, Attributes]]] = {
     },
     **{
         f"ExpertRoute by {f}, {'normalised' if n else 'plain'}": lambda f=f, n=n: gate_call(f, n)
-        for f in ("sigmoid", "softmax")
+        for f in contract.SCORE_FUNCS
         for n in (0, 1)
     },
     **{f"RoutedExperts of {n}": lambda n=n: swiglu_call(n) for n in (4, 90)},
@@ -160,12 +162,36 @@ def test_the_sum_of_weights_that_all_underflow_is_not_0() -> None:
         assert ids.tolist() == [[0, 1]] and weights.tolist() == [[0.0, 0.0]]
 
 
-def test_scores_are_exact_to_a_few_units_over_the_range_of_logits() -> None:
-    """A body's unnormalised weights are its scores: against fp64, in units of their own last place."""
-    logits = torch.cat([torch.linspace(-87, 89, 40_000), torch.linspace(-20, -8, 8_000)])[:, None]
-    attributes = {**EXPERT, "top_k": 1, "topk_group": 1, "group_score": "max", "normalize": 0, "scale": 1.0}
+def exact_scores(logits: Tensor, score_func: str) -> Tensor:
+    """fp64, written out otherwise than by the operators."""
+    x = logits.double()
+    if score_func == "sigmoid":
+        return torch.exp(x.clamp(max=0) - torch.log1p(torch.exp(-x.abs())))
+    return (x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))).sqrt()
+
+
+@pytest.mark.parametrize("score_func", ["sigmoid", "sqrtsoftplus"])
+def test_scores_are_exact_to_a_few_units_over_the_range_of_logits(score_func: str) -> None:
+    """Unnormalised weights are scores: in every execution against fp64, in units of their own last place."""
+    lowest = -87 if score_func == "sigmoid" else -170
+    logits = torch.cat([torch.linspace(lowest, 89, 40_000), torch.linspace(-21, -8, 8_000)])[:, None]
+    attributes = {"top_k": 1, "topk_group": 1, "score_func": score_func, "group_score": "max", "normalize": 0, "scale": 1.0}
     inputs = {"logits": logits, "group_logits": torch.zeros(len(logits), 1), "select_bias": torch.zeros(1)}
-    exact = torch.sigmoid(logits.double())[:, 0]
-    for model in passed("ExpertRoute", inputs, attributes).values():
-        got = run(model, inputs, LEVELS["all"])[1][:, 0].double()
-        assert ((got - exact).abs() <= 4 * 2.0**-24 * exact).all()
+    exact = exact_scores(logits, score_func)[:, 0]
+    answers = {stage: run(model, inputs, LEVELS["all"]) for stage, model in passed("ExpertRoute", inputs, attributes).items()}
+    answers |= {isa: run_kernel("ExpertRoute", inputs, attributes, isa) for isa in sets_here()}
+    answers["PyTorch"] = list(ops.expert_route(*inputs.values(), **attributes))
+    some = {**inputs, "logits": logits[::240].contiguous(), "group_logits": torch.zeros(len(logits[::240]), 1)}
+    answers["GPU kernel"] = run_kernels("ExpertRoute", some, attributes)["rows"]
+    for execution, (_, weights) in answers.items():
+        meant = exact if len(weights) == len(exact) else exact[::240]
+        worst = float(((weights[:, 0].double() - meant).abs() / meant).max()) * 2**24
+        assert worst <= 6, f"{execution}: off by {worst} units"
+
+
+def test_gradients_of_scores_are_finite_over_the_range_of_logits() -> None:
+    logits = torch.tensor([[-torch.inf, -1e4, -200.0, -104.0, -20.0, 0.0, 88.0, 1e4]], requires_grad=True)
+    for score_func in ("sigmoid", "sqrtsoftplus"):
+        attributes = {**EXPERT, "top_k": 8, "topk_group": 1, "group_score": "max", "score_func": score_func}
+        ops.expert_route(logits, torch.zeros(1, 1), torch.zeros(8), **attributes)[1].sum().backward()
+        assert logits.grad is not None and logits.grad.isfinite().all()

@@ -8,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bilevel import contract
 from bilevel.operators import experts
 from tests.support.operator_calls import EXPERT, Inputs, expert_calls, make_call
 from tests.support.triton_calls import check, run_kernels
 
 
 @pytest.mark.parametrize("group_score", ["external", "max", "top2_sum"])
-@pytest.mark.parametrize("score_func", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("score_func", contract.SCORE_FUNCS)
 @given(data=st.data())
 @settings(max_examples=4)
 def test_expert_route_equals_reference(data: st.DataObject, score_func: str, group_score: str) -> None:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bilevel import contract
 from bilevel.operators import attention, routing
 from tests.support.cpu_library import open_kernel, run_kernel, sets_here
 from tests.support.operator_calls import (
@@ -70,7 +71,7 @@ def test_routed_attention_kernel_equals_reference(call: tuple[Inputs, Attributes
 
 
 @pytest.mark.parametrize("group_score", ["external", "max", "top2_sum"])
-@pytest.mark.parametrize("score_func", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("score_func", contract.SCORE_FUNCS)
 @given(data=st.data())
 @settings(max_examples=20)
 def test_expert_route_kernel_equals_reference(data: st.DataObject, score_func: str, group_score: str) -> None:
