@@ -310,7 +310,7 @@ class Compiler:
         self.folder = folder
         self.command = [*os.environ.get("CXX", "c++").split(), "-std=c++17", "-Og", "-fPIC", "-fvisibility=hidden"]
         self.copy("plain")
-        self.compile("plain", "library.cpp")
+        self.plain = [self.compile("plain", source) for source in ("library.cpp", "direct.cpp")]
 
     def copy(self, name: str) -> Path:
         """The sources in a folder of their own, without the wider instruction sets."""
@@ -332,6 +332,6 @@ class Compiler:
         path = self.copy(name) / kernel.file
         path.write_text(replaced(path, kernel.changes), encoding="utf-8")
         library = path.with_name("library.so")
-        objects = [self.compile(name, "kernels_baseline.cpp"), self.folder / "plain" / "library.o"]
+        objects = [self.compile(name, "kernels_baseline.cpp"), *self.plain]
         subprocess.run([*self.command, "-shared", *map(str, objects), "-o", str(library)], check=True)
         return library
