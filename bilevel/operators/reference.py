@@ -96,7 +96,7 @@ def select_blocks(scores: Tensor, past_len: Tensor, new_len: Tensor, **attribute
 
     scores: fp32 [B, Hs, L, U], of whatever the caller means; those of blocks that a position may not choose are not read.
     past_len, new_len: int32 [B]. Returns int32 [B, Hs, L, K]. Queries of another sequence than the keys: causal 0, local_blocks
-    0, and past_len such that past_len + new_len is the number of keys.
+    0, and past_len such that past_len + new_len is the number of keys; a call holds at most as many queries as there are keys.
     """
     contract.SELECT_BLOCKS.check_attributes(attributes)
     batch, heads, length, num_units = scores.shape

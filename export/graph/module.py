@@ -154,7 +154,7 @@ def _cast_before_norms(model: onnx_ir.Model) -> None:
         if x is None or scale is None or None in (x.dtype, scale.dtype) or x.dtype == scale.dtype:
             continue
         cast = onnx_ir.node("Cast", [x], attributes={"to": scale.dtype})
-        cast.outputs[0].dtype, cast.outputs[0].shape = scale.dtype, x.shape
+        cast.outputs[0].type, cast.outputs[0].shape = scale.type, x.shape
         model.graph.insert_before(node, cast)
         node.replace_input_with(0, cast.outputs[0])
 
