@@ -5,10 +5,10 @@ The ONNX schema, the PyTorch custom op and its shape function, the exported func
 attribute values are allowed.
 
 Letters: B batch rows, L tokens of this call, Hq query heads, Hkv key/value heads, Hr/Hk route query/key heads, Hs selection
-heads, Hc candidate heads, D head dim, Dr route dim, U units: pooled keys or scores (one per block, at least ceil(valid tokens /
-block_size) of them), M cache capacity in tokens (or units), H heads of a cache, W its width, K blocks kept, T flattened tokens,
-E experts, Gp expert groups, d model width, f expert width, R rows of a packed gate_up (2f), Pd and Pf bytes of a packed row
-along d and f, Sd and Sf its blocks that share a scale. "T" as a dtype is the model's float type.
+heads, Hc candidate heads, D head dim, Dv that of the values, Dr route dim, U units: pooled keys or scores (one per block, at
+least ceil(valid tokens / block_size) of them), M cache capacity in tokens (or units), H heads of a cache, W its width, K blocks
+kept, T flattened tokens, E experts, Gp expert groups, d model width, f expert width, R rows of a packed gate_up (2f), Pd and Pf
+bytes of a packed row along d and f, Sd and Sf its blocks that share a scale. "T" as a dtype is the model's float type.
 """
 
 from __future__ import annotations
@@ -241,12 +241,21 @@ ROUTED_ATTENTION = Op(
     (
         _port("q", "T", "B", "Hq", "L", "D"),
         _port("k", "T", "B", "Hkv", "M", "D"),
-        _port("v", "T", "B", "Hkv", "M", "D"),
+        _port("v", "T", "B", "Hkv", "M", "Dv"),
         _port("routes", "int32", "B", "Hs", "L", "K"),
         *_LENGTHS,
     ),
-    (_port("out", "T", "B", "Hq", "L", "D"),),
+    (_port("out", "T", "B", "Hq", "L", "Dv"),),
     (_BLOCK_SIZE, _CAUSAL, Attribute("scale", "float", "factor on q.k before the softmax")),
+)
+# An operator of its own: arity is fixed (TensorRT's parser rejects empty optional inputs), so an input of RoutedAttention would
+# be one that every model without sinks carries, and that no bundle of an earlier version has.
+ROUTED_ATTENTION_SINKS = Op(
+    "RoutedAttentionSinks",
+    "RoutedAttention with a logit a query head that joins the softmax and reads nothing.",
+    (*ROUTED_ATTENTION.inputs, _port("sinks", "float32", "Hq")),
+    ROUTED_ATTENTION.outputs,
+    ROUTED_ATTENTION.attributes,
 )
 EXPERT_ROUTE = Op(
     "ExpertRoute",
@@ -316,6 +325,6 @@ WRITE_CACHE = Op(
 )
 
 _FLOAT_OPS = (COARSE_ROUTE, FINE_ROUTE, SELECT_BLOCKS, ROUTED_ATTENTION, EXPERT_ROUTE, ROUTED_EXPERTS)
-OPS: tuple[Op, ...] = (*_FLOAT_OPS, ROUTED_EXPERTS_QUANTIZED)  # what a bundle's graph may hold
+OPS: tuple[Op, ...] = (*_FLOAT_OPS, ROUTED_ATTENTION_SINKS, ROUTED_EXPERTS_QUANTIZED)  # what a bundle's graph may hold
 GPU_OPS: tuple[Op, ...] = (*_FLOAT_OPS, WRITE_CACHE)  # what a kernel library and its TensorRT plugins hold
 BY_NAME: dict[str, Op] = {op.name: op for op in (*OPS, WRITE_CACHE)}

@@ -1,5 +1,5 @@
 """The operators as a module calls them: ``coarse_route``, ``fine_route``, ``select_blocks``, ``routed_attention``,
-``expert_route``, ``routed_experts``, ``routed_experts_quantized`` and ``write_cache``.
+``routed_attention_sinks``, ``expert_route``, ``routed_experts``, ``routed_experts_quantized`` and ``write_cache``.
 
 Called eagerly they run the vectorised PyTorch forms (trainable). While ``torch.export`` traces, each becomes one node
 ``torch.ops.bilevel.<name>``, which ``bilevel.export`` turns into one ONNX node of the contract. Any ``nn.Module`` that calls
@@ -217,6 +217,7 @@ coarse_route = _define(contract.COARSE_ROUTE, routing.coarse_route)
 fine_route = _define(contract.FINE_ROUTE, routing.fine_route)
 select_blocks = _define(contract.SELECT_BLOCKS, routing.select_blocks)
 routed_attention = _define(contract.ROUTED_ATTENTION, attention.routed_attention, is_opaque=True)
+routed_attention_sinks = _define(contract.ROUTED_ATTENTION_SINKS, attention.routed_attention_sinks, is_opaque=True)
 expert_route = _define(contract.EXPERT_ROUTE, experts.expert_route)
 routed_experts = _define(contract.ROUTED_EXPERTS, experts.routed_experts)
 routed_experts_quantized = _define(contract.ROUTED_EXPERTS_QUANTIZED, experts.routed_experts_quantized)

@@ -44,9 +44,9 @@ _MOST_NUMBERS = 2**24  # of a tensor [B, Hq, rows, M, D] at a time
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> Tensor:
     """Softmax attention in fp32 (fp64 for fp64 operands); a row that reads nothing gives 0 (and no NaN gradient).
 
-    q: [B, Hq, L, D]. k, v: [B, Hkv, M, D]. Returns [B, Hq, L, D] in q's dtype. A matrix product multiplies what is masked, and
-    0 times NaN is NaN. So what no row reads is set to 0 where it could do harm; where a row still reads what another one does
-    not, each row's own tokens are laid out instead.
+    q: [B, Hq, L, D]. k: [B, Hkv, M, D]. v: [B, Hkv, M, Dv]. Returns [B, Hq, L, Dv] in q's dtype. A matrix product
+    multiplies what is masked, and 0 times NaN is NaN. So what no row reads is set to 0 where it could do harm; where a row
+    still reads what another one does not, each row's own tokens are laid out instead.
     """
     heads = head_map(q.shape[1], k.shape[1], q.device)
     dtype, q, k, v = q.dtype, wide(q), wide(k), wide(v)
@@ -71,7 +71,7 @@ def _is_tame(q: Tensor, k: Tensor, v: Tensor) -> bool:
 def _by_rows(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> Tensor:
     """The same with every row's tokens laid out, those that it does not read as 0: slow, and nothing else reaches a row.
 
-    q: [B, Hq, L, D]. k, v: [B, Hq, M, D].
+    q: [B, Hq, L, D]. k: [B, Hq, M, D]. v: [B, Hq, M, Dv].
     """
     numbers = q.shape[0] * q.shape[1] * k.shape[2] * max(q.shape[3], v.shape[3])
     pieces = zip(*(x.split(max(1, _MOST_NUMBERS // max(numbers, 1)), 2) for x in (q, mask.allowed, mask.empty)), strict=True)
@@ -103,25 +103,58 @@ def routed_attention(
     call = routed_tiles.Call(
         routes, past_len, new_len, block_size, bool(causal), float(scale), q.shape[1], k.shape[1], k.shape[2]
     )
-    return _RoutedAttention.apply(q, k, v, call)
+    return _RoutedAttention.apply(q, k, v, None, call)
+
+
+def routed_attention_sinks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routes: Tensor,
+    past_len: Tensor,
+    new_len: Tensor,
+    sinks: Tensor,
+    *,
+    block_size: int,
+    causal: int,
+    scale: float,
+) -> Tensor:
+    """The same with sinks fp32 [Hq] (see ``bilevel.operators.reference.routed_attention_sinks``)."""
+    call = routed_tiles.Call(
+        routes, past_len, new_len, block_size, bool(causal), float(scale), q.shape[1], k.shape[1], k.shape[2]
+    )
+    return _RoutedAttention.apply(q, k, v, sinks, call)
 
 
 class _RoutedAttention(torch.autograd.Function):
-    """Keeps q, k, v, the output and each row's log-sum-exp; probabilities are computed again on the way back."""
+    """Keeps q, k, v, the output and each row's log-sum-exp; probabilities are computed again on the way back.
+
+    A sink is one more token that every row reads, of value 0: it joins the log-sum-exp, and that is all that the gradients of
+    q, k and v need to know of it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: routed_tiles.Call) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: routed_tiles.Call) -> Tensor:
         kernels = cpu_library if any(ctx.needs_input_grad) and cpu_library.covers(q, k, v) else None
         out, lse = kernels.attention_forward(q, k, v, call) if kernels else routed_tiles.forward(q, k, v, call)
-        ctx.save_for_backward(q, k, v, out, lse)
+        if sinks is not None:
+            joined = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None].expand_as(lse))
+            share = torch.where(lse > -torch.inf, (lse - joined).exp(), 0.0)  # a row that reads nothing has none
+            out, lse = (wide(out) * share[..., None]).to(q.dtype), joined
+        ctx.save_for_backward(q, k, v, out, lse, *(() if sinks is None else (sinks,)))
         ctx.call, ctx.kernels = call, kernels
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None]:
         gradients: Any = ctx.kernels.attention_backward if ctx.kernels else routed_tiles.backward
-        return (*gradients(grad, *ctx.saved_tensors, ctx.call), None)
+        q, k, v, out, lse, *sinks = ctx.saved_tensors
+        by_sinks = None
+        if sinks:
+            weight = torch.where(lse > -torch.inf, (sinks[0].to(lse.dtype)[:, None] - lse).exp(), 0.0)
+            by_sinks = -(weight * (wide(grad) * wide(out)).sum(-1)).sum((0, 2)).to(sinks[0].dtype)
+        return (*gradients(grad, q, k, v, out, lse, ctx.call), by_sinks, None)
 
 
 def every_block(num_blocks: int, length: int, past_len: Tensor, new_len: Tensor, block_size: int) -> Tensor:

@@ -136,6 +136,7 @@ def routed_attention(
     routes: Tensor,
     past_len: Tensor,
     new_len: Tensor,
+    sinks: Tensor | None = None,
     *,
     block_size: int,
     causal: int,
@@ -143,12 +144,13 @@ def routed_attention(
 ) -> Tensor:
     """Softmax attention over the tokens of the routed blocks (contract: RoutedAttention).
 
-    q: [B, Hq, L, D]. k, v: [B, Hkv, M, D]. routes: int32 [B, Hs, L, K], a set. Returns [B, Hq, L, D] in q's dtype.
-    Query head h reads selection head floor(h*Hs/Hq) and kv head floor(h*Hkv/Hq). A row without a visible token gives 0.
+    q: [B, Hq, L, D]. k: [B, Hkv, M, D]. v: [B, Hkv, M, Dv]. routes: int32 [B, Hs, L, K], a set. Returns [B, Hq, L, Dv] in q's
+    dtype. Query head h reads selection head floor(h*Hs/Hq) and kv head floor(h*Hkv/Hq). A row without a visible token gives 0.
+    sinks: fp32 [Hq], logits that take part in the softmax and whose weights go nowhere (contract: RoutedAttentionSinks).
     """
-    batch, num_heads = q.shape[:2]
+    batch, num_heads, length = q.shape[:3]
     num_kv_heads, capacity = k.shape[1:3]
-    out = torch.zeros_like(q)
+    out = q.new_zeros(batch, num_heads, length, v.shape[3])
     for b in range(batch):
         valid = int(past_len[b]) + int(new_len[b])
         for i in range(int(new_len[b])):
@@ -161,9 +163,26 @@ def routed_attention(
                     continue
                 keys = wide(k[b, h * num_kv_heads // num_heads, tokens])
                 values = wide(v[b, h * num_kv_heads // num_heads, tokens])
-                probability = torch.softmax(keys @ wide(q[b, h, i]) * scale, dim=0)
+                scores = keys @ wide(q[b, h, i]) * scale
+                if sinks is not None:
+                    scores = torch.cat([scores, sinks[h : h + 1].to(scores.dtype)])
+                probability = torch.softmax(scores, dim=0)[: len(tokens)]
                 out[b, h, i] = (probability @ values).to(q.dtype)
     return out
+
+
+def routed_attention_sinks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routes: Tensor,
+    past_len: Tensor,
+    new_len: Tensor,
+    sinks: Tensor,
+    **attributes: float,
+) -> Tensor:
+    """``routed_attention`` with sinks fp32 [Hq] (contract: RoutedAttentionSinks; gpt-oss's, openai/gpt-oss model.py)."""
+    return routed_attention(q, k, v, routes, past_len, new_len, sinks, **attributes)  # type: ignore[arg-type]
 
 
 def sqrt_softplus(x: Tensor) -> Tensor:

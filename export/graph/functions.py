@@ -11,7 +11,7 @@ from onnxscript import OnnxFunction
 
 from bilevel.contract import BY_NAME, DOMAIN, VERSION
 from bilevel.errors import ExportError
-from bilevel.export.graph.bodies.attention import RoutedAttention
+from bilevel.export.graph.bodies.attention import RoutedAttention, RoutedAttentionSinks
 from bilevel.export.graph.bodies.experts import RoutedExperts, expert_route_body
 from bilevel.export.graph.bodies.experts_quantized import routed_experts_quantized_body
 from bilevel.export.graph.bodies.routes import CoarseRoute, FineRoute, SelectBlocks
@@ -19,7 +19,7 @@ from bilevel.export.graph.nodes import routed_nodes
 from bilevel.export.graph.schemas import ONNX_OPSET
 
 _BODIES: dict[str, OnnxFunction[..., Any]] = {
-    body.name: body for body in (CoarseRoute, FineRoute, SelectBlocks, RoutedAttention, RoutedExperts)
+    body.name: body for body in (CoarseRoute, FineRoute, SelectBlocks, RoutedAttention, RoutedAttentionSinks, RoutedExperts)
 }
 
 

@@ -21,12 +21,14 @@ from bilevel.export.graph.nodes import routed_nodes
 # For each operator that obeys a selection, or scores: which input carries them.
 _SELECTION_INPUT = {
     "RoutedAttention": ("routes", 3),
+    "RoutedAttentionSinks": ("routes", 3),
     "FineRoute": ("candidates", 2),
     "SelectBlocks": ("scores", 0),
     "RoutedExperts": ("ids", 1),
     "RoutedExpertsQuantized": ("ids", 1),
 }
-_BLOCK_CONSUMERS = ("RoutedAttention", "FineRoute", "SelectBlocks")  # the last where routes become a mask of scores
+# SelectBlocks where routes become a mask of scores.
+_BLOCK_CONSUMERS = ("RoutedAttention", "RoutedAttentionSinks", "FineRoute", "SelectBlocks")
 _CONSUMERS = {
     "CoarseRoute": _BLOCK_CONSUMERS,
     "FineRoute": _BLOCK_CONSUMERS,

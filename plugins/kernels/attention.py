@@ -73,8 +73,8 @@ def absorb(score, value, most, total, out):
 @triton.jit
 def read_blocks(
     query, k, v, blocks, bits, base, kv, count, last, horizon, t, scale,
-    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PER_BLOCK: tl.constexpr, DP: tl.constexpr,
-    CAREFUL: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    PER_BLOCK: tl.constexpr, DP: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """(largest score, sum, output not yet divided) of a tile's rows over its listed blocks.
 
@@ -95,9 +95,9 @@ def read_blocks(
         readers = tl.load(bits + base + 1 + item, mask=listed, other=0)
         token = block * BLOCK + offset
         valid = listed & (offset < BLOCK) & (token < last)
-        tokens = kv + token.to(tl.int64)[:, None] * D + d[None, :]
-        key = tl.load(k + tokens, mask=valid[:, None] & (d < D)[None, :], other=0.0)
-        value = tl.load(v + tokens, mask=valid[:, None] & (d < D)[None, :], other=0.0)
+        place = (kv + token.to(tl.int64))[:, None]
+        key = tl.load(k + place * D + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0)
+        value = tl.load(v + place * DV + d[None, :], mask=valid[:, None] & (d < DV)[None, :], other=0.0)
         reads = ((readers[None, :] >> t[:, None]) & 1) != 0
         reads = reads & valid[None, :] & (token[None, :] < horizon[:, None])
         score = tl.where(reads, product(query, tl.trans(key)) * (scale * LOG2_E), float("-inf"))
@@ -117,9 +117,9 @@ def read_blocks(
 @triton.jit(do_not_specialize=["length", "capacity", "slots"])
 def attention_tiles(
     q, k, v, past_len, new_len, blocks, bits, out, length, capacity, slots, scale,
-    HQ: tl.constexpr, HKV: tl.constexpr, HS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    CAUSAL: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PER_BLOCK: tl.constexpr,
-    DP: tl.constexpr,
+    HQ: tl.constexpr, HKV: tl.constexpr, HS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK: tl.constexpr, CAUSAL: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    PER_BLOCK: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
     """Attention of a tile of rows (position-major, GP heads each) over its listed blocks. Grid [ceil(L/TOKENS), GROUPS, B].
 
@@ -132,23 +132,24 @@ def attention_tiles(
     t = row // GP
     i = tile * TOKENS + t
     used = (t < TOKENS) & (i < length)
-    at = ((b * HQ + p * GP + row % GP) * length + i.to(tl.int64))[:, None] * D + d[None, :]
-    query = tl.load(q + at, mask=used[:, None] & (d < D)[None, :], other=0.0)
+    at = ((b * HQ + p * GP + row % GP) * length + i.to(tl.int64))[:, None]
+    query = tl.load(q + at * D + d[None, :], mask=used[:, None] & (d < D)[None, :], other=0.0)
     horizon = horizon_of(i, past, new, CAUSAL)
     last = tl.max(tl.where(used, horizon, 0), axis=0)
     base = ((b * HS + p * HS // GROUPS) * tl.num_programs(0) + tile) * slots
     count, seen = tl.load(blocks + base), tl.load(bits + base)
     t = tl.where(t < TOKENS, t, 0).to(seen.dtype)
-    kv = (b * HKV + p * HKV // GROUPS) * capacity * D
+    kv = (b * HKV + p * HKV // GROUPS) * capacity
     _, total, result = read_blocks(
-        query, k, v, blocks, bits, base, kv, count, last, horizon, t, scale, D, BLOCK, ROWS, COLS, PER_BLOCK, DP, False
+        query, k, v, blocks, bits, base, kv, count, last, horizon, t, scale, D, DV, BLOCK, ROWS, COLS, PER_BLOCK, DP, False
     )  # fmt: skip
     # Something that is no number was read, or multiplied by a weight of 0. (One reduction: of two, one after the other,
     # Triton 3.7 fails to lay out the accumulator for sm_100.)
     if tl.max(((result * 0.0) != 0.0).to(tl.int32)) > 0:
         _, total, result = read_blocks(
-            query, k, v, blocks, bits, base, kv, count, last, horizon, t, scale, D, BLOCK, ROWS, COLS, PER_BLOCK, DP, True
+            query, k, v, blocks, bits, base, kv, count, last, horizon, t, scale, D, DV, BLOCK, ROWS, COLS, PER_BLOCK, DP, True
         )  # fmt: skip
     # A row whose scores are all -inf is 0/0, as in any softmax; a row without a token is 0.
     result = tl.where((((seen >> t) & 1) != 0)[:, None], result / total[:, None], 0.0)
-    tl.store(out + at, narrow(result, out.dtype.element_ty), mask=used[:, None] & (d < D)[None, :])
+    here = used[:, None] & (d < DV)[None, :]
+    tl.store(out + at * DV + d[None, :], narrow(result, out.dtype.element_ty), mask=here)

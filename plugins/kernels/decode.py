@@ -17,13 +17,13 @@ from bilevel.plugins.kernels.routes import horizon_of
 @triton.jit(do_not_specialize=["length", "capacity"])
 def attention_split(
     q, k, v, routes, past_len, new_len, partial, statistics, length, capacity, scale,
-    HQ: tl.constexpr, HKV: tl.constexpr, HS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, K: tl.constexpr,
-    BLOCK: tl.constexpr, CAUSAL: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
+    HQ: tl.constexpr, HKV: tl.constexpr, HS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    K: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
     COLS: tl.constexpr, PER_BLOCK: tl.constexpr, DP: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
     """One group of heads of one token over SPLIT slots of its route. Grid [SPLITS, GROUPS, B*L].
 
-    Writes ``partial`` fp32 [B, L, HQ, SPLITS, D], not yet divided by the sum, and ``statistics`` fp32 [B, L, HQ, SPLITS, 2]:
+    Writes ``partial`` fp32 [B, L, HQ, SPLITS, DV], not yet divided by the sum, and ``statistics`` fp32 [B, L, HQ, SPLITS, 2]:
     the largest score (base 2) and the sum.
     """
     split, p, line = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -38,7 +38,7 @@ def attention_split(
     horizon = horizon_of(i, past, new, CAUSAL)
     route = routes + ((b * HS + p * HS // GROUPS) * length + i) * K
     all_blocks = tl.load(route + slot, mask=slot < K, other=-1)
-    kv = (b * HKV + p * HKV // GROUPS) * capacity * D
+    kv = (b * HKV + p * HKV // GROUPS) * capacity
     most = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     result = tl.zeros([ROWS, DP], tl.float32)
@@ -52,13 +52,13 @@ def attention_split(
         usable = listed & (again == 0) & (block >= 0) & (block < capacity // BLOCK) & (offset < BLOCK)
         token = tl.where(usable, block, 0) * BLOCK + offset
         valid = usable & (token < horizon)
-        tokens = kv + token.to(tl.int64)[:, None] * D + d[None, :]
-        key = tl.load(k + tokens, mask=valid[:, None] & (d < D)[None, :], other=0.0)
-        value = tl.load(v + tokens, mask=valid[:, None] & (d < D)[None, :], other=0.0)
+        place = (kv + token.to(tl.int64))[:, None]
+        key = tl.load(k + place * D + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0)
+        value = tl.load(v + place * DV + d[None, :], mask=valid[:, None] & (d < DV)[None, :], other=0.0)
         score = tl.where(valid[None, :], product(query, tl.trans(key)) * (scale * LOG2_E), float("-inf"))
         most, total, result = absorb(score, value, most, total, result)
     at = ((line * HQ + p * GP + row) * SPLITS + split)[:, None]
-    tl.store(partial + at * D + d[None, :], result, mask=inside)
+    tl.store(partial + at * DV + d[None, :], result, mask=(row < GP)[:, None] & (d < DV)[None, :])
     which = tl.arange(0, 2)[None, :]
     tl.store(statistics + at * 2 + which, tl.where(which == 0, most[:, None], total[:, None]), mask=(row < GP)[:, None])
 
@@ -66,7 +66,7 @@ def attention_split(
 @triton.jit(do_not_specialize=["length", "capacity"])
 def attention_merge(
     routes, past_len, new_len, partial, statistics, out, length, capacity,
-    HQ: tl.constexpr, HS: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
+    HQ: tl.constexpr, HS: tl.constexpr, DV: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
     SPLITS: tl.constexpr, COLS: tl.constexpr, SP: tl.constexpr, DP: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
     """One head's output from its splits, COLS at a time. Grid [HQ, B*L]."""
@@ -88,9 +88,9 @@ def attention_merge(
     for first in range(0, SPLITS, COLS):
         m = first + tl.arange(0, COLS)
         fade = tl.exp2(tl.load(statistics + (base + m) * 2, mask=m < SPLITS, other=float("-inf")) - shift)
-        here = (m < SPLITS)[:, None] & (d < D)[None, :]
-        part = tl.load(partial + (base + m)[:, None] * D + d[None, :], mask=here, other=0.0)
+        here = (m < SPLITS)[:, None] & (d < DV)[None, :]
+        part = tl.load(partial + (base + m)[:, None] * DV + d[None, :], mask=here, other=0.0)
         result += tl.sum(part * fade[:, None], axis=0)
     result = tl.where(seen > 0, result / total, 0.0)
-    at = ((b * HQ + h) * length + i) * D + d
-    tl.store(out + at, narrow(result, out.dtype.element_ty), mask=d < D)
+    at = ((b * HQ + h) * length + i) * DV + d
+    tl.store(out + at, narrow(result, out.dtype.element_ty), mask=d < DV)

@@ -14,7 +14,7 @@ from bilevel.plugins.launch.tiles import ARCHITECTURES, shared_limit
 
 RUNTIME_SIZES = ("B", "L", "U", "M", "T")
 # A program holds a position's whole choice, a row of a head and a token's expert scores in registers.
-LIMITS = {"K": 128, "topk": 128, "D": 256, "E": 1024, "top_k": 128}
+LIMITS = {"K": 128, "topk": 128, "D": 256, "Dv": 256, "E": 1024, "top_k": 128}
 _MAKERS = {
     "CoarseRoute": routing.plan_coarse_route,
     "FineRoute": routing.plan_fine_route,

@@ -21,7 +21,16 @@ _UNITS = 256  # blocks that one program of coarse_route_split scores
 _ROUTE_NAMES = {"HR": "Hr", "HK": "Hk", "HS": "num_selection_heads", "DR": "Dr", "BLOCK": "block_size", "CAUSAL": "causal"}
 _SCORES = 1024  # scores that one program of select_blocks_split reads
 _SELECT_NAMES = {"HS": "Hs", "K": "topk", "BLOCK": "block_size", "PARTIAL": "partial_block", "CAUSAL": "causal"}
-_ATTENTION_NAMES = {"HQ": "Hq", "HKV": "Hkv", "HS": "Hs", "D": "D", "K": "K", "BLOCK": "block_size", "CAUSAL": "causal"}
+_ATTENTION_NAMES = {
+    "HQ": "Hq",
+    "HKV": "Hkv",
+    "HS": "Hs",
+    "D": "D",
+    "DV": "Dv",
+    "K": "K",
+    "BLOCK": "block_size",
+    "CAUSAL": "causal",
+}
 
 
 def _route_constants(g: Geometry) -> dict[str, int]:
@@ -145,7 +154,7 @@ def plan_routed_attention(g: Geometry, dtype: str, arch: int) -> tuple[LaunchPla
 def _attention_tiles(g: Geometry, dtype: str, arch: int) -> LaunchPlan:
     """Many tokens: tiles of positions, and the blocks that some position of a tile kept."""
     groups, choices = head_groups(g), str(g["Hs"])
-    tile = attention_tile(g["D"], g["Hq"] // groups, g["block_size"], dtype, arch)
+    tile = attention_tile(max(g["D"], g["Dv"]), g["Hq"] // groups, g["block_size"], dtype, arch)
     tokens = tile.rows // (g["Hq"] // groups)
     tiles = f"ceil_div(L, {tokens})"
     # A tile lists no more blocks than its positions have slots, and no more than there are.
@@ -164,7 +173,7 @@ def _attention_tiles(g: Geometry, dtype: str, arch: int) -> LaunchPlan:
     attend = make.launch(
         "attention.attention_tiles",
         "q k v past_len new_len blocks bits out length capacity slots scale",
-        _pick(constants, "HQ HKV HS GROUPS D BLOCK CAUSAL TOKENS ROWS COLS PER_BLOCK DP"),
+        _pick(constants, "HQ HKV HS GROUPS D DV BLOCK CAUSAL TOKENS ROWS COLS PER_BLOCK DP"),
         (tiles, str(groups), "B"),
         tile,
     )
@@ -174,12 +183,12 @@ def _attention_tiles(g: Geometry, dtype: str, arch: int) -> LaunchPlan:
 def _attention_split(g: Geometry, dtype: str, arch: int) -> LaunchPlan:
     """Few tokens: the kept blocks of one token are split among programs, whose results are merged."""
     groups, heads, topk = head_groups(g), g["Hq"], g["K"]
-    tile = decode_tile(g["D"], heads // groups, g["block_size"], dtype, arch)
+    tile = decode_tile(max(g["D"], g["Dv"]), heads // groups, g["block_size"], dtype, arch)
     # 64 tokens: enough to be worth a partial result, few enough to fill a GPU with one row.
     split = max(1, 64 // power_of_two(g["block_size"]))
     splits = -(-topk // split)
     buffers = (
-        Buffer("partial", "float32", f"B * L * {heads * splits * g['D']}"),
+        Buffer("partial", "float32", f"B * L * {heads * splits * g['Dv']}"),
         Buffer("statistics", "float32", f"B * L * {heads * splits * 2}"),
     )
     make = Builder(contract.ROUTED_ATTENTION, dtype, buffers)
@@ -194,7 +203,7 @@ def _attention_split(g: Geometry, dtype: str, arch: int) -> LaunchPlan:
     merge = make.launch(
         "decode.attention_merge",
         "routes past_len new_len partial statistics out length capacity",
-        {**_pick(constants, "HQ HS D K BLOCK CAUSAL SPLITS DP KP"), "COLS": 16, "SP": power_of_two(splits)},
+        {**_pick(constants, "HQ HS DV K BLOCK CAUSAL SPLITS DP KP"), "COLS": 16, "SP": power_of_two(splits)},
         (str(heads), "B * L", "1"),
         small_tile(4),
     )

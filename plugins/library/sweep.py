@@ -58,7 +58,8 @@ def geometries(op: str) -> Iterator[dict[str, Any]]:
             yield {**budget, "init_blocks": init, "local_blocks": local, "partial_block": partial}
     elif op == "RoutedAttention":
         for n, (heads, kv_heads, choices, width, block_size, topk) in enumerate(_ATTENTION):
-            sizes = {"Hq": heads, "Hkv": kv_heads, "Hs": choices, "D": width, "K": topk}
+            values = width // 2 if n % 2 else width
+            sizes = {"Hq": heads, "Hkv": kv_heads, "Hs": choices, "D": width, "Dv": values, "K": topk}
             yield {**sizes, "block_size": block_size, "causal": int(n != 2), "scale": width**-0.5}
     elif op == "WriteCache":
         yield from ({"H": heads, "W": width} for heads, width in _CACHES)

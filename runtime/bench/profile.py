@@ -27,6 +27,7 @@ PARTS = ("level 1", "level 2", "attention", "experts", "matmuls", "other", "engi
 _OPERATORS = {
     "FineRoute": "level 2",
     "RoutedAttention": "attention",
+    "RoutedAttentionSinks": "attention",
     "GroupQueryAttention": "attention",
     "ExpertRoute": "experts",
     "RoutedExperts": "experts",

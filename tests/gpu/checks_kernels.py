@@ -25,7 +25,7 @@ def _title(name: str, inputs: Inputs, attributes: Attributes) -> str:
     sizes = contract.BY_NAME[name].bind_shapes([x.shape for x in inputs.values()])
     kept = {"K": attributes.get("topk"), "k": attributes.get("top_k")}
     sizes = {**sizes, **{key: value for key, value in kept.items() if value}}
-    order = ("L", "T", "Hq", "Hr", "Hkv", "Hk", "Hs", "D", "Dr", "M", "U", "K", "E", "Gp", "k", "d", "f", "H", "W")
+    order = ("L", "T", "Hq", "Hr", "Hkv", "Hk", "Hs", "D", "Dv", "Dr", "M", "U", "K", "E", "Gp", "k", "d", "f", "H", "W")
     return f"{dtype_name(next(iter(inputs.values())))} " + " ".join(f"{key}={sizes[key]}" for key in order if key in sizes)
 
 

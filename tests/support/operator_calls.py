@@ -136,13 +136,17 @@ def make_call(name: str, tokens: int = 6) -> tuple[Inputs, Attributes]:
     lengths = {"past_len": int32(20 - tokens, 3), "new_len": int32(tokens, tokens // 2)}
     route = {"query": whole(2, 4, tokens, 3), "unit_key": whole(2, 2, 5, 3)}
     blocks = torch.randint(-1, 6, (2, 2, tokens, 4), dtype=torch.int32)
-    attention = {"q": torch.randn(2, 4, tokens, 6), "k": torch.randn(2, 2, 20, 6), "v": torch.randn(2, 2, 20, 6)}
+    attention = {"q": torch.randn(2, 4, tokens, 6), "k": torch.randn(2, 2, 20, 6), "v": torch.randn(2, 2, 20, 5)}
     scores = {"logits": torch.randn(tokens, 8), "group_logits": torch.randn(tokens, 4), "select_bias": torch.randn(8)}
     chosen = {"ids": torch.randint(-1, 9, (tokens, 3), dtype=torch.int32), "weights": torch.randn(tokens, 3)}
     calls: dict[str, tuple[Inputs, Attributes]] = {
         "CoarseRoute": ({**route, **lengths}, ROUTE),
         "FineRoute": ({**route, "candidates": blocks, **lengths}, ROUTE),
         "RoutedAttention": ({**attention, "routes": blocks, **lengths}, {"block_size": 4, "causal": 1, "scale": 0.4}),
+        "RoutedAttentionSinks": (
+            {**attention, "routes": blocks, **lengths, "sinks": torch.randn(4)},
+            {"block_size": 4, "causal": 1, "scale": 0.4},
+        ),
         "ExpertRoute": (scores, EXPERT),
         "RoutedExperts": (
             {"x": torch.randn(tokens, 6), **chosen, "gate_up": torch.randn(8, 10, 6), "down": torch.randn(8, 6, 5)},
@@ -222,8 +226,9 @@ def select_calls(draw: st.DrawFn) -> tuple[Inputs, Attributes]:
 
 
 @st.composite
-def attention_calls(draw: st.DrawFn) -> tuple[Inputs, Attributes]:
-    """Routes are sets: unsorted, repeated and out of range; L on both sides of 8, where the body changes its way."""
+def attention_calls(draw: st.DrawFn, sinks: bool = False) -> tuple[Inputs, Attributes]:
+    """Values narrower, as wide and wider than keys; routes are sets: unsorted, repeated and out of range; L on both sides of 8,
+    where the body changes its way."""
     batch = draw(st.integers(1, 2))
     block_size, num_blocks = draw(st.sampled_from([1, 3, 4])), draw(st.integers(1, 7))
     length = draw(st.integers(1, min(20, block_size * num_blocks)))
@@ -238,11 +243,13 @@ def attention_calls(draw: st.DrawFn) -> tuple[Inputs, Attributes]:
     inputs = {
         "q": normal(batch, num_heads, length, 4) * draw(st.sampled_from([1.0, 300.0])),
         "k": normal(batch, num_kv_heads, tokens, 4),
-        "v": normal(batch, num_kv_heads, tokens, 4),
+        "v": normal(batch, num_kv_heads, tokens, draw(st.sampled_from([1, 4, 9]))),
         "routes": torch.randint(-2, num_blocks + 2, shape, generator=generator, dtype=torch.int32),
         "past_len": int32(*(draw(st.integers(0, room)) for _ in range(batch))),
         "new_len": int32(*(draw(st.integers(0, length)) for _ in range(batch))),
     }
+    if sinks:
+        inputs["sinks"] = normal(num_heads) * draw(st.sampled_from([1.0, 100.0]))
     return inputs, {"block_size": block_size, "causal": draw(st.sampled_from([0, 1])), "scale": 0.5}
 
 

@@ -57,7 +57,8 @@ def group_queries(q, virtual):
 
 @script(_private, default_opset=op)
 def attend_gathered(q, k, v, blocks, visible, rows, horizon, size, scale):
-    """Gather each token's blocks: q [B, V, L, Gv, D], blocks int64 and visible bool [B, V, L, K] -> like q, fp32."""
+    """Gather each token's blocks: q [B, V, L, Gv, D], blocks int64 and visible bool [B, V, L, K] -> fp32 [B, V, L, Gv, Dv], and
+    of every row the largest score and the sum of the others' weights beside it, [B, V, L, Gv, 1]."""
     num_kept = op.Shape(blocks, start=3, end=4)
     width = op.Shape(k, start=3, end=4)
     # A block named twice counts once.
@@ -76,14 +77,21 @@ def attend_gathered(q, k, v, blocks, visible, rows, horizon, size, scale):
     seen = op.And(op.Unsqueeze(used, [4]), token < op.Unsqueeze(horizon, [4]))
     # A weight of 0 must not meet a value that may be anything (0 * NaN is NaN): the first of a block that is read stands in.
     read = op.Unsqueeze(index * size, [4]) + op.Where(seen, offset, 0)
-    values = op.Cast(op.Reshape(op.Gather(op.Reshape(v, op.Concat([-1], width, axis=0)), read, axis=0), shape), to=FLOAT)
+    value_width = op.Shape(v, start=3, end=4)
+    value_shape = op.Concat(op.Shape(blocks, start=0, end=3), num_kept * size, value_width, axis=0)
+    tokens = op.Reshape(v, op.Concat([-1], value_width, axis=0))
+    values = op.Cast(op.Reshape(op.Gather(tokens, read, axis=0), value_shape), to=FLOAT)
     scores = op.MatMul(op.Cast(q, to=FLOAT), op.Transpose(keys, perm=[0, 1, 2, 4, 3])) * scale
     seen = op.Reshape(seen, op.Concat(op.Shape(blocks, start=0, end=3), [1], num_kept * size, axis=0))
     any_seen = op.ReduceMax(op.Cast(seen, to=INT32), [4], keepdims=1) > 0
     nothing = op.Constant(value_float=0.0)
     unseen = op.Where(any_seen, op.Constant(value_float=float("-inf")), nothing)
-    probability = op.Softmax(op.Where(seen, scores, unseen), axis=-1)
-    return op.Where(any_seen, op.MatMul(probability, values), nothing)
+    masked = op.Where(seen, scores, unseen)
+    probability = op.Softmax(masked, axis=-1)
+    # The largest weight is 1 over the sum.
+    total = op.Reciprocal(op.ReduceMax(probability, [4], keepdims=1))
+    out = op.Where(any_seen, op.MatMul(probability, values), nothing)
+    return out, op.ReduceMax(masked, [4], keepdims=1), total
 
 
 @script(_private, default_opset=op)
@@ -166,7 +174,8 @@ def attend_dispatched(q, k, v, blocks, visible, rows, horizon, past_len, size, s
 
     # A weight of 0 must not meet a value that may be anything (0 * NaN is NaN). Only this call's tokens are read by some rows
     # of a tile and not by others; the odd ones among them give way to the block's first, and who does see them becomes NaN.
-    tokens = op.Reshape(v, op.Concat([-1], width, axis=0))
+    value_width = op.Shape(v, start=3, end=4)
+    tokens = op.Reshape(v, op.Concat([-1], value_width, axis=0))
     virtual = op.Shape(blocks, start=1, end=2)
     tile_list = op.Div(
         op.Squeeze(op.Slice(op.Reshape(slot_query, op.Concat(num_tiles, tile, axis=0)), [0], [1], [1]), [1]), length
@@ -200,7 +209,7 @@ def attend_dispatched(q, k, v, blocks, visible, rows, horizon, past_len, size, s
     slot_heads = op.Concat(num_slots, heads, axis=0)
     one = op.Constant(value_ints=[1])
     padded = op.Concat([0, 0], one, [0], axis=0)
-    flat_partial = op.Pad(op.Reshape(partial, op.Concat(num_slots, heads * width, axis=0)), padded)
+    flat_partial = op.Pad(op.Reshape(partial, op.Concat(num_slots, heads * value_width, axis=0)), padded)
     flat_peak = op.Pad(op.Reshape(peak, slot_heads), padded, lowest)
     flat_total = op.Pad(op.Reshape(total, slot_heads), padded)
     per_pair = op.Concat(lists * length, num_kept, heads, [-1], axis=0)
@@ -214,26 +223,54 @@ def attend_dispatched(q, k, v, blocks, visible, rows, horizon, past_len, size, s
         op.Cast(op.Reshape(visible, op.Concat(lists * length, num_kept, axis=0)), to=INT32), [1], keepdims=1
     )
     out = op.Where(op.Unsqueeze(any_seen, [2]) > 0, numerator / denominator, op.Constant(value_float=0.0))
-    return op.Reshape(out, op.Shape(q))
+    by_row = op.Concat(op.Shape(q, start=0, end=4), [-1], axis=0)
+    top = op.ReduceMax(pair_peak, [1], keepdims=0)
+    return op.Reshape(out, by_row), op.Reshape(top, by_row), op.Reshape(denominator, by_row)
 
 
-@script(_bilevel, default_opset=op)
-def RoutedAttention(q, k, v, routes, past_len, new_len, block_size: int, causal: int, scale: float):
-    """Softmax attention over the tokens of the routed blocks: [B, Hq, L, D] like q."""
-    size = op.Reshape(op.Constant(value_int=block_size), [1])
-    factor = op.Constant(value_float=scale)
+@script(_private, default_opset=op)
+def attend(q, k, v, routes, past_len, new_len, size, causal, scale):
+    """By virtual heads: fp32 [B, V, L, Gv, Dv], and of every row the largest score and the sum of the weights beside it, [B, V,
+    L, Gv, 1]. size: int64 [1]."""
     length = op.Shape(q, start=2, end=3)
     kv_heads = op.Shape(k, start=1, end=2)
     virtual = joint_heads(op.Shape(routes, start=1, end=2), kv_heads, op.Shape(q, start=1, end=2))
     num_blocks = op.Div(op.Shape(k, start=2, end=3), size)
     blocks = spread_routes(routes, virtual)
-    horizon = horizons(positions(past_len, length), past_len, new_len, op.Constant(value_int=causal))
+    horizon = horizons(positions(past_len, length), past_len, new_len, causal)
     visible = op.And(op.And(blocks >= 0, blocks < num_blocks), blocks * size < horizon)
     rows = first_rows(k, virtual, num_blocks)
     queries = group_queries(q, virtual)
     if op.Squeeze(length) <= 8:
-        out = attend_gathered(queries, k, v, blocks, visible, rows, horizon, size, factor)
+        out, peak, total = attend_gathered(queries, k, v, blocks, visible, rows, horizon, size, scale)
     else:
-        out = attend_dispatched(queries, k, v, blocks, visible, rows, horizon, past_len, size, factor)
+        out, peak, total = attend_dispatched(queries, k, v, blocks, visible, rows, horizon, past_len, size, scale)
+    return out, peak, total
+
+
+@script(_private, default_opset=op)
+def heads_together(out, q):
+    """[B, V, L, Gv, Dv] -> [B, Hq, L, Dv], in the type of q."""
     heads_first = op.Transpose(out, perm=[0, 1, 3, 2, 4])
-    return op.CastLike(op.Reshape(heads_first, op.Shape(q)), q)
+    return op.CastLike(op.Reshape(heads_first, op.Concat(op.Shape(q, start=0, end=3), [-1], axis=0)), q)
+
+
+@script(_bilevel, default_opset=op)
+def RoutedAttention(q, k, v, routes, past_len, new_len, block_size: int, causal: int, scale: float):
+    """Softmax attention over the tokens of the routed blocks: [B, Hq, L, Dv], typed as q."""
+    size = op.Reshape(op.Constant(value_int=block_size), [1])
+    sees_past = op.Constant(value_int=causal)
+    out, _, _ = attend(q, k, v, routes, past_len, new_len, size, sees_past, op.Constant(value_float=scale))
+    return heads_together(out, q)
+
+
+@script(_bilevel, default_opset=op)
+def RoutedAttentionSinks(q, k, v, routes, past_len, new_len, sinks, block_size: int, causal: int, scale: float):
+    """The same with a logit a query head that takes its share of the softmax."""
+    size = op.Reshape(op.Constant(value_int=block_size), [1])
+    sees_past = op.Constant(value_int=causal)
+    out, peak, total = attend(q, k, v, routes, past_len, new_len, size, sees_past, op.Constant(value_float=scale))
+    # What a sink leaves is total / (total + e^(sink - peak)); sinks by virtual head, heads of one side by side.
+    by_head = op.Concat(op.Shape(out, start=1, end=2), [1], op.Shape(out, start=3, end=4), [1], axis=0)
+    weight = op.Exp(op.Reshape(sinks, by_head) - peak)
+    return heads_together(out * (total / (total + weight)), q)

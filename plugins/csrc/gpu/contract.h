@@ -107,13 +107,13 @@ constexpr Op kOps[kNumOps] = {
      {
        {"q", PortType::kModelFloat, 4, {{"B"}, {"Hq"}, {"L"}, {"D"}}},
        {"k", PortType::kModelFloat, 4, {{"B"}, {"Hkv"}, {"M"}, {"D"}}},
-       {"v", PortType::kModelFloat, 4, {{"B"}, {"Hkv"}, {"M"}, {"D"}}},
+       {"v", PortType::kModelFloat, 4, {{"B"}, {"Hkv"}, {"M"}, {"Dv"}}},
        {"routes", PortType::kInt32, 4, {{"B"}, {"Hs"}, {"L"}, {"K"}}},
        {"past_len", PortType::kInt32, 1, {{"B"}}},
        {"new_len", PortType::kInt32, 1, {{"B"}}},
      },
      {
-       {"out", PortType::kModelFloat, 4, {{"B"}, {"Hq"}, {"L"}, {"D"}}},
+       {"out", PortType::kModelFloat, 4, {{"B"}, {"Hq"}, {"L"}, {"Dv"}}},
      },
      {
        {"block_size", AttributeKind::kInt, 1, 2147483647, {}},

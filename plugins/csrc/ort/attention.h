@@ -132,15 +132,15 @@ BILEVEL_INLINE void weigh_direct(float* scores, int64_t count, float* peak, floa
 static void attend_blocks(const AttentionArguments& a, int64_t b, const VirtualHead& head, int64_t i, const int32_t* blocks,
                           int64_t count, std::vector<float>& scores, float* acc, float* peak, float* total) {
   const int64_t rows = head.count, horizon = horizon_of(a, b, i), stride = count * a.block_size + kLanes;
-  const int64_t cache = (b * a.kv_heads + head.kv_head) * a.capacity * a.width, step = a.length * a.width;
+  const int64_t cache = (b * a.kv_heads + head.kv_head) * a.capacity, step = a.length * a.width;
   const float* q = a.q + ((b * a.heads + head.first) * a.length + i) * a.width;
   scores.resize(rows * stride);
   int64_t seen = 0;
   for (int64_t n = 0; n < count; ++n) {
     const int64_t start = blocks[n] * a.block_size, keys = std::min(a.block_size, horizon - start);
-    const float *k = a.k + cache + start * a.width, *v = a.v + cache + start * a.width;
+    const float *k = a.k + (cache + start) * a.width, *v = a.v + (cache + start) * a.value_width;
     for (int64_t j = 0; j < keys; j += kDirectKeys) {
-      for (int64_t d = 0; d < kDirectKeys * a.width; d += 16) __builtin_prefetch(v + j * a.width + d, 0, 2);
+      for (int64_t d = 0; d < kDirectKeys * a.value_width; d += 16) __builtin_prefetch(v + j * a.value_width + d, 0, 2);
       for (int64_t r = 0; r < rows; r += kDirectRows)
         score_direct(q + r * step, step, std::min<int64_t>(kDirectRows, rows - r), k + j * a.width,
                      std::min<int64_t>(kDirectKeys, keys - j), a.width, a.scale, scores.data() + r * stride + seen + j, stride);
@@ -148,15 +148,16 @@ static void attend_blocks(const AttentionArguments& a, int64_t b, const VirtualH
     seen += keys;
   }
   for (int64_t r = 0; r < rows; ++r) weigh_direct(scores.data() + r * stride, seen, peak + r, total + r);
-  std::fill(acc, acc + rows * a.width, 0.0f);
+  const int64_t width = a.value_width;
+  std::fill(acc, acc + rows * width, 0.0f);
   int64_t done = 0;
   for (int64_t n = 0; n < count; ++n) {
     const int64_t start = blocks[n] * a.block_size, keys = std::min(a.block_size, horizon - start);
-    const float* v = a.v + cache + start * a.width;
+    const float* v = a.v + (cache + start) * width;
     int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) add_rows<4>(scores.data() + r * stride + done, stride, v, keys, a.width, acc + r * a.width);
-    for (; r + 3 <= rows; r += 3) add_rows<3>(scores.data() + r * stride + done, stride, v, keys, a.width, acc + r * a.width);
-    for (; r < rows; ++r) add_rows<1>(scores.data() + r * stride + done, stride, v, keys, a.width, acc + r * a.width);
+    for (; r + 4 <= rows; r += 4) add_rows<4>(scores.data() + r * stride + done, stride, v, keys, width, acc + r * width);
+    for (; r + 3 <= rows; r += 3) add_rows<3>(scores.data() + r * stride + done, stride, v, keys, width, acc + r * width);
+    for (; r < rows; ++r) add_rows<1>(scores.data() + r * stride + done, stride, v, keys, width, acc + r * width);
     done += keys;
   }
 }
@@ -167,14 +168,14 @@ static void attend_direct(const AttentionArguments& a, const std::vector<Virtual
   const int64_t pieces = (a.kept + blocks - 1) / blocks, lists = heads.size();
   int64_t most = 0;
   for (const VirtualHead& head : heads) most = std::max(most, head.count);
-  const int64_t record = most * (a.width + 2);  // acc [most, D], peak [most], total [most]
+  const int64_t width = a.value_width, record = most * (width + 2);  // acc [most, Dv], peak [most], total [most]
   std::vector<float> partial(a.batch * lists * a.length * pieces * record);
   parallel.each(a.batch * lists * a.length * pieces, [&](size_t unit) {
     thread_local DirectScratch scratch;
     const int64_t piece = unit % pieces, i = unit / pieces % a.length;
     const int64_t v = unit / (pieces * a.length) % lists, b = unit / (pieces * a.length * lists);
     float* acc = partial.data() + unit * record;
-    float *peak = acc + most * a.width, *total = peak + most;
+    float *peak = acc + most * width, *total = peak + most;
     scratch.blocks.resize(a.kept);
     const int64_t all = i < a.new_len[b] ? visible_blocks(a, b, heads[v].list, i, scratch.blocks.data()) : 0;
     const int64_t first = std::min(piece * blocks, all), count = std::min(blocks, all - first);
@@ -184,20 +185,22 @@ static void attend_direct(const AttentionArguments& a, const std::vector<Virtual
     const int64_t i = token % a.length, v = token / a.length % lists, b = token / (a.length * lists);
     const float* records = partial.data() + token * pieces * record;
     for (int64_t r = 0; r < heads[v].count; ++r) {
-      float* out = a.out + ((b * a.heads + heads[v].first + r) * a.length + i) * a.width;
-      float peak = -INFINITY, total = 0.0f;
-      for (int64_t n = 0; n < pieces; ++n) peak = std::max(peak, records[n * record + most * a.width + r]);
-      std::fill(out, out + a.width, 0.0f);
+      const int64_t h = heads[v].first + r;
+      float* out = a.out + ((b * a.heads + h) * a.length + i) * width;
+      float peak = a.sinks ? a.sinks[h] : -INFINITY;
+      for (int64_t n = 0; n < pieces; ++n) peak = std::max(peak, records[n * record + most * width + r]);
+      float total = a.sinks ? std::exp(a.sinks[h] - peak) : 0.0f;
+      std::fill(out, out + width, 0.0f);
       for (int64_t n = 0; n < pieces; ++n) {
         const float* acc = records + n * record;
-        const float share = acc[most * (a.width + 1) + r];
+        const float share = acc[most * (width + 1) + r];
         if (share == 0.0f) continue;  // this piece saw no token, or gives none any weight
-        const float factor = std::exp(acc[most * a.width + r] - peak);
+        const float factor = std::exp(acc[most * width + r] - peak);
         total += factor * share;
-        for (int64_t d = 0; d < a.width; ++d) out[d] += factor * acc[r * a.width + d];
+        for (int64_t d = 0; d < width; ++d) out[d] += factor * acc[r * width + d];
       }
       if (peak != -INFINITY)  // else 0: the row has no visible token; 0 / 0 where all its scores are -inf, as in a softmax
-        for (int64_t d = 0; d < a.width; ++d) out[d] /= total;
+        for (int64_t d = 0; d < width; ++d) out[d] /= total;
     }
   }
 }

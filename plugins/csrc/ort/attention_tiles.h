@@ -96,7 +96,7 @@ BILEVEL_INLINE bool all_finite(const float* v, int64_t count) {
 }
 
 // One visit: the tile's rows attend to one block.
-static void visit(Tile& tile, const float* k, const float* v, int64_t keys, int64_t width) {
+static void visit(Tile& tile, const float* k, const float* v, int64_t keys, int64_t width, int64_t value_width) {
   float* scores = tile.scores.data();
   int64_t j = 0;
   for (; j + kKeys <= keys; j += kKeys) score_keys<kKeys>(tile.queries.data(), k + j * width, width, scores + j * kTileRows);
@@ -105,11 +105,11 @@ static void visit(Tile& tile, const float* k, const float* v, int64_t keys, int6
   weigh(tile, keys, factor);
   int r = 0;
   const int64_t fewest = *std::min_element(tile.keys, tile.keys + tile.rows);
-  if (!all_finite(v + fewest * width, (keys - fewest) * width))  // what a row does not see has the weight 0, and 0 * NaN is NaN
-    for (; r < tile.rows; ++r) mix_rows<1>(tile, r, factor, v, tile.keys[r], width);
-  for (; r + 6 <= tile.rows; r += 6) mix_rows<6>(tile, r, factor, v, keys, width);
-  for (; r + 2 <= tile.rows; r += 2) mix_rows<2>(tile, r, factor, v, keys, width);
-  for (; r < tile.rows; ++r) mix_rows<1>(tile, r, factor, v, keys, width);
+  if (!all_finite(v + fewest * value_width, (keys - fewest) * value_width))  // what a row does not see has the weight 0, and 0 * NaN is NaN
+    for (; r < tile.rows; ++r) mix_rows<1>(tile, r, factor, v, tile.keys[r], value_width);
+  for (; r + 6 <= tile.rows; r += 6) mix_rows<6>(tile, r, factor, v, keys, value_width);
+  for (; r + 2 <= tile.rows; r += 2) mix_rows<2>(tile, r, factor, v, keys, value_width);
+  for (; r < tile.rows; ++r) mix_rows<1>(tile, r, factor, v, keys, value_width);
 }
 
 struct TileScratch {
@@ -147,8 +147,8 @@ static void attend_range(const AttentionArguments& a, int64_t b, const VirtualHe
   s.peak.assign((last - first) * head.count, -3.402823466e38f);
   s.total.assign((last - first) * head.count, 0.0f);
   for (int64_t h = head.first; h < head.first + head.count; ++h) {
-    float* out = a.out + ((b * a.heads + h) * a.length + first) * a.width;
-    std::fill(out, out + (last - first) * a.width, 0.0f);
+    float* out = a.out + ((b * a.heads + h) * a.length + first) * a.value_width;
+    std::fill(out, out + (last - first) * a.value_width, 0.0f);
   }
   last = std::min<int64_t>(last, a.new_len[b]);
   if (first >= last) return;
@@ -161,22 +161,28 @@ static void attend_range(const AttentionArguments& a, int64_t b, const VirtualHe
       int64_t keys = 1;
       for (tile.rows = 0; tile.rows < kTileRows && row < rows; ++tile.rows, ++row) {
         const int64_t i = s.tokens[begin + row / head.count], h = row % head.count, r = (i - first) * head.count + h;
-        const int64_t at = ((b * a.heads + head.first + h) * a.length + i) * a.width;
-        for (int64_t d = 0; d < a.width; ++d) tile.queries[d * kTileRows + tile.rows] = a.q[at + d] * a.scale;
-        tile.out[tile.rows] = a.out + at;
+        const int64_t at = (b * a.heads + head.first + h) * a.length + i;
+        for (int64_t d = 0; d < a.width; ++d) tile.queries[d * kTileRows + tile.rows] = a.q[at * a.width + d] * a.scale;
+        tile.out[tile.rows] = a.out + at * a.value_width;
         tile.peak[tile.rows] = &s.peak[r];
         tile.total[tile.rows] = &s.total[r];
         tile.keys[tile.rows] = static_cast<int32_t>(std::min(a.block_size, horizon_of(a, b, i) - block));
         keys = std::max<int64_t>(keys, tile.keys[tile.rows]);
       }
-      visit(tile, a.k + (cache + block) * a.width, a.v + (cache + block) * a.width, keys, a.width);
+      visit(tile, a.k + (cache + block) * a.width, a.v + (cache + block) * a.value_width, keys, a.width, a.value_width);
     }
   }
   for (int64_t row = 0; row < (last - first) * head.count; ++row) {
     const int64_t i = first + row / head.count, h = head.first + row % head.count;
-    float* out = a.out + ((b * a.heads + h) * a.length + i) * a.width;
+    float* out = a.out + ((b * a.heads + h) * a.length + i) * a.value_width;
     if (s.counts[row / head.count] == 0) continue;  // no visible token: 0
-    for (int64_t d = 0; d < a.width; ++d) out[d] /= s.total[row];
+    float factor = 1.0f, total = s.total[row];
+    if (a.sinks) {
+      const float peak = std::max(s.peak[row], a.sinks[h]);
+      factor = std::exp(s.peak[row] - peak);
+      total = total * factor + std::exp(a.sinks[h] - peak);
+    }
+    for (int64_t d = 0; d < a.value_width; ++d) out[d] = out[d] * factor / total;
   }
 }
 

@@ -39,12 +39,13 @@ struct RouteArguments {
 struct AttentionArguments {
   const float* q;           // [B, Hq, L, D]
   const float* k;           // [B, Hkv, M, D]
-  const float* v;           // [B, Hkv, M, D]
+  const float* v;           // [B, Hkv, M, Dv]
   const int32_t* routes;    // [B, Hs, L, K]
   const int32_t* past_len;  // [B]
   const int32_t* new_len;   // [B]
-  float* out;               // [B, Hq, L, D]
-  int64_t batch, heads, length, width, kv_heads, capacity, selection_heads, kept, block_size;
+  const float* sinks;       // [Hq] or null
+  float* out;               // [B, Hq, L, Dv]
+  int64_t batch, heads, length, width, value_width, kv_heads, capacity, selection_heads, kept, block_size;
   bool causal;
   float scale;
 };

@@ -125,7 +125,7 @@ struct Select : Kernel {
 };
 
 struct Attention : Kernel {
-  Attention(const ort::Api& api, const ort::KernelInfo* info) : Kernel(api, info) {
+  Attention(const ort::Api& api, const ort::KernelInfo* info, bool has_sinks) : Kernel(api, info), has_sinks(has_sinks) {
     a.block_size = integer("block_size", 1);
     a.causal = integer("causal") != 0;
     a.scale = number("scale");
@@ -138,17 +138,25 @@ struct Attention : Kernel {
     call.k = context.input<float>(1, k);
     call.v = context.input<float>(2, v);
     call.routes = context.input<int32_t>(3, routes);
-    require(q.size() == 4 && k.size() == 4 && k == v && routes.size() == 4 && q[0] == k[0] && q[3] == k[3] &&
+    require(q.size() == 4 && k.size() == 4 && v.size() == 4 && k[0] == v[0] && k[1] == v[1] && k[2] == v[2] &&
+                routes.size() == 4 && q[0] == k[0] && q[3] == k[3] &&
                 routes[0] == q[0] && routes[1] > 0 && routes[2] == q[2] && k[1] > 0 && k[2] % call.block_size == 0,
             "RoutedAttention's q, k, v and routes do not fit together; export the model anew");
-    call.batch = q[0], call.heads = q[1], call.length = q[2], call.width = q[3];
+    call.batch = q[0], call.heads = q[1], call.length = q[2], call.width = q[3], call.value_width = v[3];
     call.kv_heads = k[1], call.capacity = k[2], call.selection_heads = routes[1], call.kept = routes[3];
     require_lengths(context, 4, call.batch, call.length, call.past_len, call.new_len);
+    if (has_sinks) {
+      std::vector<int64_t> sinks;
+      call.sinks = context.input<float>(6, sinks);
+      require(sinks == std::vector<int64_t>{call.heads}, "RoutedAttentionSinks' sinks must be [Hq]; export the model anew");
+    }
+    q[3] = call.value_width;
     call.out = context.output<float>(0, q);
     kernels.attention(call, context.parallel());
   }
 
   bilevel::AttentionArguments a{};
+  bool has_sinks;
 };
 
 struct ExpertRoute : Kernel {
@@ -249,7 +257,7 @@ struct PackedExperts : Kernel {
   int64_t bits, block;
 };
 
-enum class Operator { kCoarseRoute, kFineRoute, kSelectBlocks, kRoutedAttention, kExpertRoute, kRoutedExperts, kRoutedExpertsQuantized };
+enum class Operator { kCoarseRoute, kFineRoute, kSelectBlocks, kRoutedAttention, kRoutedAttentionSinks, kExpertRoute, kRoutedExperts, kRoutedExpertsQuantized };
 
 // An operator's declaration: "T" is fp32 here, 'i' int32.
 struct Op : ort::CustomOp {
@@ -271,7 +279,8 @@ ort::Status* create(const ort::CustomOp* op, const ort::Api* api, const ort::Ker
       case Operator::kCoarseRoute: made = std::make_unique<Route>(*api, info, false); break;
       case Operator::kFineRoute: made = std::make_unique<Route>(*api, info, true); break;
       case Operator::kSelectBlocks: made = std::make_unique<Select>(*api, info); break;
-      case Operator::kRoutedAttention: made = std::make_unique<Attention>(*api, info); break;
+      case Operator::kRoutedAttention: made = std::make_unique<Attention>(*api, info, false); break;
+      case Operator::kRoutedAttentionSinks: made = std::make_unique<Attention>(*api, info, true); break;
       case Operator::kExpertRoute: made = std::make_unique<ExpertRoute>(*api, info); break;
       case Operator::kRoutedExperts: made = std::make_unique<Experts>(*api, info); break;
       case Operator::kRoutedExpertsQuantized: made = std::make_unique<PackedExperts>(*api, info); break;
@@ -326,6 +335,7 @@ __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::Sessi
       declare(Operator::kFineRoute, "FineRoute", "ffiii", "i"),
       declare(Operator::kSelectBlocks, "SelectBlocks", "fii", "i"),
       declare(Operator::kRoutedAttention, "RoutedAttention", "fffiii", "f"),
+      declare(Operator::kRoutedAttentionSinks, "RoutedAttentionSinks", "fffiiif", "f"),
       declare(Operator::kExpertRoute, "ExpertRoute", "fff", "if"),
       declare(Operator::kRoutedExperts, "RoutedExperts", "fifff", "f"),
       declare(Operator::kRoutedExpertsQuantized, "RoutedExpertsQuantized", "fifufuufu", "f"),

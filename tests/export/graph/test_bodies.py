@@ -186,6 +186,11 @@ def test_routed_attention_body_equals_reference(call: tuple[Inputs, Attributes])
     assert_equal("RoutedAttention", *call)
 
 
+@given(call=attention_calls(sinks=True))
+def test_routed_attention_sinks_body_equals_reference(call: tuple[Inputs, Attributes]) -> None:
+    assert_equal("RoutedAttentionSinks", *call)
+
+
 @pytest.mark.parametrize("length", [1, 8, 9, 150], ids=lambda n: f"L{n}")
 @pytest.mark.parametrize("change", ["permuted", "repeated", "padded"])
 def test_routed_attention_body_routes_are_a_set(length: int, change: str) -> None:

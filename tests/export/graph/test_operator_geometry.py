@@ -24,7 +24,8 @@ def test_geometries_of_a_bundle(exported: Exported) -> None:
     assert found["CoarseRoute"][0] == {**route, "Hr": 1, "Hk": 1, "Dr": 6, "topk": 6, "num_selection_heads": 1}
     assert found["FineRoute"][0] == {**route, "Hr": 4, "Hk": 2, "Dr": 8, "Hc": 1, "K1": 6, "topk": 3, "num_selection_heads": 2}
     attention = found["RoutedAttention"][0]
-    assert {**attention, "scale": 0} == {"Hq": 4, "Hkv": 2, "D": 8, "Hs": 2, "K": 3, "block_size": 4, "causal": 1, "scale": 0}
+    sizes = {"Hq": 4, "Hkv": 2, "D": 8, "Dv": 8, "Hs": 2, "K": 3}
+    assert {**attention, "scale": 0} == {**sizes, "block_size": 4, "causal": 1, "scale": 0}
     assert attention["scale"] == pytest.approx(8**-0.5)
     assert found["RoutedExperts"][0] == {"d": 24, "k": 2, "E": 6, "f": 5}
     caches = [geometry for op, geometry, _ in requests if op.name == "WriteCache"]

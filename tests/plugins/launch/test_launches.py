@@ -16,7 +16,8 @@ from bilevel.plugins.library.sweep import geometries
 SIZES = {"B": 2, "L": 21, "U": 700, "M": 4096, "T": 100}
 ROUTE: dict[str, Any] = {"Hr": 4, "Hk": 2, "Dr": 64, "num_selection_heads": 2, "topk": 8, "block_size": 16}
 ROUTE |= {"init_blocks": 1, "local_blocks": 1, "causal": 1}
-ATTENTION: dict[str, Any] = {"Hq": 8, "Hkv": 2, "Hs": 2, "D": 64, "K": 8, "block_size": 16, "causal": 1, "scale": 0.1}
+_HEADS = {"Hq": 8, "Hkv": 2, "Hs": 2, "D": 64, "Dv": 64}
+ATTENTION: dict[str, Any] = {**_HEADS, "K": 8, "block_size": 16, "causal": 1, "scale": 0.1}
 EXPERTS: dict[str, Any] = {"E": 16, "k": 2, "d": 96, "f": 80}
 
 
@@ -141,6 +142,7 @@ def test_bits_hold_every_position_of_a_tile() -> None:
         (contract.COARSE_ROUTE, {**ROUTE, "topk": 129}, "take topk up to 128, not 129"),
         (contract.ROUTED_ATTENTION, {**ATTENTION, "K": 300}, "take K up to 128, not 300"),
         (contract.ROUTED_ATTENTION, {**ATTENTION, "D": 257}, "take D up to 256, not 257"),
+        (contract.ROUTED_ATTENTION, {**ATTENTION, "Dv": 257}, "take Dv up to 256, not 257"),
         (contract.ROUTED_ATTENTION, {**ATTENTION, "Hq": 130}, "65 query heads share a key/value head and a choice; .* take 64"),
         (contract.ROUTED_EXPERTS, {**EXPERTS, "E": 1025}, "take E up to 1024, not 1025"),
     ],

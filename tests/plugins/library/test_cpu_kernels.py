@@ -70,6 +70,11 @@ def test_routed_attention_kernel_equals_reference(call: tuple[Inputs, Attributes
     check("RoutedAttention", *call)
 
 
+@given(call=attention_calls(sinks=True))
+def test_routed_attention_sinks_kernel_equals_reference(call: tuple[Inputs, Attributes]) -> None:
+    check("RoutedAttentionSinks", *call)
+
+
 @pytest.mark.parametrize("group_score", ["external", "max", "top2_sum"])
 @pytest.mark.parametrize("score_func", contract.SCORE_FUNCS)
 @given(data=st.data())
