@@ -176,15 +176,6 @@ static void make_rows(std::vector<float>& numbers, int64_t padded, float** rows)
   for (int64_t r = 0; r < kTrainRows; ++r) rows[r] = numbers.data() + r * padded;
 }
 
-static bool all_finite(const float* from, int64_t count) {
-  Vector check = {};  // stays 0: anything not finite times 0 is NaN
-  int64_t n = 0;
-  for (; n + kLanes <= count; n += kLanes) check += load(from + n) * 0.0f;
-  float total = sum(check);
-  for (; n < count; ++n) total += from[n] * 0.0f;
-  return total == 0.0f;
-}
-
 BILEVEL_INLINE Vector lanes_from(int64_t first) {
   Vector lane;
   for (int n = 0; n < kLanes; ++n) lane[n] = static_cast<float>(first + n);
