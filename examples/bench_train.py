@@ -62,7 +62,8 @@ class Side:
         command = [sys.executable, __file__, *arguments, "--side", side, "--lengths", str(length)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.lines: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -83,7 +84,8 @@ class Side:
 
     def end(self) -> None:
         self.process.kill()
-        self.process.wait()
+        with self.process:  # closes the pipes, once the process is gone
+            self.reader.join()
 
 
 def measure(length: int, options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
