@@ -14,7 +14,7 @@ QUESTION ?= What is the capital of France?
 # Whatever is slow to import stays out of the way of two test processes on two cores.
 export OMP_NUM_THREADS ?= $(if $(filter test pytest,$(MAKECMDGOALS)),1,$(shell nproc 2>/dev/null || echo 2))
 
-.PHONY: help run test lint types pytest fuzz train train-two-level train-dense gpu-test gpu-bench smollm2 real dist clean
+.PHONY: help run test lint types pytest fuzz train train-two-level train-dense gpu-test gpu-bench bench-train smollm2 real dist clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*##/  make \1\t/'
@@ -109,6 +109,9 @@ gpu-bench:  ## there: routed attention beside PyTorch's dense attention and Flex
 	@$(GPU_PYTHON) -c 'import torch' 2>/dev/null || \
 	  { echo "gpu-bench: $(GPU_PYTHON) has no PyTorch; name a Python that has it: make gpu-bench GPU_PYTHON=..."; exit 1; }
 	@PYTHONPATH=$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) examples/gpu_bench.py --json build/gpu-bench.json $(GPU_BENCH)
+
+bench-train: $(VENV)/dev  ## training steps beside the dense twin's: time and memory at 2k, 8k, 32k (an hour; BENCH_TRAIN="--lengths 2k,8k" narrows it)
+	$(BIN)/python examples/bench_train.py --json build/bench-train.json --plot build/bench-train.png $(BENCH_TRAIN)
 
 dist: $(BUNDLE)/bundle.json $(DIST)/ready  ## sdist and manylinux wheel in dist/, checked, installed alone and run
 	$(DIST)/bin/python -m tests.dist $(BUNDLE)

@@ -6,14 +6,18 @@ call extends). Everything stateful is here, as ordinary tensor code; the routing
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bilevel import ops
 from bilevel.block_keys import block_keys
 from bilevel.config import ModelConfig
 from bilevel.expert_layers import ExpertMLP, SwiGLU
-from bilevel.operators.attention import masked_attention
+from bilevel.operators.attention import causal_attention, masked_attention
 from bilevel.rotary import apply_rotary, rotary_angles
 from bilevel.state import DecoderState, LayerState, Step, Trace
 from bilevel.word_router import WordRouter, unit
@@ -83,10 +87,12 @@ class Attention(nn.Module):
             return q, k
         return apply_rotary(q, step.cos, step.sin), apply_rotary(k, step.cos, step.sin)
 
-    def _attend_to_all(self, q: Tensor, key: Tensor, value: Tensor, step: Step) -> Tensor:
-        """Ordinary attention. The graph of a routed model says it as routed attention to every block, whose kernels read no
-        more of the cache than is filled."""
+    def _attend_to_all(self, q: Tensor, key: Tensor, value: Tensor, step: Step, is_whole: bool) -> Tensor:
+        """Ordinary attention; is_whole: the call is the whole text. The graph of a routed model says it as routed attention to
+        every block, whose kernels read no more of the cache than is filled."""
         length, capacity, scale = q.shape[2], key.shape[2], self.config.attention_scale
+        if is_whole and not torch.compiler.is_exporting():
+            return causal_attention(q, key[:, :, :length], value[:, :, :length], step.new_len, scale)
         if not (torch.compiler.is_exporting() and self.config.routed_layers):
             return masked_attention(q, key, value, step.causal_mask(capacity, length), scale)
         size = self.config.routing.block_size
@@ -104,7 +110,7 @@ class Attention(nn.Module):
         scale = config.attention_scale
         block_key = None
         if not self.is_routed:
-            out = self._attend_to_all(q, key, value, step)
+            out = self._attend_to_all(q, key, value, step, state is None)
         else:
             query = self.block_keys.query(plain, q, step)
             block_key = self._pool(state.block_key if state else None, key, step, length)
@@ -153,12 +159,25 @@ def hidden_name(index: int) -> str:
     return f"hidden.{index}"
 
 
+def _steps(step: Step) -> Iterator[Step]:
+    """``step``, and then others whose traces are thrown away: a layer that is computed again has left its trace already."""
+    before = step.trace.copy() if step.trace is not None else None
+    yield step
+    while True:
+        yield replace(step, trace=before.copy() if before is not None else None)
+
+
 class Decoder(nn.Module):
-    """Embedding, level 1, the layers and the last norm."""
+    """Embedding, level 1, the layers and the last norm.
+
+    recomputes_layers: in training, a layer keeps what enters it and is computed again on the way back (activation
+    checkpointing): a third more work, and memory for one layer's inside instead of all of them.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.recomputes_layers = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         nn.init.normal_(self.embed_tokens.weight, std=0.02)
         if config.routing.is_two_level:
@@ -190,10 +209,16 @@ class Decoder(nn.Module):
         x, step, token_ids, word_block_key = self.begin(input_ids, past_len, new_len, state, trace)
         layers = []
         for index, layer in enumerate(self.layers):
-            x, layer_state = layer(x, step, state.layers[index] if state else None)
+            x, layer_state = self._run(layer, x, step, state.layers[index] if state else None)
             x = ops.name_value(x, hidden_name(index + 1))
             layers.append(layer_state)
         return self.norm(x), DecoderState(layers, token_ids, word_block_key)
+
+    def _run(self, layer: nn.Module, x: Tensor, step: Step, state: LayerState | None) -> tuple[Tensor, LayerState]:
+        if not (self.recomputes_layers and torch.is_grad_enabled() and state is None):
+            return layer(x, step, state)
+        steps = _steps(step)
+        return checkpoint(lambda x: layer(x, next(steps), None), x, use_reentrant=False)
 
 
 class CausalLM(nn.Module):

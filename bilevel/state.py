@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,6 +79,11 @@ class Trace:
     expert_weights: list[Tensor] = field(default_factory=list)
     expert_out: list[Tensor] = field(default_factory=list)
     forced: Trace | None = None
+
+    def copy(self) -> Trace:
+        """Another trace of the same tensors, to which others can be added."""
+        lists: dict[str, Any] = {name: list(value) for name, value in vars(self).items() if isinstance(value, list)}
+        return replace(self, **lists)
 
     def given(self, kind: str) -> Tensor | None:
         """The choice of this kind ("candidates", "routes", ...) that the next router has to obey, None where it is free."""

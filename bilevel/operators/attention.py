@@ -61,6 +61,19 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale
     return torch.where(mask.empty, 0.0, out).to(dtype)
 
 
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, new_len: Tensor, scale: float) -> Tensor:
+    """Ordinary causal attention of whole texts, without a mask of L x L numbers; rows at or beyond new_len give 0.
+
+    q: [B, Hq, L, D]. k, v: [B, Hkv, L, D]. new_len: [B]. Returns [B, Hq, L, D] in q's dtype.
+    """
+    if not torch.compiler.is_compiling() and not _is_tame(q, k, v):
+        return masked_attention(q, k, v, causal_mask(k.shape[2], q.shape[2], torch.zeros_like(new_len), new_len), scale)
+    heads = head_map(q.shape[1], k.shape[1], q.device)
+    out = F.scaled_dot_product_attention(wide(q), wide(k)[:, heads], wide(v)[:, heads], is_causal=True, scale=scale)
+    used = torch.arange(q.shape[2], device=q.device) < new_len[:, None]
+    return torch.where(used[:, None, :, None], out, 0.0).to(q.dtype)
+
+
 def _is_tame(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether whatever is masked counts for nothing in forward and backward products."""
     with torch.no_grad():

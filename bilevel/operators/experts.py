@@ -93,10 +93,29 @@ def weights_of(logits: Tensor, ids: Tensor, *, score_func: str, normalize: int, 
 def routed_experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """The chosen experts' SwiGLU, weighted (see ``bilevel.operators.reference.routed_experts``).
 
-    Work grows with the chosen (token, expert) pairs: each expert runs once over the tokens that chose it.
+    Work grows with the chosen (token, expert) pairs: they are sorted by expert, and each expert runs once over its own.
+    PyTorch's grouped products do so without a loop over experts where they take the type: on a CPU, up to fp32.
     """
     contract.ROUTED_EXPERTS.bind_shapes([x.shape, ids.shape, weights.shape, gate_up.shape, down.shape])
-    return _summed(x, ids, weights, down.shape[0], lambda expert: (gate_up[expert], down[expert]))
+    if x.device.type != "cpu" or x.dtype == torch.float64 or not _fits(x, gate_up, down):
+        return _summed(x, ids, weights, down.shape[0], lambda expert: (gate_up[expert], down[expert]))
+    num_experts, kept = down.shape[0], ids.shape[1]
+    expert = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts).flatten().long()
+    order = torch.sort(expert, stable=True).indices
+    ends = torch.bincount(expert, minlength=num_experts + 1)[:num_experts].cumsum(0)
+    order = order[: int(ends[-1])]  # the rest chose nobody
+    if not len(order):
+        return torch.zeros_like(x)
+    token = order // kept
+    offsets = ends.to(torch.int32)
+    gate, up = F.grouped_mm(x.index_select(0, token), gate_up.mT, offs=offsets).chunk(2, dim=-1)
+    y = wide(F.grouped_mm(F.silu(gate) * up, down.mT, offs=offsets)) * weights.flatten()[order, None]
+    return wide(torch.zeros_like(x)).index_add(0, token, y).to(x.dtype)
+
+
+def _fits(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
+    """Whether the grouped products take these: their rows must lie at multiples of 16 bytes."""
+    return all(width * x.element_size() % 16 == 0 for width in (gate_up.shape[2], down.shape[2], gate_up.shape[1]))
 
 
 def _summed(
@@ -149,8 +168,8 @@ def routed_experts_quantized(
     bits: int,
     block_size: int,
 ) -> Tensor:
-    """The same over packed weights (see ``bilevel.operators.reference.routed_experts_quantized``), unpacked expert by expert.
-    The same over packed weights (see ``bilevel.operators.reference.routed_experts_quantized``), unpacked expert by expert."""
+    """The same over packed weights (see ``bilevel.operators.reference.routed_experts_quantized``), unpacked expert by
+    expert."""
     width = gate_up_codes.shape[1] // 2
 
     def matrices(expert: int) -> tuple[Tensor, Tensor]:

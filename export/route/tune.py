@@ -2,7 +2,7 @@
 
 Both read the same rows, and the updates follow the divergence between the two; which blocks are read follows the updated
 queries and keys through the frozen gates. Everything else of the model is frozen. Layers are computed again on the way back, so
-that memory grows with one layer's masks, not with all of them.
+that memory grows with the inside of one layer, not of all of them.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ def student(
     state |= {f"model.word_router.{name}": tensor.to(model.lm_head.weight.dtype) for name, tensor in words.items()}
     routed.load_state_dict(state, assign=True)
     routed.eval().requires_grad_(False)
+    routed.model.recomputes_layers = True
     for attention in _attentions(routed):
         for name in PROJECTIONS:
             linear = attention.get_submodule(name)
@@ -102,12 +103,9 @@ def factors(routed: CausalLM) -> dict[str, Tensor]:
 
 
 def hidden(model: CausalLM, ids: Tensor) -> Tensor:
-    """The stream [1, L, d] behind the last norm, of a whole text int64 [L]; layers are computed again on the way back."""
+    """The stream [1, L, d] behind the last norm, of a whole text int64 [L]."""
     past = torch.zeros(1, dtype=torch.int32)
-    x, step, _, _ = model.model.begin(ids[None], past, torch.full_like(past, len(ids)), None)
-    for layer in model.model.layers:
-        x = checkpoint(lambda x, layer=layer: layer(x, step, None)[0], x, use_reentrant=False)
-    return model.model.norm(x)
+    return model.model(ids[None], past, torch.full_like(past, len(ids)), None)[0]
 
 
 def divergence(head: nn.Linear, taught: Tensor, said: Tensor, weight: Tensor) -> Tensor:

@@ -213,3 +213,45 @@ def test_routed_experts_low_precision_accumulates_in_fp32() -> None:
     expected = reference.routed_experts(x, ids, weights, gate_up, down)
     assert expected.item() == pytest.approx(1.0, rel=0.01)
     assert torch.equal(ops.routed_experts(x, ids, weights, gate_up, down), expected)
+
+
+def every_expert(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """All experts over all tokens, and then the chosen ones' weighted sum: differentiable in everything."""
+    gate, up = torch.einsum("td,efd->etf", x, gate_up).chunk(2, dim=-1)
+    results = torch.einsum("etf,edf->etd", F.silu(gate) * up, down)
+    share = torch.stack([(weights * (ids == expert)).sum(1) for expert in range(len(down))])
+    return (share[..., None] * results).sum(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("tokens", "width", "hidden", "num_experts", "kept"), [(37, 16, 8, 5, 2), (1, 8, 16, 6, 3), (9, 24, 8, 1, 1)]
+)
+def test_grouped_experts_have_the_loops_outputs_and_gradients(
+    tokens: int, width: int, hidden: int, num_experts: int, kept: int, dtype: torch.dtype
+) -> None:
+    """Widths that the grouped products take, experts that nobody chose, ids out of range and repeated; against fp64."""
+    generator = torch.Generator().manual_seed(5)
+    x, weights = torch.randn(tokens, width, generator=generator), torch.rand(tokens, kept, generator=generator)
+    gate_up = torch.randn(num_experts, 2 * hidden, width, generator=generator) / 4
+    down = torch.randn(num_experts, width, hidden, generator=generator) / 4
+    ids = torch.randint(-1, num_experts + 1, (tokens, kept), generator=generator, dtype=torch.int32)
+    upstream = torch.randn(tokens, width, generator=generator)
+
+    def learned(wide: bool) -> list[Tensor]:
+        rounded = [x.to(dtype), weights, gate_up.to(dtype), down.to(dtype)]
+        leaves = [(each.double() if wide else each).detach().clone().requires_grad_(True) for each in rounded]
+        out = (every_expert if wide else ops.routed_experts)(leaves[0], ids, *leaves[1:])
+        return [out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype))]
+
+    tolerance = 1e-5 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
+    for value, truth in zip(learned(False), learned(True), strict=True):
+        assert (value - truth).abs().max() <= tolerance * max(truth.abs().max().item(), 1.0)
+
+
+def test_grouped_experts_that_nobody_chose_give_zero() -> None:
+    x = torch.randn(3, 8)
+    out = ops.routed_experts(
+        x, torch.full((3, 2), -1, dtype=torch.int32), torch.rand(3, 2), torch.randn(4, 16, 8), torch.randn(4, 8, 8)
+    )
+    assert out.abs().max() == 0

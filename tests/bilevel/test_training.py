@@ -31,6 +31,7 @@ from bilevel.training import (
     train_step,
     training_loss,
 )
+from tests.support.tiny_models import make_model
 
 VOCAB = 40
 
@@ -326,3 +327,35 @@ def test_distillation_does_not_see_the_future() -> None:
     first, second = traced(model, ids), traced(model, changed)
     assert first.candidates is not None and second.candidates is not None
     assert torch.equal(block_mask(first.candidates, 8)[:, :, :31], block_mask(second.candidates, 8)[:, :, :31])
+
+
+@pytest.mark.parametrize("preset", ["two_level", "gate", "dense"])
+def test_layers_that_are_computed_again_give_the_same_losses_and_gradients(preset: str) -> None:
+    """Activation checkpointing changes no bit, and what a layer leaves in the trace it leaves once."""
+    model = make_model(preset)
+    tokens = torch.randint(0, model.config.vocab_size, (2, 22), generator=torch.Generator().manual_seed(3))
+    results = []
+    for again in (False, True):
+        model.model.recomputes_layers = again
+        total, _ = training_loss(model, tokens[:, :-1], tokens[:, 1:], LossWeights())
+        model.zero_grad()
+        total.backward()
+        results.append([total.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert len(results[0]) == len(results[1]) and all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_layers_that_are_computed_again_obey_a_forced_trace() -> None:
+    model = make_model("two_level")
+    tokens = torch.randint(0, model.config.vocab_size, (1, 21), generator=torch.Generator().manual_seed(3))
+    free = Trace()
+    model(tokens, free)
+    forced = Trace(candidates=free.candidates, routes=[torch.where(routes == 0, -1, routes) for routes in free.routes])
+    gradients = []
+    for again in (False, True):
+        model.model.recomputes_layers = again
+        trace = Trace(forced=forced)
+        model.zero_grad()
+        model(tokens, trace).square().sum().backward()
+        assert len(trace.routes) == len(free.routes)
+        gradients.append(model.model.layers[0].self_attn.q_proj.weight.grad.clone())
+    assert torch.equal(*gradients)

@@ -9,56 +9,98 @@ constexpr int kTrainRows = 48;                        // rows that meet a block 
 constexpr int kBlockRows = 6;                         // rows and vectors of a register block
 constexpr int kBlockVectors = kLanes == 16 ? 4 : 2;
 
-// c(m)[n] = factor(m) * c(m)[n] + sum over d < depth of a(m, d) * b(d)[n], for Rows rows and Vectors vectors from n on.
-template <int Rows, int Vectors, typename A, typename B, typename C, typename Factor>
-BILEVEL_INLINE void product_block(int64_t depth, int64_t n, const A& a, const B& b, const C& c, const Factor& factor) {
-  Vector total[Rows][Vectors];
-  for (int m = 0; m < Rows; ++m)
-    for (int i = 0; i < Vectors; ++i) total[m][i] = factor(m) == 0.0f ? Vector{} : load(c(m) + n + i * kLanes) * factor(m);
+// The left side of a product, element (m, d): rows that lie anywhere, or columns of rows that lie `stride` apart.
+struct Rows {
+  const float* const* row;
+  template <int Count>
+  struct View {
+    const float* row[Count];
+    float operator()(int m, int64_t d) const { return row[m][d]; }
+  };
+  template <int Count>
+  View<Count> view(int64_t first) const {
+    View<Count> made;
+    for (int m = 0; m < Count; ++m) made.row[m] = row[first + m];
+    return made;
+  }
+};
+
+struct Columns {
+  const float* from;
+  int64_t stride;
+  template <int Count>
+  struct View {
+    const float* from;
+    int64_t stride;
+    float operator()(int m, int64_t d) const { return from[d * stride + m]; }
+  };
+  template <int Count>
+  View<Count> view(int64_t first) const { return {from + first, stride}; }
+};
+
+// The right side, row d: rows that lie `width` apart, or anywhere.
+struct Together {
+  const float* from;
+  int64_t width;
+  const float* operator()(int64_t d) const { return from + d * width; }
+};
+
+struct Apart {
+  const float* const* row;
+  const float* operator()(int64_t d) const { return row[d]; }
+};
+
+enum class Into { kFresh, kAdded, kFaded };  // what becomes of what is there: overwritten, added to, multiplied by the row's factor
+
+// c[m][n] (+)= sum over d < depth of a(m, d) * b(d)[n], for Count rows and Vectors vectors from n on.
+template <int Count, int Vectors, Into Mode, typename A, typename B>
+BILEVEL_INLINE void product_block(int64_t depth, int64_t n, const A& a, const B& b, float* const* c, const float* factor) {
+  Vector total[Count][Vectors];
+  for (int m = 0; m < Count; ++m)
+    for (int i = 0; i < Vectors; ++i) {
+      if constexpr (Mode == Into::kFresh) total[m][i] = Vector{};
+      if constexpr (Mode == Into::kAdded) total[m][i] = load(c[m] + n + i * kLanes);
+      if constexpr (Mode == Into::kFaded) total[m][i] = load(c[m] + n + i * kLanes) * factor[m];
+    }
   for (int64_t d = 0; d < depth; ++d) {
     Vector value[Vectors];
     const float* row = b(d) + n;
     for (int i = 0; i < Vectors; ++i) value[i] = load(row + i * kLanes);
-    for (int m = 0; m < Rows; ++m)
+    for (int m = 0; m < Count; ++m)
       for (int i = 0; i < Vectors; ++i) total[m][i] += a(m, d) * value[i];
   }
-  for (int m = 0; m < Rows; ++m)
-    for (int i = 0; i < Vectors; ++i) store(c(m) + n + i * kLanes, total[m][i]);
+  for (int m = 0; m < Count; ++m)
+    for (int i = 0; i < Vectors; ++i) store(c[m] + n + i * kLanes, total[m][i]);
 }
 
-template <int Rows, typename A, typename B, typename C, typename Factor>
-BILEVEL_INLINE void product_rows(int64_t depth, int64_t width, const A& a, const B& b, const C& c, const Factor& factor) {
+template <int Count, Into Mode, typename A, typename B>
+BILEVEL_INLINE void product_rows(int64_t depth, int64_t width, const A& a, const B& b, float* const* c, const float* factor) {
   int64_t n = 0;
   for (; n + kBlockVectors * kLanes <= width; n += kBlockVectors * kLanes)
-    product_block<Rows, kBlockVectors>(depth, n, a, b, c, factor);
-  for (; n + kLanes <= width; n += kLanes) product_block<Rows, 1>(depth, n, a, b, c, factor);
+    product_block<Count, kBlockVectors, Mode>(depth, n, a, b, c, factor);
+  for (; n + kLanes <= width; n += kLanes) product_block<Count, 1, Mode>(depth, n, a, b, c, factor);
   for (; n < width; ++n)
-    for (int m = 0; m < Rows; ++m) {
-      float total = factor(m) == 0.0f ? 0.0f : c(m)[n] * factor(m);
+    for (int m = 0; m < Count; ++m) {
+      float total = Mode == Into::kFresh ? 0.0f : Mode == Into::kAdded ? c[m][n] : c[m][n] * factor[m];
       for (int64_t d = 0; d < depth; ++d) total += a(m, d) * b(d)[n];
-      c(m)[n] = total;
+      c[m][n] = total;
     }
 }
 
-// The same for any number of rows. A factor of 0 does not read c.
-template <typename A, typename B, typename C, typename Factor>
-BILEVEL_INLINE void product(int64_t rows, int64_t depth, int64_t width, const A& a, const B& b, const C& c, const Factor& factor) {
+// The same for any number of rows.
+template <Into Mode, typename A, typename B>
+static void product(int64_t rows, int64_t depth, int64_t width, const A& a, const B& b, float* const* c, const float* factor = nullptr) {
   int64_t m = 0;
-  const auto from = [&](auto rows_at_once) {
-    constexpr int kRows = decltype(rows_at_once)::value;
-    for (; m + kRows <= rows; m += kRows)
-      product_rows<kRows>(
-          depth, width, [&](int r, int64_t d) { return a(m + r, d); }, b, [&](int r) { return c(m + r); },
-          [&](int r) { return factor(m + r); });
-  };
-  from(std::integral_constant<int, kBlockRows>{});
-  from(std::integral_constant<int, 2>{});
-  from(std::integral_constant<int, 1>{});
+  for (; m + kBlockRows <= rows; m += kBlockRows)
+    product_rows<kBlockRows, Mode>(depth, width, a.template view<kBlockRows>(m), b, c + m, factor + m);
+  for (; m + 2 <= rows; m += 2) product_rows<2, Mode>(depth, width, a.template view<2>(m), b, c + m, factor + m);
+  for (; m < rows; ++m) product_rows<1, Mode>(depth, width, a.template view<1>(m), b, c + m, factor + m);
 }
 
 // Rows that meet one block: where they lie, and how many of its keys each sees.
 struct TrainTile {
   int64_t at[kTrainRows];      // (b*Hq + h)*L + i
+  int64_t own[kTrainRows];     // (i - first)*count + (h - head.first), in what the unit keeps of each row
   int32_t keys[kTrainRows];
   int64_t rows, fewest, most;  // least and greatest of keys
 };
@@ -67,24 +109,19 @@ struct TrainScratch {
   TileScratch pairs;
   std::vector<float> keys, values;      // transposed: [D, padded], [E, padded]
   std::vector<float> scores, changes;   // [kTrainRows, padded]
-  std::vector<float> peak, total;       // per row of the unit
+  std::vector<float> peak, total;       // per row of the unit; backward: inner products of gradient and output in total
+  std::vector<float*> grad_keys, grad_values;  // the block's rows
   TrainTile tile;
   bool is_finite = true;  // all keys and values of the block that some row sees
 };
 
 static int64_t padded_keys(const AttentionArguments& a) { return (a.block_size + kLanes - 1) / kLanes * kLanes; }
 
-// A block [keys, width] as [width, padded]; returns whether all of it is finite.
-static bool transpose(const float* from, int64_t keys, int64_t width, int64_t padded, std::vector<float>& to) {
+// A block [keys, width] as [width, padded].
+static void transpose(const float* from, int64_t keys, int64_t width, int64_t padded, std::vector<float>& to) {
   to.assign(width * padded, 0.0f);
-  float check = 0.0f;  // stays 0: anything not finite times 0 is NaN
   for (int64_t j = 0; j < keys; ++j)
-    for (int64_t d = 0; d < width; ++d) {
-      const float value = from[j * width + d];
-      to[d * padded + j] = value;
-      check += value * 0.0f;
-    }
-  return check == 0.0f;
+    for (int64_t d = 0; d < width; ++d) to[d * padded + j] = from[j * width + d];
 }
 
 // Visits every block that tokens [first, last) of a virtual head kept, tile by tile: begin(block, keys), then tile() for each.
@@ -99,42 +136,44 @@ static void each_tile(const AttentionArguments& a, int64_t b, const VirtualHead&
     if (rows == 0) continue;
     const int64_t newest = s.pairs.tokens[s.pairs.start[j + 1] - 1];  // tokens ascend
     begin_block(block, std::min(a.block_size, horizon_of(a, b, newest) - block));
+    const int32_t* token = s.pairs.tokens.data() + begin;
+    int64_t h = 0;
     for (int64_t row = 0; row < rows;) {
       tile.fewest = a.block_size, tile.most = 0;
       for (tile.rows = 0; tile.rows < kTrainRows && row < rows; ++tile.rows, ++row) {
-        const int64_t i = s.pairs.tokens[begin + row / head.count], h = head.first + row % head.count;
-        const int64_t keys = std::min(a.block_size, horizon_of(a, b, i) - block);
-        tile.at[tile.rows] = (b * a.heads + h) * a.length + i;
+        const int64_t i = *token, keys = std::min(a.block_size, horizon_of(a, b, i) - block);
+        tile.at[tile.rows] = (b * a.heads + head.first + h) * a.length + i;
+        tile.own[tile.rows] = (i - first) * head.count + h;
         tile.keys[tile.rows] = static_cast<int32_t>(keys);
         tile.fewest = std::min(tile.fewest, keys), tile.most = std::max(tile.most, keys);
+        if (++h == head.count) h = 0, ++token;
       }
       each();
     }
   }
 }
 
-// target rows = factor * target rows + weights [rows, most] times block [most, width], each row's own keys only.
-template <typename Target, typename Factor>
-static void gather_rows(const TrainScratch& s, const float* weights, const float* block, int64_t width, int64_t padded,
-                        const Target& target, const Factor& factor) {
+// target rows (+)= weights [rows, most] times block [most, width], each row's own keys only.
+template <Into Mode>
+static void gather_rows(const TrainScratch& s, float* const* weights, const float* block, int64_t width, float* const* target,
+                        const float* factor = nullptr) {
   const TrainTile& tile = s.tile;
-  const auto row = [&](int64_t d) { return block + d * width; };
   if (s.is_finite || tile.fewest == tile.most)
-    return product(
-        tile.rows, tile.most, width, [&](int64_t m, int64_t d) { return weights[m * padded + d]; }, row, target, factor);
+    return product<Mode>(tile.rows, tile.most, width, Rows{weights}, Together{block, width}, target, factor);
   for (int64_t r = 0; r < tile.rows; ++r)
-    product(
-        1, tile.keys[r], width, [&](int64_t, int64_t d) { return weights[r * padded + d]; }, row,
-        [&](int64_t) { return target(r); }, [&](int64_t) { return factor(r); });
+    product<Mode>(1, tile.keys[r], width, Rows{weights + r}, Together{block, width}, target + r, factor + r);
 }
 
-// scores [rows, padded] = rows of `from` [., width] times the transposed block.
-static void score_rows(const TrainTile& tile, const float* from, int64_t width, const std::vector<float>& block, int64_t padded,
-                       std::vector<float>& scores) {
-  product(
-      tile.rows, width, padded, [&](int64_t m, int64_t d) { return from[tile.at[m] * width + d]; },
-      [&](int64_t d) { return block.data() + d * padded; }, [&](int64_t m) { return scores.data() + m * padded; },
-      [](int64_t) { return 0.0f; });
+// Addresses of the tile's rows in a tensor [B, Hq, L, width].
+template <typename Element>
+static void rows_of(const TrainTile& tile, Element* from, int64_t width, Element** rows) {
+  for (int64_t r = 0; r < tile.rows; ++r) rows[r] = from + tile.at[r] * width;
+}
+
+// Room for [kTrainRows, padded] numbers, and the addresses of its rows.
+static void make_rows(std::vector<float>& numbers, int64_t padded, float** rows) {
+  numbers.resize(kTrainRows * padded);
+  for (int64_t r = 0; r < kTrainRows; ++r) rows[r] = numbers.data() + r * padded;
 }
 
 BILEVEL_INLINE Vector lanes_from(int64_t first) {
@@ -153,17 +192,19 @@ static float weigh_row(float* scores, int64_t keys, int64_t padded, float scale,
   }
   float lane[kLanes];
   store(lane, most);
-  const float highest = *std::max_element(lane, lane + kLanes);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
+  const float highest = lane[0];
   Vector sum_of = {};
   for (int64_t j = 0; j < padded; j += kLanes) {
     const Vector weight = exp_nonpositive(load(scores + j) - splat(highest));
     store(scores + j, weight);
     sum_of += weight;
   }
-  const Vector fade = exp_nonpositive(splat(peak) - splat(highest));
+  const float fade = peak == highest ? 1.0f : exp_nonpositive(splat(peak) - splat(highest))[0];
   peak = highest;
-  total = total * fade[0] + sum(sum_of);
-  return fade[0];
+  total = total * fade + sum(sum_of);
+  return fade;
 }
 
 // Tokens [first, last) of one virtual head: output and log-sum-exp.
@@ -177,33 +218,28 @@ static void train_forward(const TrainingArguments& t, int64_t b, const VirtualHe
     std::fill(t.lse + at + first, t.lse + at + last, -INFINITY);
   }
   if (first >= end) return;
-  s.scores.resize(kTrainRows * padded);
+  float* scores[kTrainRows];
+  make_rows(s.scores, padded, scores);
   s.peak.assign((end - first) * head.count, -3.402823466e38f);
   s.total.assign((end - first) * head.count, 0.0f);
-  const auto local = [&](int64_t at) {  // a row's place in peak and total
-    const int64_t i = at % a.length, h = at / a.length % a.heads - head.first;
-    return (i - first) * head.count + h;
-  };
   const float* values = nullptr;
   each_tile(
       a, b, head, first, end, s,
       [&](int64_t block, int64_t keys) {
         values = a.v + (kv + block) * t.value_width;
         transpose(a.k + (kv + block) * a.width, keys, a.width, padded, s.keys);
-        s.is_finite = true;
-        for (int64_t n = 0; n < keys * t.value_width; ++n) s.is_finite = s.is_finite && values[n] * 0.0f == 0.0f;
+        s.is_finite = all_finite(values, keys * t.value_width);
       },
       [&] {
         const TrainTile& tile = s.tile;
-        float factor[kTrainRows];
-        score_rows(tile, a.q, a.width, s.keys, padded, s.scores);
-        for (int64_t r = 0; r < tile.rows; ++r) {
-          const int64_t own = local(tile.at[r]);
-          factor[r] = weigh_row(s.scores.data() + r * padded, tile.keys[r], padded, a.scale, s.peak[own], s.total[own]);
-        }
-        gather_rows(
-            s, s.scores.data(), values, t.value_width, padded, [&](int64_t r) { return a.out + tile.at[r] * t.value_width; },
-            [&](int64_t r) { return factor[r]; });
+        const float* query[kTrainRows];
+        float *out[kTrainRows], factor[kTrainRows];
+        rows_of(tile, a.q, a.width, query);
+        rows_of(tile, a.out, t.value_width, out);
+        product<Into::kFresh>(tile.rows, a.width, padded, Rows{query}, Together{s.keys.data(), padded}, scores);
+        for (int64_t r = 0; r < tile.rows; ++r)
+          factor[r] = weigh_row(scores[r], tile.keys[r], padded, a.scale, s.peak[tile.own[r]], s.total[tile.own[r]]);
+        gather_rows<Into::kFaded>(s, scores, values, t.value_width, out, factor);
       });
   for (int64_t row = 0; row < (end - first) * head.count; ++row) {
     if (s.pairs.counts[row / head.count] == 0) continue;  // no visible token
@@ -224,6 +260,15 @@ static void weigh_back(float* scores, float* products, int64_t keys, int64_t pad
   }
 }
 
+BILEVEL_INLINE float dot(const float* a, const float* b, int64_t width) {
+  Vector total = {};
+  int64_t d = 0;
+  for (; d + kLanes <= width; d += kLanes) total += load(a + d) * load(b + d);
+  float result = sum(total);
+  for (; d < width; ++d) result += a[d] * b[d];
+  return result;
+}
+
 // Tokens [first, last) of one virtual head: their grad_q, and what they add to grad_k [M, D] and grad_v [M, E] of the kv head.
 static void train_backward(const TrainingArguments& t, int64_t b, const VirtualHead& head, int64_t first, int64_t last,
                            float* grad_k, float* grad_v, TrainScratch& s) {
@@ -234,39 +279,44 @@ static void train_backward(const TrainingArguments& t, int64_t b, const VirtualH
     std::fill(from + first * a.width, from + last * a.width, 0.0f);
   }
   if (first >= end) return;
-  s.scores.resize(kTrainRows * padded);
-  s.changes.resize(kTrainRows * padded);
-  int64_t block_at = 0;
+  float *weights[kTrainRows], *changes[kTrainRows];
+  s.grad_keys.resize(a.block_size);
+  s.grad_values.resize(a.block_size);
+  make_rows(s.scores, padded, weights);
+  make_rows(s.changes, padded, changes);
+  s.total.resize((end - first) * head.count);
+  for (int64_t i = first; i < end; ++i)
+    for (int64_t h = 0; h < head.count; ++h) {
+      const int64_t at = ((b * a.heads + head.first + h) * a.length + i) * t.value_width;
+      s.total[(i - first) * head.count + h] = dot(t.grad_out + at, a.out + at, t.value_width);
+    }
+  const float* keys_at = nullptr;
   each_tile(
       a, b, head, first, end, s,
       [&](int64_t block, int64_t keys) {
-        block_at = block;
-        s.is_finite = transpose(a.k + (kv + block) * a.width, keys, a.width, padded, s.keys);
+        keys_at = a.k + (kv + block) * a.width;
+        transpose(keys_at, keys, a.width, padded, s.keys);
         transpose(a.v + (kv + block) * t.value_width, keys, t.value_width, padded, s.values);
+        s.is_finite = all_finite(keys_at, keys * a.width);
+        for (int64_t j = 0; j < keys; ++j) {
+          s.grad_keys[j] = grad_k + (block + j) * a.width;
+          s.grad_values[j] = grad_v + (block + j) * t.value_width;
+        }
       },
       [&] {
         const TrainTile& tile = s.tile;
-        score_rows(tile, a.q, a.width, s.keys, padded, s.scores);
-        score_rows(tile, t.grad_out, t.value_width, s.values, padded, s.changes);
-        for (int64_t r = 0; r < tile.rows; ++r) {
-          const float *grad = t.grad_out + tile.at[r] * t.value_width, *out = a.out + tile.at[r] * t.value_width;
-          float inner = 0.0f;
-          for (int64_t d = 0; d < t.value_width; ++d) inner += grad[d] * out[d];
-          weigh_back(s.scores.data() + r * padded, s.changes.data() + r * padded, tile.keys[r], padded, a.scale, t.lse[tile.at[r]],
-                     inner);
-        }
-        const float *weights = s.scores.data(), *changes = s.changes.data();
-        const auto one = [](int64_t) { return 1.0f; };
-        gather_rows(
-            s, changes, a.k + (kv + block_at) * a.width, a.width, padded,
-            [&](int64_t r) { return t.grad_q + tile.at[r] * a.width; }, one);
-        product(
-            tile.most, tile.rows, a.width, [&](int64_t j, int64_t r) { return changes[r * padded + j]; },
-            [&](int64_t r) { return a.q + tile.at[r] * a.width; }, [&](int64_t j) { return grad_k + (block_at + j) * a.width; }, one);
-        product(
-            tile.most, tile.rows, t.value_width, [&](int64_t j, int64_t r) { return weights[r * padded + j]; },
-            [&](int64_t r) { return t.grad_out + tile.at[r] * t.value_width; },
-            [&](int64_t j) { return grad_v + (block_at + j) * t.value_width; }, one);
+        const float *query[kTrainRows], *grad[kTrainRows];
+        float* grad_query[kTrainRows];
+        rows_of(tile, a.q, a.width, query);
+        rows_of(tile, t.grad_out, t.value_width, grad);
+        rows_of(tile, t.grad_q, a.width, grad_query);
+        product<Into::kFresh>(tile.rows, a.width, padded, Rows{query}, Together{s.keys.data(), padded}, weights);
+        product<Into::kFresh>(tile.rows, t.value_width, padded, Rows{grad}, Together{s.values.data(), padded}, changes);
+        for (int64_t r = 0; r < tile.rows; ++r)
+          weigh_back(weights[r], changes[r], tile.keys[r], padded, a.scale, t.lse[tile.at[r]], s.total[tile.own[r]]);
+        gather_rows<Into::kAdded>(s, changes, keys_at, a.width, grad_query);
+        product<Into::kAdded>(tile.most, tile.rows, a.width, Columns{changes[0], padded}, Apart{query}, s.grad_keys.data());
+        product<Into::kAdded>(tile.most, tile.rows, t.value_width, Columns{weights[0], padded}, Apart{grad}, s.grad_values.data());
       });
 }
 
