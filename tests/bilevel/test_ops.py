@@ -61,6 +61,10 @@ def make_call(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
             {"q": torch.randn(2, 4, 5, 6), "k": k, "v": v, "routes": routes, **lengths},
             {"block_size": 3, "causal": 1, "scale": 0.5},
         ),
+        "RoutedAttentionSinks": (
+            {"q": torch.randn(2, 4, 5, 6), "k": k, "v": v, "routes": routes, **lengths, "sinks": torch.randn(4)},
+            {"block_size": 3, "causal": 1, "scale": 0.5},
+        ),
         "ExpertRoute": (scores, EXPERT),
         "RoutedExperts": ({"x": torch.randn(7, 6), **chosen, **experts}, {}),
         "RoutedExpertsQuantized": ({"x": torch.randn(7, 40), **chosen, **packed(8, 40, 5)}, PACKED),

@@ -202,7 +202,7 @@ def test_bad_calls_are_refused(library: KernelLibrary, gpu: Gpu) -> None:
         (changed(call, 1, address=call.inputs[1].address + 4), "the address of k must be a multiple of 16"),
         (replace(call, inputs=call.inputs[:5]), "takes 6 inputs, not 5"),
         (replace(call, outputs=[]), "takes 1 outputs, not 0"),
-        (replace(call, outputs=[replace(call.outputs[0], shape=(2, 4, 6, 5))]), "out has D=5, elsewhere it is 6"),
+        (replace(call, outputs=[replace(call.outputs[0], shape=(2, 4, 6, 7))]), "out has Dv=7, elsewhere it is 5"),
         (replace(call, attributes={}), "takes 3 attributes, not 0"),
         (replace(call, attributes={**attributes, "scale": float("nan")}), "the attribute scale must be finite"),
         (replace(call, attributes={**attributes, "causal": 2}), "causal=2.0* must be a whole number from 0 to 1"),
