@@ -116,12 +116,9 @@ def measure(length: int, options: argparse.Namespace, arguments: list[str]) -> d
 
 
 def exponent(results: list[dict[str, Any]], side: str, key: str, without: str = "") -> float | None:
-    """The slope of log(value) over log(length), least squares; None of fewer than two lengths."""
-    points = [
-        (math.log(each["length"]), math.log(each[side][key] - (each[side][without] if without else 0)))
-        for each in results
-        if each[side]
-    ]
+    """The slope of log(value) over log(length), least squares, of the lengths where something is left; None of fewer than two."""
+    values = [(each["length"], each[side][key] - (each[side][without] if without else 0)) for each in results if each[side]]
+    points = [(math.log(length), math.log(value)) for length, value in values if value > 0]
     if len(points) < 2:
         return None
     return statistics.linear_regression(*zip(*points, strict=True)).slope

@@ -108,6 +108,7 @@ def _score_bound(logits: Array, score_func: str) -> Array:
         return np.full_like(logits, 8 * UNIT_ROUNDOFF)
     with np.errstate(invalid="ignore"):
         distance = np.abs(logits - logits.max(1, keepdims=True))
+    distance[np.isposinf(distance)] = 0  # such a score is exactly 0
     return np.asarray((logits.shape[1] + 8 + distance) * UNIT_ROUNDOFF)
 
 

@@ -41,6 +41,8 @@ def test_exponents_are_slopes_of_logarithms(bench: ModuleType) -> None:
     assert bench.exponent(results, "dense", "s") == pytest.approx(2)
     assert bench.exponent(results, "dense", "peak_mb", "before_mb") == pytest.approx(1)
     assert bench.exponent(results[:1], "dense", "s") is None
+    unchanged = {"length": 30, "dense": {"s": 1, "peak_mb": 100, "before_mb": 100}}
+    assert bench.exponent([unchanged, *results], "dense", "peak_mb", "before_mb") == pytest.approx(1)
 
 
 @pytest.mark.parametrize("lengths", ["2x", "0", ""])

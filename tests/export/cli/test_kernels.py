@@ -72,7 +72,7 @@ def test_build_and_show(bundle: Path, cache: Path) -> None:
     assert [variant["op"] for variant in library.info["variants"]] == ["CoarseRoute", "RoutedAttention", "WriteCache"]
     text = kernels("show", path, cache=cache).stdout
     assert text.startswith(f"for {platform.machine()} with GLIBC 2.") and "sm_87 (CUDA 12.6)" in text
-    assert "RoutedAttention  float16   D=8 Hkv=2 Hq=4" in text
+    assert "RoutedAttention  float16   D=8 Dv=8 Hkv=2 Hq=4" in text
 
     def tensor(dtype: str, *shape: int) -> DeviceTensor:
         return DeviceTensor(0, shape, dtype)
