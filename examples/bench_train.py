@@ -116,7 +116,7 @@ def measure(length: int, options: argparse.Namespace, arguments: list[str]) -> d
 
 
 def exponent(results: list[dict[str, Any]], side: str, key: str, without: str = "") -> float | None:
-    """The slope of log(value) over log(length), least squares, of the lengths where something is left; None of fewer than two."""
+    """The slope of log(value) over log(length), least squares, where something is left; None of fewer than two lengths."""
     values = [(each["length"], each[side][key] - (each[side][without] if without else 0)) for each in results if each[side]]
     points = [(math.log(length), math.log(value)) for length, value in values if value > 0]
     if len(points) < 2:
