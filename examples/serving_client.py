@@ -155,16 +155,16 @@ class Clients:
 def server(bundle: str, *options: str) -> Iterator[tuple[int, int]]:
     """(port, process id) of ``bilevel serve`` on a free port."""
     command = [sys.executable, "-m", "bilevel.runtime.cli.main", "serve", bundle, "--port", "0", "--no-verify", *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    try:
-        line = process.stderr.readline()
-        if "http://" not in line:
-            raise SystemExit(line + process.stderr.read())
-        yield int(line.partition("http://127.0.0.1:")[2].split()[0]), process.pid
-    finally:
-        process.terminate()
-        process.wait(60)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            line = process.stderr.readline()
+            if "http://" not in line:
+                raise SystemExit(line + process.stderr.read())
+            yield int(line.partition("http://127.0.0.1:")[2].split()[0]), process.pid
+        finally:
+            process.terminate()
+            process.wait(60)
 
 
 def metric(port: int, name: str) -> float:

@@ -1,6 +1,7 @@
 """Settings that every test shares. The property tests are derandomised: the same examples on every machine and every run."""
 
 import atexit
+import gc
 import importlib.util
 import os
 import shutil
@@ -56,6 +57,12 @@ def copied(exported: Callable[..., tuple[Path, Path]], tmp_path: Path) -> Callab
         return shutil.copytree(checkpoint, tmp_path / "checkpoint"), shutil.copytree(bundle, tmp_path / "bundle")
 
     return copy
+
+
+def pytest_collection_finish() -> None:
+    """What all tests share is imported by now and stays: the collector of garbage need not look at it again and again."""
+    gc.freeze()
+    gc.set_threshold(20_000, 50, 100)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -55,6 +55,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
         sys.modules.pop(name, None)
 
 
+@pytest.mark.thorough
 def test_a_small_run(bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "folder" / "bench.json"
     assert bench.main([*SMALL, "--contexts", "6", "--correlations", "0.5", "--json", str(out)]) == 0

@@ -60,7 +60,7 @@ def release(folder: Path, name: str, routing: str, **changes: Any) -> Path:
         ("olmoe", "moba_gqa", {"precision": "fp16"}, {}),
         # A dense layer before an expert layer, groups, bias of the choice, shared experts, partial rotary, biases; small
         # weights.
-        ("glm4_moe", "two_level", {"weights": "int4"}, {}),
+        pytest.param("glm4_moe", "two_level", {"weights": "int4"}, {}, marks=pytest.mark.thorough),
         # Routed in both levels as released: q, k and v stored in one tensor, experts one by one, MoBA over key/value heads.
         ("bailing_moe", "moba_gqa", {}, {}),
     ],

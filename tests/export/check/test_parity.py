@@ -184,8 +184,15 @@ def test_check_bundle_words_say_which_routers_differ(copied: Exported) -> None:
     assert words[0].state == "same"
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-@pytest.mark.parametrize("preset", ["two_level", "moba"])
+@pytest.mark.parametrize(
+    "preset, precision",
+    [
+        ("two_level", "fp16"),
+        ("moba", "bf16"),
+        pytest.param("two_level", "bf16", marks=pytest.mark.thorough),
+        pytest.param("moba", "fp16", marks=pytest.mark.thorough),
+    ],
+)
 def test_check_bundle_of_a_lower_precision(exported: Exported, tmp_path: Path, preset: str, precision: str) -> None:
     checkpoint, source = exported(preset, "fp32", precision)
     bundle = shutil.copytree(source, tmp_path / "bundle")

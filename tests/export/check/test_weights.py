@@ -110,7 +110,8 @@ ALSO_IN_FP32 = [
 
 
 @pytest.mark.parametrize(
-    ("preset", "weights"), [("two_level", "int8"), ("two_level", "int4"), ("moba", "int4"), ("dense", "int4")]
+    ("preset", "weights"),
+    [("two_level", "int8"), ("two_level", "int4"), pytest.param("moba", "int4", marks=pytest.mark.thorough), ("dense", "int4")],
 )
 def test_bundle_passes_within_the_limits_of_fp32(exported: Exported, tmp_path: Path, preset: str, weights: str) -> None:
     checkpoint, source = exported(preset, weights)
@@ -148,7 +149,9 @@ def test_fp32_bundle_has_no_looser_judgement(copied: Exported) -> None:
     assert report.passed and report.weights == "fp32" and not {"activations", "effect"} & set(report.to_dict())
 
 
-@pytest.mark.parametrize("name", ALSO_IN_FP32)
+@pytest.mark.parametrize(
+    "name", [*ALSO_IN_FP32[:2], *(pytest.param(name, marks=pytest.mark.thorough) for name in ALSO_IN_FP32[2:])]
+)
 def test_planted_fault_in_an_int4_graph(copied: Exported, name: str) -> None:
     fault = GRAPH_FAULTS[name]
     checkpoint, bundle = copied("two_level", "int4")
@@ -165,7 +168,10 @@ def test_planted_fault_in_int4_weights(copied: Exported, fault: str) -> None:
     assert not report.passed and first_failure(report) is not None
 
 
-@pytest.mark.parametrize(("stored", "claimed"), [("int4", "int8"), ("int8", "int4"), ("fp32", "int4"), ("int4", "fp32")])
+@pytest.mark.parametrize(
+    ("stored", "claimed"),
+    [("int4", "int8"), pytest.param("int8", "int4", marks=pytest.mark.thorough), ("fp32", "int4"), ("int4", "fp32")],
+)
 def test_another_format_than_the_manifest_says(copied: Exported, stored: str, claimed: str) -> None:
     checkpoint, bundle = copied("two_level", stored)
     edit_manifest(bundle, lambda manifest: manifest.update(weights={"format": claimed}))

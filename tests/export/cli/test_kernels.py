@@ -90,6 +90,7 @@ def test_no_path_of_the_building_machine_is_left_in_it(bundle: Path, cache: Path
     assert str(ROOT).encode() not in content and str(bundle).encode() not in content and b"triton_" not in content
 
 
+@pytest.mark.thorough
 def test_two_bundles_share_a_library(bundle: Path, cache: Path) -> None:
     """The same bundle twice needs nothing more."""
     arguments = ("--geometry", bundle, "--geometry", bundle, "--arch", "87", "--out", bundle / "both.so", "--json")

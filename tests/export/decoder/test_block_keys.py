@@ -32,7 +32,7 @@ def test_check_passes(preset: str, weights: str, exported: Exported) -> None:
     assert [entry.name for entry in report.selection] == routed[preset]
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.thorough)])
 def test_check_passes_in_lower_precision(precision: str, exported: Exported) -> None:
     checkpoint, bundle = exported("gate", "fp32", precision)
     assert check_bundle(bundle, checkpoint, tokens=TOKENS).passed

@@ -98,19 +98,24 @@ def assert_equal(some: onnx.ModelProto, whole: onnx.ModelProto) -> None:
     assert len({node.name for node in some.graph.node}) == len(some.graph.node)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", [next(iter(CONFIGS)), *(pytest.param(name, marks=pytest.mark.thorough) for name in [*CONFIGS][1:])]
+)
 def test_a_trace_of_some_layers_is_a_trace_of_all(tmp_path: Path, name: str) -> None:
     dtype = torch.bfloat16 if "bf16" in name else torch.float32
     assert_equal(*both(save_decoder, model_of(dtype, **CONFIGS[name]), tmp_path))
 
 
+@pytest.mark.thorough
 def test_half_precision(tmp_path: Path) -> None:
     """What is computed from weights alone (an fp32 copy of a gate's, centroids over their length) is a constant here too."""
     model = model_of(torch.float16, routing=MOBA, experts=replace(EXPERTS, layers=(0, 1)))
     assert_equal(*both(save_decoder, model, tmp_path))
 
 
-@pytest.mark.parametrize("changes", [{"nope_layers": (1,), "num_hidden_layers": 3}, {"head_dim": 16}])
+@pytest.mark.parametrize(
+    "changes", [{"nope_layers": (1,), "num_hidden_layers": 3}, pytest.param({"head_dim": 16}, marks=pytest.mark.thorough)]
+)
 def test_dense_twin(tmp_path: Path, changes: dict[str, Any]) -> None:
     """Heads of 16: the operator turns them itself, and all layers read one table of cos and sin."""
     assert_equal(*both(save_dense_twin, model_of(routing=MOBA, **changes), tmp_path))

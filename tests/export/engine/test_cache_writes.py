@@ -136,7 +136,7 @@ def test_caches_that_are_filled_to_the_end(
             np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("preset", ["moba", "dense"])
+@pytest.mark.parametrize("preset", [pytest.param("moba", marks=pytest.mark.thorough), "dense"])
 def test_other_presets(preset: str, exported: Exported) -> None:
     """No level 1, so no cache of token ids."""
     bundle = exported(preset)[1]

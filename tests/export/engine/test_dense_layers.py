@@ -23,7 +23,14 @@ from tests.export.engine.test_cache_writes import CAPACITY, read, run_calls
 Exported = Callable[..., tuple[Path, Path]]
 
 
-@pytest.mark.parametrize("preset, precision", [("gate", "fp32"), ("bounds", "fp32"), ("gate", "fp16")])
+@pytest.mark.parametrize(
+    "preset, precision",
+    [
+        ("gate", "fp32"),
+        pytest.param("bounds", "fp32", marks=pytest.mark.thorough),
+        pytest.param("gate", "fp16", marks=pytest.mark.thorough),
+    ],
+)
 def test_dense_layers_become_attention(preset: str, precision: str, exported: Exported) -> None:
     """Rows of different lengths, padding and idle rows included; the routed layers stay what they are."""
     model, manifest = read(exported(preset, "fp32", precision)[1])

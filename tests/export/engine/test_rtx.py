@@ -66,7 +66,9 @@ def declared(graph: Path) -> list[tuple[str, dict[str, Any]]]:
     return nodes
 
 
-@pytest.mark.parametrize("precision, kind", [("fp32", "FLOAT"), ("fp16", "HALF"), ("bf16", "BF16")])
+@pytest.mark.parametrize(
+    "precision, kind", [("fp32", "FLOAT"), pytest.param("fp16", "HALF", marks=pytest.mark.thorough), ("bf16", "BF16")]
+)
 def test_every_precision_is_parsed_with_plugins(
     precision: str, kind: str, rtx: Flavour, exported: Exported, created: list[PluginNode]
 ) -> None:

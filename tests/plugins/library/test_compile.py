@@ -63,6 +63,7 @@ def run_without_interpreter(arguments: list[str], folder: Path, text: str = "") 
     return run.stdout
 
 
+@pytest.mark.thorough
 def test_compiled_kernels_keep_the_limit_and_the_estimate(tmp_path: Path) -> None:
     lines = run_without_interpreter(["-c", PROGRAM], tmp_path, json.dumps(SPREAD)).splitlines()
     found: list[dict[str, Any]] = [json.loads(line) for line in lines]

@@ -89,6 +89,7 @@ def test_quantised_bundle(exported: Exported, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.usefixtures("few_bytes")
+@pytest.mark.thorough
 def test_fp16_bundle(exported: Exported, capsys: pytest.CaptureFixture[str]) -> None:
     """Both sides have fp16 caches; the least time counts two bytes a number."""
     _, bundle = exported("two_level", precision="fp16")

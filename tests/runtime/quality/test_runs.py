@@ -182,6 +182,7 @@ def test_a_checkpoint_answers_as_its_bundle_does(
         assert after["nats"][:3] == pytest.approx(before["nats"], abs=1e-5)
 
 
+@pytest.mark.thorough
 def test_an_adapter_joins_the_checkpoint(
     exported: Callable[..., tuple[Path, Path]],
     tmp_path: Path,

@@ -22,7 +22,7 @@ from tests.support.http_server import RunningServer, running
 
 CHECKS = [not_a_server_error, status_code_conformance, response_schema_conformance]
 SETTINGS = settings(
-    max_examples=int(os.environ.get("SERVE_FUZZ_EXAMPLES", "20")),
+    max_examples=int(os.environ.get("SERVE_FUZZ_EXAMPLES", "10")),
     derandomize=True,
     deadline=None,
     database=None,
