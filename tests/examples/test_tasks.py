@@ -85,7 +85,8 @@ def test_translations_are_asked_of_a_server_and_scored(
     translate: ModuleType, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "pairs.tsv").write_text("".join(f"s{i}\tt{i}\n" for i in range(3)) + "One. Two.\tx\n")
-    arguments = ["--pairs", str(tmp_path / "pairs.tsv"), "--shots", "1", "--max-tokens", "2", "--language-name", "F", "--threads", "1"]
+    arguments = ["--pairs", str(tmp_path / "pairs.tsv"), "--shots", "1", "--max-tokens", "2", "--threads", "1"]
+    arguments += ["--language-name", "F"]  # the model is a small one
     assert translate.main([str(bundle), "--against", str(bundle), *arguments, "--json", str(tmp_path / "t.json")]) == 0
     printed, found = capsys.readouterr().out, json.loads((tmp_path / "t.json").read_text())
     assert "2 sentences" in printed and "1 paragraphs" in printed and "chrF" in printed
