@@ -7,9 +7,10 @@ The default document describes a town that does not exist, so that no model know
 of its own: the documents, then the question. An answer is right where it is, or has in it, one of the given ones, after case,
 punctuation and articles are taken off (P. Rajpurkar et al., SQuAD, 2016); exact is the stricter of the two.
 
-Where a bundle routes its attention, the server says which blocks each layer read for each word of the answer. Blocks are ranked
-by how many layers and words read them; printed is how often the block that holds the answer is among the five most read, beside
-chance, and with --show the most read block of each answer.
+Where a bundle routes its attention, the server says which blocks each layer read for each word of the answer. Some blocks are
+read whatever is asked, so blocks are ranked by how many layers read them for a word of this answer beyond what the answers to
+all questions average. Printed is how often the block that holds the answer is among the five first, beside chance, and with
+--show the first block of each answer.
 
 Questions of your own: --questions FILE, a line for each, with a tab before the answer and | between several right ones.
 """
@@ -17,7 +18,6 @@ Questions of your own: --questions FILE, a line for each, with a tab before the 
 from __future__ import annotations
 
 import argparse
-import collections
 import json
 import re
 import sys
@@ -49,15 +49,24 @@ class Question:
 
 @dataclass(frozen=True)
 class Found:
-    """What one side answered. rank: of the block with the answer among those read, from 1; None where it was not read or
-    nothing is routed. most_read: the text of the most read block. chance: that it would be among the MOST_READ first."""
+    """What one side answered. blocks: the prompt's, as texts, where attention is routed. layers: how many layers read each of
+    them, for a word of the answer on average."""
 
     answer: str
     is_exact: bool
     is_right: bool
-    rank: int | None = None
-    most_read: str = ""
-    chance: float | None = None
+    blocks: Sequence[str] = ()
+    layers: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an answer was read. text: of the block that was read most beyond the average. rank: of the block that holds the
+    answer, from 1; None where it is no block of its own. chance: that blind ranking has it among the MOST_READ first."""
+
+    text: str
+    rank: int | None
+    chance: float
 
 
 def normal(text: str) -> str:
@@ -113,19 +122,25 @@ def judge(question: Question, events: Sequence[dict[str, Any]]) -> Found:
     first_line = answer.partition("\n")[0]
     exact = any(normal(first_line) == normal(each) for each in question.answers)
     right = any(has(answer, each) for each in question.answers)
-    blocks = next((event["prompt_blocks"][0] for event in events if "prompt_blocks" in event), None)
-    if blocks is None:
-        return Found(answer, exact, right)
-    counts: collections.Counter[int] = collections.Counter()
-    for choice in choices:
-        for layer in (choice.get("routes") or {}).get("blocks", []):
-            counts.update(block for block in layer if block < len(blocks))
-    document = document_blocks(blocks)
-    inner = [block for block, _ in counts.most_common() if block in document]
-    holders = {block for block in document if any(holds(blocks, block, each) for each in question.answers)}
-    rank = next((place for place, block in enumerate(inner, 1) if block in holders), None)
-    chance = 1 - (1 - len(holders) / max(1, len(document))) ** MOST_READ
-    return Found(answer, exact, right, rank, " ".join(blocks[inner[0]].split()) if inner else "", chance)
+    blocks = next((event["prompt_blocks"][0] for event in events if "prompt_blocks" in event), ())
+    counts, words = [0.0] * len(blocks), [choice["routes"]["blocks"] for choice in choices if choice.get("routes")]
+    for block in (block for word in words for layer in word for block in layer if block < len(blocks)):
+        counts[block] += 1 / len(words)
+    return Found(answer, exact, right, blocks, counts)
+
+
+def sources(questions: Sequence[Question], found: Sequence[Found]) -> list[Source]:
+    """Of each answer, by its own document blocks; the prompts differ in their ends alone."""
+    shared = min((document_blocks(each.blocks) for each in found), key=len)
+    average = {block: sum(each.layers[block] for each in found) / len(found) for block in shared}
+    results = []
+    for question, each in zip(questions, found, strict=True):
+        ranked = sorted(shared, key=lambda block, each=each: average[block] - each.layers[block])  # type: ignore[misc]
+        holders = {block for block in shared if any(holds(each.blocks, block, answer) for answer in question.answers)}
+        rank = next((place for place, block in enumerate(ranked, 1) if block in holders), None)
+        chance = 1 - (1 - len(holders) / max(1, len(shared))) ** MOST_READ
+        results.append(Source(" ".join(each.blocks[ranked[0]].split()) if ranked else "", rank, chance))
+    return results
 
 
 def document_blocks(blocks: Sequence[str]) -> range:
@@ -157,30 +172,30 @@ def answer_all(bundle: Path, prompts: list[str], questions: list[Question], thre
     return found
 
 
-def report(sides: dict[str, list[Found]], questions: list[Question], show: bool) -> None:
-    """Print a table, and with ``show`` every answer."""
-    if show:
-        for place, question in enumerate(questions):
-            print(f"{question.text} ({question.answers[0]})")
-            for name, found in sides.items():
-                each = found[place]
-                where = f"   read in: {each.most_read}" if each.most_read else ""
-                print(f"  {'right' if each.is_right else 'wrong'}  {name}: {each.answer!r}{where}")
-        print()
+def report(sides: dict[str, list[Found]], questions: list[Question], show: bool) -> dict[str, list[Source]]:
+    """Print a table, and with ``show`` every answer; where the routed sides read."""
+    read = {name: sources(questions, found) for name, found in sides.items() if all(each.blocks for each in found)}
+    for place, question in enumerate(questions if show else []):
+        print(f"{question.text} ({question.answers[0]})")
+        for name, found in sides.items():
+            where = f"   read in: {read[name][place].text}" if name in read else ""
+            print(f"  {'right' if found[place].is_right else 'wrong'}  {name}: {found[place].answer!r}{where}")
     print(f"{len(questions)} questions       right (95 %)          exact")
     for name, found in sides.items():
         right, exact = (sum(getattr(each, kind) for each in found) for kind in ("is_right", "is_exact"))
         low, high = wilson(right, len(found))
         line = f"  {right:3} ({low:.0%} to {high:.0%})".ljust(24) + f"  {exact:3}   {name}"
-        if chances := [each.chance for each in found if each.chance is not None]:
-            near = sum(each.rank is not None and each.rank <= MOST_READ for each in found)
-            line += f"; the answer's block is among the {MOST_READ} most read for {near} (chance {sum(chances):.1f})"
+        if name in read:
+            near = sum(each.rank is not None and each.rank <= MOST_READ for each in read[name])
+            chance = sum(each.chance for each in read[name])
+            line += f"; the answer's block is among the {MOST_READ} most read for {near} (chance {chance:.1f})"
         print(line)
     if len(sides) == 2:
         dense, routed = ([float(each.is_right) for each in found] for found in sides.values())
         if interval := difference_interval(routed, dense):
             difference = (sum(routed) - sum(dense)) / len(questions)
             print(f"  the second less the first: {difference:+.0%} ({interval[0]:+.0%} to {interval[1]:+.0%})")
+    return read
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -206,11 +221,16 @@ def main(argv: list[str] | None = None) -> int:
     except (BilevelError, OSError, UnicodeDecodeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    report(sides, questions, args.show)
+    read = report(sides, questions, args.show)
     if args.json is not None:
-        rows = {name: [asdict(each) for each in found] for name, found in sides.items()}
+        answers = {
+            name: [{"answer": each.answer, "is_right": each.is_right, "is_exact": each.is_exact} for each in found]
+            for name, found in sides.items()
+        }
+        rows = {name: [asdict(each) for each in found] for name, found in read.items()}
         asked = [asdict(question) for question in questions]
-        args.json.write_text(json.dumps({"questions": asked, "sides": rows}, indent=1), encoding="utf-8")
+        told = {"questions": asked, "answers": answers, "read": rows}
+        args.json.write_text(json.dumps(told, indent=1), encoding="utf-8")
     return 0
 
 

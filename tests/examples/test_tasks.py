@@ -115,18 +115,20 @@ def events(answer: str, blocks: list[str], read: list[list[list[int]]]) -> list[
     return [{"choices": [], "prompt_blocks": [blocks]}, *({"choices": [choice]} for choice in choices)]
 
 
-def test_the_block_with_the_answer_is_ranked_by_how_often_it_was_read(understand: ModuleType) -> None:
+def test_blocks_are_ranked_by_what_this_answer_read_beyond_the_others(understand: ModuleType) -> None:
     blocks = ["start ", "the sky is ", "blue. Jonas ", "Reed was here. ", f"{understand.INSTRUCTION} Who", " was here?"]
-    question = understand.Question("Who was here?", ("Jonas Reed",))
     assert list(understand.document_blocks(blocks)) == [1, 2, 3]
-    read = [[[0, 1, 4, 5], [0, 2, 5]], [[0, 1, 5], [1, 2, 5]]]
-    found = understand.judge(question, events("It was Jonas Reed.", blocks, read))
-    assert (found.is_right, found.is_exact, found.rank, found.most_read) == (True, False, 2, "the sky is")
-    assert found.chance == pytest.approx(1 - (2 / 3) ** 5)
-    missed = understand.judge(question, events("jonas reed", blocks, [[[0, 1]]]))
-    assert (missed.is_exact, missed.rank) == (True, None)
-    dense = understand.judge(question, events("Jonas Reeder", blocks, [])[1:])
-    assert (dense.is_right, dense.rank, dense.chance) == (False, None, None)
+    questions = [understand.Question("Who was here?", ("Jonas Reed",)), understand.Question("What is blue?", ("The sky",))]
+    read = [[[0, 1, 4, 5], [0, 2, 5]], [[0, 1, 5], [1, 2, 9]], [[1], [1]], [[1], [1]]]
+    first = understand.judge(questions[0], events("It was Jonas Reed.", blocks, read))
+    assert (first.is_right, first.is_exact) == (True, False) and first.layers == [0.75, 1.75, 0.5, 0, 0.25, 0.75]
+    second = understand.judge(questions[1], events("the sky", blocks, [[[1, 3], [1]], [[1], [1]]]))
+    assert second.is_exact and second.layers == [0, 2, 0, 0.5, 0, 0]
+    sources = understand.sources(questions, [first, second])
+    assert [(source.rank, source.text) for source in sources] == [(1, "blue. Jonas"), (2, "Reed was here.")]
+    assert sources[0].chance == pytest.approx(1 - (2 / 3) ** 5)
+    dense = understand.judge(questions[0], events("Jonas Reeder", blocks, [])[1:])
+    assert (dense.is_right, dense.blocks) == (False, ())
 
 
 def test_answers_are_compared_without_articles_case_and_punctuation(understand: ModuleType) -> None:
@@ -157,5 +159,5 @@ def test_questions_are_asked_of_a_server(
     arguments = ["--documents", str(tmp_path / "doc.txt"), "--questions", str(tmp_path / "q.tsv"), "--threads", "1", "--show"]
     assert understand.main([str(bundle), "--against", str(bundle), *arguments, "--json", str(tmp_path / "u.json")]) == 0
     printed, found = capsys.readouterr().out, json.loads((tmp_path / "u.json").read_text())
-    assert "2 questions" in printed and all(len(side) == 2 for side in found["sides"].values())
+    assert "2 questions" in printed and all(len(side) == 2 for side in found["answers"].values())
     assert understand.main([str(bundle), "--documents", str(tmp_path / "none.txt")]) == 2
