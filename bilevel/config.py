@@ -124,7 +124,8 @@ class Experts:
     shared_intermediate_size: width of the shared expert, which every word goes through beside its own (0 = none).
     score_func: sigmoid, softmax or sqrtsoftplus. group_score: external (level 1: similarity of the word embedding to a group's
     centroid), max or top2_sum (from the layer's own scores). normalize: the kept weights sum to 1. scale: factor on the
-    weights. select_bias: a per-expert bias that moves the choice but not the weights.
+    weights. select_bias: a per-expert bias that moves the choice but not the weights. norm_floor: what their sum is at least
+    taken for when they are normalised. zero_fill: experts of groups that are not kept compete with a score of 0.
     """
 
     num_experts: int
@@ -139,6 +140,8 @@ class Experts:
     scale: float = 1.0
     select_bias: bool = False
     shared_intermediate_size: int = 0
+    norm_floor: float = 0.0
+    zero_fill: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.layers, list):
@@ -155,6 +158,8 @@ class Experts:
         if self.shared_intermediate_size < 0:
             raise ConfigError(f"experts.shared_intermediate_size={self.shared_intermediate_size} must be at least 0")
         at_most("experts", MOST_POSITIONS, shared_intermediate_size=self.shared_intermediate_size)
+        if self.norm_floor < 0:
+            raise ConfigError(f"experts.norm_floor={self.norm_floor} must be at least 0; 0 is no floor")
         if self.score_func not in SCORE_FUNCS:
             raise ConfigError(f"experts.score_func={self.score_func!r} must be one of {', '.join(SCORE_FUNCS)}")
         if self.group_score not in ("external", "max", "top2_sum"):
@@ -176,6 +181,8 @@ class Experts:
             "group_score": self.group_score,
             "normalize": int(self.normalize),
             "scale": float(self.scale),
+            "norm_floor": float(self.norm_floor),
+            "zero_fill": int(self.zero_fill),
         }
 
     @classmethod

@@ -161,6 +161,8 @@ def config_to_dict(config: ModelConfig) -> dict[str, Any]:
 # What a section may leave out, because older files and readers do not have it.
 _OPTIONAL = {
     "shared_intermediate_size": 0,
+    "norm_floor": 0.0,
+    "zero_fill": False,
     "key": "mean",
     "gate_norm": True,
     "dense_layers": (),

@@ -71,7 +71,10 @@ class Port:
 
 @dataclass(frozen=True)
 class Attribute:
-    """One compile-time constant of an operator; ``kind`` is "int", "float" or "string"."""
+    """One compile-time constant of an operator; ``kind`` is "int", "float" or "string".
+
+    default: of an attribute that came later than its operator, what a file that does not have it means; None: it must be given.
+    """
 
     name: str
     kind: str
@@ -79,6 +82,7 @@ class Attribute:
     minimum: int | None = None
     maximum: int | None = None
     choices: tuple[str | int, ...] = ()
+    default: int | float | str | None = None
 
     def check(self, value: object) -> None:
         """Raise ContractError when ``value`` has the wrong type or lies outside what is allowed."""
@@ -92,6 +96,9 @@ class Attribute:
             high = INT32_MAX if self.maximum is None else self.maximum
             if not low <= value <= high:
                 raise ContractError(f"attribute {self.name}={value} must lie between {low} and {high}")
+        is_bounded = self.kind == "float" and self.minimum is not None
+        if is_bounded and isinstance(value, (int, float)) and not self.minimum <= value < float("inf"):  # type: ignore[operator]
+            raise ContractError(f"attribute {self.name}={value} must be a finite number of at least {self.minimum}")
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,8 @@ class Op:
         return re.sub(r"(?<!^)(?=[A-Z])", "_", self.name).lower()
 
     def check_attributes(self, values: Mapping[str, object]) -> None:
-        """Every attribute must be given (there are no defaults), be known, and lie in its range."""
+        """Every attribute without a default must be given; all must be known, and lie in their range."""
+        values = self.with_defaults(values)
         for attribute in self.attributes:
             if attribute.name not in values:
                 raise ContractError(f"{self.name} needs the attribute {attribute.name} ({attribute.meaning})")
@@ -120,6 +128,10 @@ class Op:
         unknown = set(values) - {attribute.name for attribute in self.attributes}
         if unknown:
             raise ContractError(f"{self.name} has no attribute {min(unknown)}")
+
+    def with_defaults(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The attributes with those that may be left out."""
+        return {**{each.name: each.default for each in self.attributes if each.default is not None}, **values}
 
     @property
     def symbols(self) -> set[str]:
@@ -278,6 +290,15 @@ EXPERT_ROUTE = Op(
         ),
         _int("normalize", "1: the kept weights sum to 1 before scaling", 0, 1),
         Attribute("scale", "float", "factor on the weights"),
+        Attribute("norm_floor", "float", "what the kept weights' sum is at least taken for when it normalises", 0, default=0.0),
+        Attribute(
+            "zero_fill",
+            "int",
+            "experts of groups that are not kept: 0 never chosen, 1 chosen as if their biased score were 0",
+            0,
+            1,
+            default=0,
+        ),
     ),
 )
 ROUTED_EXPERTS = Op(

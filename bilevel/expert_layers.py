@@ -55,7 +55,14 @@ class ExpertGate(nn.Module):
         if weights is not None:
             return weights.to(logits.dtype)
         spec = self.experts
-        return weights_of(logits, ids, score_func=spec.score_func, normalize=int(spec.normalize), scale=float(spec.scale))
+        return weights_of(
+            logits,
+            ids,
+            score_func=spec.score_func,
+            normalize=int(spec.normalize),
+            scale=float(spec.scale),
+            norm_floor=float(spec.norm_floor),
+        )
 
 
 class ExpertWeights(nn.Module):

@@ -195,6 +195,7 @@ def _define(op: contract.Op, eager: Callable[..., Any], *, is_opaque: bool = Fal
     node = getattr(getattr(torch.ops, contract.DOMAIN), op.torch_name)
 
     def call(*tensors: Tensor, **attributes: Any) -> Any:
+        attributes = op.with_defaults(attributes)  # a node of a graph names them all
         if not torch.compiler.is_exporting():
             if is_opaque and torch.compiler.is_compiling():
                 return node(*tensors, **attributes)

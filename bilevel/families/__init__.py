@@ -17,6 +17,7 @@ from bilevel.families import (
     bailing_moe,
     dots1,
     ernie4_5,
+    ernie4_5_moe,
     glm4_moe,
     granite,
     granitemoe,
@@ -34,8 +35,8 @@ from bilevel.families import (
 from bilevel.families.shared.family import Family
 
 _MODULES: tuple[ModuleType, ...] = (
-    llama, qwen2, qwen3, mistral, smollm3, granite, minicpm, phi3, ernie4_5, qwen3_moe, granitemoe, olmoe, glm4_moe, dots1,
-    bailing_moe, own,
+    llama, qwen2, qwen3, mistral, smollm3, granite, minicpm, phi3, ernie4_5, ernie4_5_moe, qwen3_moe, granitemoe, olmoe,
+    glm4_moe, dots1, bailing_moe, own,
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {name: module.FAMILY for module in _MODULES for name in module.FAMILY.model_types}
 

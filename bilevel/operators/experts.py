@@ -49,6 +49,8 @@ def expert_route(
     group_score: str,
     normalize: int,
     scale: float,
+    norm_floor: float = 0.0,
+    zero_fill: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Groups first, then experts inside them (see ``bilevel.operators.reference.expert_route``); gradients reach the logits."""
     num_experts, num_groups = logits.shape[1], group_logits.shape[1]
@@ -65,11 +67,12 @@ def expert_route(
             group = _rank(_best(grouped, 2)[0].sum(-1))
         best_group, index = _best(group, topk_group)
         kept = torch.zeros_like(group, dtype=torch.bool).scatter(1, index, best_group > -torch.inf)
-        inside = torch.where(kept[..., None], grouped, -torch.inf).flatten(1)
+        dropped = torch.where(grouped > -torch.inf, 0.0, -torch.inf) if zero_fill else -torch.inf
+        inside = torch.where(kept[..., None], grouped, dropped).flatten(1)
         best, ids = _best(inside, top_k)
         chosen = best > -torch.inf
     ids = torch.where(chosen, ids, -1).to(torch.int32)
-    return ids, _weights(scores, ids, normalize, scale)
+    return ids, _weights(scores, ids, normalize, scale, norm_floor)
 
 
 def _scores(logits: Tensor, score_func: str) -> Tensor:
@@ -78,16 +81,18 @@ def _scores(logits: Tensor, score_func: str) -> Tensor:
     return torch.sigmoid(logits) if score_func == "sigmoid" else torch.softmax(logits, dim=-1)
 
 
-def _weights(scores: Tensor, ids: Tensor, normalize: int, scale: float) -> Tensor:
+def _weights(scores: Tensor, ids: Tensor, normalize: int, scale: float, norm_floor: float) -> Tensor:
     weights = torch.where(ids >= 0, scores.gather(1, ids.clamp(min=0).long()), 0.0)
     if normalize:
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20).clamp(min=norm_floor)
     return weights * scale
 
 
-def weights_of(logits: Tensor, ids: Tensor, *, score_func: str, normalize: int, scale: float) -> Tensor:
+def weights_of(
+    logits: Tensor, ids: Tensor, *, score_func: str, normalize: int, scale: float, norm_floor: float = 0.0
+) -> Tensor:
     """The weights [T, k] that ``expert_route`` gives to the experts ``ids`` int32 [T, k] (-1: none), had it chosen them."""
-    return _weights(_scores(logits, score_func), ids, normalize, scale)
+    return _weights(_scores(logits, score_func), ids, normalize, scale, norm_floor)
 
 
 def routed_experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

@@ -206,12 +206,17 @@ def expert_route(
     group_score: str,
     normalize: int,
     scale: float,
+    norm_floor: float = 0.0,
+    zero_fill: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Keep ``topk_group`` groups of experts, then the ``top_k`` best inside them (contract: ExpertRoute).
 
     logits: fp32 [T, E]. group_logits: fp32 [T, Gp]. select_bias: fp32 [E]. Returns ids int32 [T, top_k], best first, and
     weights fp32 [T, top_k]; -1 and 0 in the slots for which no finite score is left. The choice uses score + bias, the
-    weights the unbiased score (DeepSeek-V3, arXiv 2412.19437, equations 13 to 16). A group that is not kept counts as -inf.
+    weights the unbiased score (DeepSeek-V3, arXiv 2412.19437, equations 13 to 16). A group that is not kept counts as -inf, or
+    with ``zero_fill`` = 1 as 0, which wins against negative biased scores (transformers' mistral4, deepseek_v2, axk2); an
+    expert whose own biased score is -inf is chosen from no group. What normalises is the sum plus 1e-20, and at least
+    ``norm_floor`` (ERNIE 4.5's moe_norm_min).
     """
     num_tokens, num_experts = logits.shape
     num_groups = group_logits.shape[1]
@@ -235,9 +240,13 @@ def expert_route(
             }[group_score]
             groups.append((-_rank(value), g))
         kept_groups = {g for value, g in sorted(groups)[:topk_group] if value < math.inf}
-        inside = [(-choice[e], e) for e in range(num_experts) if e // size in kept_groups and choice[e] > -math.inf]
+        inside = [
+            (-choice[e] if e // size in kept_groups else 0.0, e)
+            for e in range(num_experts)
+            if choice[e] > -math.inf and (zero_fill or e // size in kept_groups)
+        ]
         kept = [e for _, e in sorted(inside)[:top_k]]
-        total = sum(float(scores[e]) for e in kept) + 1e-20 if normalize else 1.0
+        total = max(sum(float(scores[e]) for e in kept) + 1e-20, norm_floor) if normalize else 1.0
         for slot, e in enumerate(kept):
             ids[t, slot] = e
             weights[t, slot] = float(scores[e]) / total * scale

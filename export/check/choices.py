@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bilevel.contract import ALWAYS_KEPT, SCORED
+from bilevel.contract import ALWAYS_KEPT, EXPERT_ROUTE, SCORED
 from bilevel.export.check.judge import SMALLEST_NORMAL, UNIT_ROUNDOFF, Array, ScoredChoices, dot_bound
 from bilevel.operators.reference import sqrt_softplus
 
@@ -114,17 +114,20 @@ def _score_bound(logits: Array, score_func: str) -> Array:
 
 def expert_weights(logits: Array, ids: Array, attributes: dict[str, Any]) -> Array:
     """fp64 weights [T, k] of the experts ``ids`` [T, k] (-1: none), from the logits [T, E] alone."""
+    attributes = EXPERT_ROUTE.with_defaults(attributes)
     scores = _expert_scores(logits.astype(np.float64), attributes["score_func"])
     weights = np.where(ids >= 0, np.take_along_axis(scores, np.maximum(ids, 0).astype(np.int64), 1), 0.0)
     if attributes["normalize"]:
-        weights = weights / (weights.sum(1, keepdims=True) + 1e-20)
+        weights = weights / np.maximum(weights.sum(1, keepdims=True) + 1e-20, attributes["norm_floor"])
     return np.asarray(weights * attributes["scale"])
 
 
 def expert_choices(
     logits: Array, group_logits: Array, bias: Array, ids: Array, attributes: dict[str, Any]
 ) -> tuple[ScoredChoices, ScoredChoices]:
-    """Choices of ExpertRoute, (groups, experts), one row per token. A token's experts compete inside its kept groups."""
+    """Choices of ExpertRoute, (groups, experts), one row per token. A token's experts compete inside its kept groups, those of
+    the other groups with 0 where they join."""
+    attributes = EXPERT_ROUTE.with_defaults(attributes)
     logits, group_logits = logits.astype(np.float64), group_logits.astype(np.float64)
     tokens, experts = logits.shape
     groups = group_logits.shape[1]
@@ -145,7 +148,11 @@ def expert_choices(
     order = np.argsort(-group, axis=1, kind="stable")[:, : attributes["topk_group"]]
     kept_groups = np.zeros((tokens, groups), dtype=bool)
     np.put_along_axis(kept_groups, order, True, axis=1)
+    kept_groups &= group > -np.inf
     inside = np.repeat(kept_groups, size, axis=1)
+    if attributes["zero_fill"]:
+        joins = ~inside & (choice > -np.inf)
+        choice, bound, inside = np.where(joins, 0.0, choice), np.where(joins, 0.0, bound), inside | joins
     everything = np.ones((tokens, groups), dtype=bool)
     return ScoredChoices(group, group_bound, kept_groups, everything), ScoredChoices(
         choice, bound, as_set(ids, experts), inside

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from bilevel.config import ModelConfig
+from bilevel.contract import BY_NAME
 from bilevel.contract import ROUTED_EXPERTS as EXPERTS
 from bilevel.contract import ROUTED_EXPERTS_QUANTIZED as PACKED_EXPERTS
 from bilevel.export.check.graph_parts import RoutedNode
@@ -56,10 +57,10 @@ def structure_differences(config: ModelConfig, nodes: Sequence[RoutedNode], weig
             differences.append(StructureDifference(name, op_type, None, len(here), 1))
         meant = expected_attributes(config, op_type, 1 if layer is None else 2, weights)
         differences += [
-            StructureDifference(name, op_type, key, node.attributes.get(key), meant.get(key))
-            for node in here
-            for key in sorted(meant.keys() | node.attributes.keys())
-            if _stored(node.attributes.get(key)) != _stored(meant.get(key))
+            StructureDifference(name, op_type, key, given.get(key), meant.get(key))
+            for given in (BY_NAME[op_type].with_defaults(node.attributes) for node in here)
+            for key in sorted(meant.keys() | given.keys())
+            if _stored(given.get(key)) != _stored(meant.get(key))
         ]
     known = {(op_type, layer) for _, op_type, layer in expected}
     for op_type, layer in sorted({(node.op_type, node.layer) for node in nodes} - known, key=str):

@@ -51,7 +51,7 @@ def _request(op: Op, node: onnx.NodeProto, known: Known) -> KernelRequest:
                     "the model with a fixed size"
                 )
             geometry[dim.symbol] = size // dim.factor
-    attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    attributes = op.with_defaults({attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute})
     for attribute in op.attributes:
         value = attributes[attribute.name]
         geometry[attribute.name] = value.decode() if isinstance(value, bytes) else value

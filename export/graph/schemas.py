@@ -42,7 +42,7 @@ def _schema(op: contract.Op) -> onnx.defs.OpSchema:
         outputs=parameters(op.outputs),
         type_constraints=[("T", _FLOATS, "the model's float type")] if op.has_float_type else [],
         attributes=[
-            *(Schema.Attribute(a.name, kinds[a.kind], a.meaning, required=True) for a in op.attributes),
+            *(Schema.Attribute(a.name, kinds[a.kind], a.meaning, required=a.default is None) for a in op.attributes),
             Schema.Attribute(PLUGIN_NAMESPACE, Schema.AttrType.STRING, "TensorRT plugin namespace", required=True),
         ],
     )

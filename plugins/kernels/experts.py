@@ -63,9 +63,9 @@ def score_of(key):
 
 @triton.jit
 def expert_route_rows(
-    logits, group_logits, select_bias, ids, weights, scale,
+    logits, group_logits, select_bias, ids, weights, scale, norm_floor,
     E: tl.constexpr, GROUPS: tl.constexpr, TOP_K: tl.constexpr, TOP_GROUPS: tl.constexpr, FUNC: tl.constexpr,
-    SCORE: tl.constexpr, NORMALIZE: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, KP: tl.constexpr,
+    SCORE: tl.constexpr, NORMALIZE: tl.constexpr, ZERO_FILL: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
     """One token: groups first, then experts inside them, best first. Grid [T]."""
     token = tl.program_id(0).to(tl.int64)
@@ -82,7 +82,10 @@ def expert_route_rows(
         best = tl.max(group, axis=0)
         kept = tl.where((group == best) & (best > LOWEST), 1, kept)
         group = tl.where(group == best, NEVER, group)
-    choice = tl.where(kept[:, None] > 0, choice, NEVER)
+    dropped = tl.full([GP, SP], NEVER, tl.int64)
+    if ZERO_FILL:
+        dropped = tl.where(choice > LOWEST, rank(tl.zeros([GP, SP], tl.float32), expert), NEVER)
+    choice = tl.where(kept[:, None] > 0, choice, dropped)
     slot = tl.arange(0, KP)
     chosen, weight = tl.full([KP], -1, tl.int32), tl.zeros([KP], tl.float32)
     for k in range(TOP_K):
@@ -93,7 +96,7 @@ def expert_route_rows(
         weight = tl.where(slot == k, its_score, weight)
         choice = tl.where(one, NEVER, choice)
     if NORMALIZE:
-        weight = weight / (tl.sum(weight, axis=0) + 1e-20)
+        weight = weight / tl.maximum(tl.sum(weight, axis=0) + 1e-20, norm_floor)
     tl.store(ids + token * TOP_K + slot, chosen, mask=slot < TOP_K)
     tl.store(weights + token * TOP_K + slot, weight * scale, mask=slot < TOP_K)
 

@@ -20,13 +20,14 @@ def plan_expert_route(g: Geometry, dtype: str, arch: int) -> tuple[LaunchPlan, .
         "FUNC": contract.SCORE_FUNCS.index(g["score_func"]),
         "SCORE": ("max", "top2_sum", "external").index(g["group_score"]),
         "NORMALIZE": g["normalize"],
+        "ZERO_FILL": g["zero_fill"],
         "GP": power_of_two(groups),
         "SP": power_of_two(experts // groups),
         "KP": power_of_two(top_k),
     }
     launch = Builder(contract.EXPERT_ROUTE, dtype).launch(
         "experts.expert_route_rows",
-        "logits group_logits select_bias ids weights scale",
+        "logits group_logits select_bias ids weights scale norm_floor",
         constants,
         ("T", "1", "1"),
         small_tile(1),

@@ -162,12 +162,13 @@ class Builder:
     def __init__(self, op: contract.Op, dtype: str, buffers: tuple[Buffer, ...] = (), **values: str) -> None:
         self.kinds = {port.name: port.element_type(dtype) for port in (*op.inputs, *op.outputs)}
         self.kinds |= {buffer.name: buffer.kind for buffer in buffers}
+        self.floats = {attribute.name for attribute in op.attributes if attribute.kind == "float"}
         self.values = {"length": "L", "units": "U", "capacity": "M", **values}
 
     def _argument(self, name: str) -> Argument:
         if name in self.kinds:
             return Argument(name, f"*{self.kinds[name]}", name)
-        return Argument(name, "float32", name) if name == "scale" else Argument(name, "int32", self.values[name])
+        return Argument(name, "float32", name) if name in self.floats else Argument(name, "int32", self.values[name])
 
     def launch(self, kernel: str, names: str, constants: Mapping[str, int], grid: tuple[str, str, str], tile: Tile) -> Launch:
         """``kernel``: "module.function". ``names``: the runtime arguments."""

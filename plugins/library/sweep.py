@@ -74,6 +74,8 @@ def geometries(op: str) -> Iterator[dict[str, Any]]:
                     "topk_group": topk_group,
                     "normalize": 1,
                     "scale": 2.5,
+                    "norm_floor": 0.0,
+                    "zero_fill": n % 2,
                     **names,
                 }
             else:

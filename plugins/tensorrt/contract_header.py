@@ -42,12 +42,16 @@ struct Port {
   Dim dims[{rank}];
 };
 
-// minimum, maximum: of an int. choices: the allowed texts of a string, null after the last; empty where every text is allowed.
+// minimum, maximum: of an int; the minimum also of a float where has_minimum. choices: the allowed texts of a string, null
+// after the last; empty where every text is allowed. has_standard: it may be missing, and is then the number `standard`.
 struct Attribute {
   const char* name;
   AttributeKind kind;
   int64_t minimum, maximum;
   const char* choices[{choices}];
+  bool has_minimum = false;
+  bool has_standard = false;
+  double standard = 0;
 };
 
 struct Op {
@@ -87,8 +91,11 @@ def _attribute(attribute: contract.Attribute) -> str:
     if attribute.kind == "int":
         low = -contract.INT32_MAX if attribute.minimum is None else attribute.minimum
         high = contract.INT32_MAX if attribute.maximum is None else attribute.maximum
+    if has_minimum := attribute.kind == "float" and attribute.minimum is not None:
+        low = attribute.minimum
     choices = ", ".join(_text(str(choice)) for choice in attribute.choices)
-    return f"{{{_text(attribute.name)}, AttributeKind::{_KINDS[attribute.kind]}, {low}, {high}, {{{choices}}}}}"
+    rest = f", {str(has_minimum).lower()}, true, {attribute.default}" if attribute.default is not None else ""
+    return f"{{{_text(attribute.name)}, AttributeKind::{_KINDS[attribute.kind]}, {low}, {high}, {{{choices}}}{rest}}}"
 
 
 def _list(items: list[str]) -> str:

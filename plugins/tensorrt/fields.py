@@ -97,7 +97,7 @@ def read_fields(op: contract.Op, fields: Iterable[Field], *, from_plan: bool) ->
     known = {attribute.name: attribute for attribute in op.attributes}
     attributes = {name: _value(op, known[name], field) if name in known else 0 for name, field in left.items()}
     op.check_attributes(attributes)
-    return PluginNode(op, attributes, dtype, dims)
+    return PluginNode(op, op.with_defaults(attributes), dtype, dims)
 
 
 def write_fields(node: PluginNode) -> list[Field]:

@@ -48,6 +48,8 @@ def routing_cases(draw: st.DrawFn) -> tuple[tuple[Tensor, Tensor, Tensor], dict[
         "group_score": draw(st.sampled_from(["external", "max", "top2_sum"])),
         "normalize": draw(st.sampled_from([0, 1])),
         "scale": draw(st.sampled_from([1.0, 2.5])),
+        "norm_floor": draw(st.sampled_from([0.0, 1e-12, 1.5])),
+        "zero_fill": draw(st.sampled_from([0, 1])),
     }
     bias = numbers(num_experts) if draw(st.booleans()) else torch.zeros(num_experts)
     return (numbers(num_tokens, num_experts), numbers(num_tokens, num_groups), bias), attributes
@@ -83,6 +85,10 @@ CHOICES: dict[str, tuple[list[float], list[float], list[float], dict[str, Any], 
         {"group_score": "top2_sum", "topk_group": 1},
         [4, 5],
     ),
+    # Zero fill: against negative biased scores a dropped group's experts win, in their order; never one that is -inf itself.
+    "zero-fill": ([0] * 6, [0, 9, -9], [-5, -5, -4, -6, -5, -5], {"topk_group": 1, "zero_fill": 1}, [0, 1]),
+    "zero-fill-below-positive": ([0] * 6, [0, 9, -9], [-5, -5, -4, 0, -5, -5], {"topk_group": 1, "zero_fill": 1}, [3, 0]),
+    "zero-fill-of-nothing": ([0] * 6, [0, 9, -9], [-INF, NAN, -4, -6, -5, -5], {"topk_group": 1, "zero_fill": 1}, [4, 5]),
     "softmax-of-inf-leaves-nothing": ([INF, 1, 2], [0], [0] * 3, {"score_func": "softmax", "topk_group": 1}, [-1, -1]),
 }
 
@@ -117,7 +123,8 @@ def deepseek_v3_gate(logits: Tensor, bias: Tensor, spec: Experts, fill: float) -
     biased = (scores + bias).unflatten(1, (spec.n_group, -1))
     group_scores = biased.topk(2, dim=-1).values.sum(-1)
     kept = F.one_hot(group_scores.topk(spec.topk_group, dim=-1).indices, spec.n_group).sum(1).bool()
-    ids = biased.masked_fill(~kept[..., None], fill).flatten(1).topk(spec.top_k, dim=-1).indices
+    inside = biased.masked_fill(~kept[..., None], fill).flatten(1)
+    ids = inside.sort(dim=-1, descending=True, stable=True).indices[:, : spec.top_k]  # topk breaks ties otherwise
     weights = scores.gather(1, ids)
     return ids, weights / weights.sum(-1, keepdim=True) * spec.scale
 
@@ -126,23 +133,17 @@ def deepseek_v3_gate(logits: Tensor, bias: Tensor, spec: Experts, fill: float) -
 def test_expert_route_equals_deepseek_v3(shift: float) -> None:
     spec = Experts.deepseek_v3(layers=())
     logits, bias = torch.randn(50, spec.num_experts), torch.randn(spec.num_experts) * 0.1 + shift
-    ids, weights = ops.expert_route(
-        logits,
-        torch.zeros(50, spec.n_group),
-        bias,
-        top_k=spec.top_k,
-        topk_group=spec.topk_group,
-        score_func=spec.score_func,
-        group_score=spec.group_score,
-        normalize=int(spec.normalize),
-        scale=spec.scale,
-    )
+    inputs = logits, torch.zeros(50, spec.n_group), bias
+    ids, weights = ops.expert_route(*inputs, **spec.route_attributes())
     true_ids, true_weights = deepseek_v3_gate(logits, bias, spec, fill=-torch.inf)
     assert torch.equal(ids.long(), true_ids)
     torch.testing.assert_close(weights, true_weights)
-    # With negative biases 0 would beat every kept expert: filling with 0 instead of -inf is another gate.
-    zero_ids, _ = deepseek_v3_gate(logits, bias, spec, fill=0.0)
+    # With negative biases 0 beats every kept expert: filling with 0 instead of -inf is another gate.
+    zero_ids, zero_weights = deepseek_v3_gate(logits, bias, spec, fill=0.0)
     assert torch.equal(zero_ids, true_ids) == (shift == 0.0)
+    ids, weights = ops.expert_route(*inputs, **{**spec.route_attributes(), "zero_fill": 1})
+    assert torch.equal(ids.long(), zero_ids)
+    torch.testing.assert_close(weights, zero_weights)
 
 
 @pytest.mark.parametrize("score_func", contract.SCORE_FUNCS)

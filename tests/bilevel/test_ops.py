@@ -37,6 +37,8 @@ EXPERT: dict[str, Any] = {
     "group_score": "external",
     "normalize": 1,
     "scale": 2.5,
+    "norm_floor": 0.0,
+    "zero_fill": 0,
 }
 
 
@@ -239,6 +241,10 @@ BAD_ATTRIBUTES: dict[str, tuple[str, dict[str, Any], str]] = {
     "three-bits": ("RoutedExpertsQuantized", {"bits": 3}, "bits=3 must be one of 4, 8"),
     "packed-in-eight": ("RoutedExpertsQuantized", {"bits": 8}, "Pd=32, but d=40 in 8 bits and blocks of 32 takes 64"),
     "small-blocks": ("RoutedExpertsQuantized", {"block_size": 16}, "block_size=16 must be one of 32, 64, 128"),
+    "norm-floor": ("ExpertRoute", {"norm_floor": -0.5}, "norm_floor=-0.5 must be a finite number of at least 0"),
+    "norm-floor-inf": ("ExpertRoute", {"norm_floor": float("inf")}, "norm_floor=inf must be a finite number of at least 0"),
+    "norm-floor-nan": ("ExpertRoute", {"norm_floor": float("nan")}, "norm_floor=nan must be a finite number of at least 0"),
+    "zero-fill": ("ExpertRoute", {"zero_fill": 2}, "zero_fill=2 must lie between 0 and 1"),
     "topk-group": ("ExpertRoute", {"topk_group": 5}, "topk_group=5 exceeds the 4 groups there are"),
 }
 
@@ -262,9 +268,18 @@ def test_operator_refuses_attributes(case: str) -> None:
 
 
 @pytest.mark.parametrize("name", [op.name for op in contract.OPS if op.attributes])
-def test_operator_attributes_have_no_defaults(name: str) -> None:
+def test_operator_attributes_have_no_defaults_but_those_that_came_later(name: str) -> None:
     inputs, attributes = make_call(name)
-    for missing in attributes:
+    later = {each.name: each.default for each in contract.BY_NAME[name].attributes if each.default is not None}
+    assert set(later) == ({"norm_floor", "zero_fill"} if name == "ExpertRoute" else set())
+    if later:
+        for got, want in zip(
+            call(name, inputs, {key: value for key, value in attributes.items() if key not in later}),
+            call(name, inputs, {**attributes, **later}),
+            strict=True,
+        ):
+            assert torch.equal(got, want)
+    for missing in attributes.keys() - later:
         rest = {key: value for key, value in attributes.items() if key != missing}
         with pytest.raises(ContractError, match=f"{name} needs the attribute {missing} \\("):
             call(name, inputs, rest)

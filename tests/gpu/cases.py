@@ -117,6 +117,8 @@ class ExpertRoute:
     score_func: str
     group_score: str
     normalize: int = 1
+    norm_floor: float = 0.0
+    zero_fill: int = 0
 
     def call(self, random: torch.Generator, tokens: int) -> tuple[Inputs, Attributes]:
         """Logits whose scores lie apart or tie; a bias of whole numbers, of NaN and of -inf."""
@@ -132,6 +134,7 @@ class ExpertRoute:
         bias[chance < 0.05], bias[chance > 0.95] = NAN, -INF
         inputs = {"logits": pick(tokens, self.experts), "group_logits": pick(tokens, self.groups), "select_bias": bias}
         attributes = {"top_k": self.topk, "topk_group": self.kept_groups, "normalize": self.normalize, "scale": 2.5}
+        attributes |= {"norm_floor": self.norm_floor, "zero_fill": self.zero_fill}
         return inputs, {**attributes, "score_func": self.score_func, "group_score": self.group_score}
 
 
@@ -196,6 +199,7 @@ EXPERT_ROUTES = (
     ExpertRoute(64, 1, 1, 6, "softmax", "external", normalize=0),
     ExpertRoute(8, 4, 3, 4, "sigmoid", "external"),
     ExpertRoute(1000, 10, 2, 16, "sigmoid", "max"),
+    ExpertRoute(60, 6, 2, 9, "sqrtsoftplus", "max", norm_floor=20.0, zero_fill=1),
 )
 EXPERTS = (
     Experts((1, 7, 300, 3000), 8, 64, 512, 256, (HALF, BRAIN)),

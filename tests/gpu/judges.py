@@ -83,7 +83,7 @@ def judge(name: str, outputs: Sequence[Tensor], inputs: Inputs, attributes: Attr
     text, right = judge_choice(name, outputs[0], inputs, attributes)
     if name != "ExpertRoute":
         return text, right
-    given = {key: attributes[key] for key in ("score_func", "normalize", "scale")}
+    given = {key: attributes[key] for key in ("score_func", "normalize", "scale", "norm_floor")}
     truth = experts.weights_of(inputs["logits"].double(), outputs[0], **given)
     # A GPU's exponential and division are good to two units of the last place, which PyTorch's sigmoid is better than.
     relative = error_of(outputs[1], truth)[1] / float(attributes["scale"])

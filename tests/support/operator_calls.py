@@ -52,6 +52,8 @@ EXPERT: Attributes = {
     "group_score": "external",
     "normalize": 1,
     "scale": 2.5,
+    "norm_floor": 0.0,
+    "zero_fill": 0,
 }
 
 
@@ -285,6 +287,8 @@ def expert_calls(draw: st.DrawFn, score_func: str, group_score: str) -> tuple[In
         "group_score": group_score,
         "normalize": draw(st.sampled_from([0, 1])),
         "scale": draw(st.sampled_from([1.0, 2.5])),
+        "norm_floor": draw(st.sampled_from([0.0, 1e-12, 1.5])),
+        "zero_fill": draw(st.sampled_from([0, 1])),
     }
     return inputs, attributes
 

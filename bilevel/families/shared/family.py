@@ -29,7 +29,7 @@ class Layout:
     rows it holds one after another. factors: module -> what its weight and bias are multiplied with. interleaved: positions
     turn the channels (2i, 2i+1) instead of (i, i + r/2), so the rows of q and k are reordered. tied: the output head is the
     stored embedding, where the model has two tensors because their factors differ. unused: prefixes of full names whose
-    tensors belong to parts that no token of the text passes through.
+    tensors belong to parts that no token of the text passes through. one_row: vectors that are stored as [1, n].
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
@@ -38,6 +38,7 @@ class Layout:
     interleaved: bool = False
     tied: bool = False
     unused: tuple[str, ...] = ()
+    one_row: tuple[str, ...] = ()
 
 
 def _no_values(raw: Raw) -> dict[str, Any]:

@@ -9,18 +9,29 @@ from bilevel.errors import ConfigError
 from bilevel.families.shared.family import Raw, flag, number, whole
 
 
-def softmax_gate(raw: Raw, layers: tuple[int, ...], *, num_experts: int, width: int, normalize: bool) -> Experts | None:
-    """The best experts by softmax over all of them; no groups, no bias. None where no layer has experts."""
+def softmax_gate(
+    raw: Raw,
+    layers: tuple[int, ...],
+    *,
+    num_experts: int,
+    width: int,
+    normalize: bool,
+    top_k: str = "num_experts_per_tok",
+    **more: Any,
+) -> Experts | None:
+    """The best experts by softmax over all of them; no groups. None where no layer has experts. top_k: the key that says how
+    many a word has. more: what else the gate has."""
     if not num_experts or not layers:
         return None
     return Experts(
         num_experts=num_experts,
-        top_k=whole(raw, "num_experts_per_tok", 0),
+        top_k=whole(raw, top_k, 0),
         intermediate_size=width,
         layers=layers,
         score_func="softmax",
         group_score="max",  # one group: nothing to score
         normalize=normalize,
+        **more,
     )
 
 

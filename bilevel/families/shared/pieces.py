@@ -19,6 +19,10 @@ def _itself(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _as_row(tensor: Tensor) -> Tensor:
+    return tensor[None]
+
+
 @dataclass(frozen=True)
 class Piece:
     """A stored tensor, times ``factor``, fills ``view`` of the model's tensor ``target``.
@@ -89,6 +93,8 @@ def plan(
         prefix, rest = _rest(name)
         module = _under(rest, layout.factors)
         piece = Piece(name, shape, factor=layout.factors[module] if module else 1.0, order=_rotary_order(rest, config, layout))
+        if rest in layout.one_row:
+            piece = Piece(name, (1, *shape), _as_row)
         fused = next((whole for whole, parts in layout.fused.items() if _under(rest, parts)), None)
         source = _stored_name(name, layout)
         if fused is not None:

@@ -77,6 +77,8 @@ def expert_route_body(score_func: str, group_score: str) -> OnnxFunction[..., An
         group_score: str,
         normalize: int,
         scale: float,
+        norm_floor: float,
+        zero_fill: int,
     ):
         num_kept = op.Reshape(op.Constant(value_int=top_k), [1])
         num_groups = op.Shape(group_logits, start=1, end=2)
@@ -89,14 +91,17 @@ def expert_route_body(score_func: str, group_score: str) -> OnnxFunction[..., An
         best_group, index = op.TopK(group, op.Reshape(op.Constant(value_int=topk_group), [1]), axis=-1, largest=1, sorted=1)
         none = op.Expand(op.Constant(value_float=0.0), op.Shape(group))
         keep = op.ScatterElements(none, index, op.Cast(best_group > lowest, to=FLOAT), axis=1) > 0.0
-        inside = op.Reshape(op.Where(op.Unsqueeze(keep, [2]), grouped, lowest), op.Shape(logits))
+        joins = op.And(op.Equal(op.Constant(value_int=zero_fill), 1), grouped > lowest)
+        dropped = op.Where(joins, op.Constant(value_float=0.0), lowest)
+        inside = op.Reshape(op.Where(op.Unsqueeze(keep, [2]), grouped, dropped), op.Shape(logits))
         best, ids = op.TopK(inside, num_kept, axis=-1, largest=1, sorted=1)
         chosen = best > lowest
         raw = op.Where(chosen, op.GatherElements(scores, ids, axis=1), op.Constant(value_float=0.0))
         unit = op.Constant(value_float=WEIGHT_UNIT)
         scaled = raw * unit
         total = op.ReduceSum(scaled, [1], keepdims=1) + op.Constant(value_float=SCALED_EPSILON)
-        divisor = op.Where(op.Equal(op.Constant(value_int=normalize), 1), total, unit)
+        floor = op.Constant(value_float=norm_floor) * unit
+        divisor = op.Where(op.Equal(op.Constant(value_int=normalize), 1), op.Max(total, floor), unit)
         weights = scaled / divisor * op.Constant(value_float=scale)
         return op.Cast(op.Where(chosen, ids, -1), to=INT32), weights
 

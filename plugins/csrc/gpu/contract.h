@@ -27,12 +27,16 @@ struct Port {
   Dim dims[4];
 };
 
-// minimum, maximum: of an int. choices: the allowed texts of a string, null after the last; empty where every text is allowed.
+// minimum, maximum: of an int; the minimum also of a float where has_minimum. choices: the allowed texts of a string, null
+// after the last; empty where every text is allowed. has_standard: it may be missing, and is then the number `standard`.
 struct Attribute {
   const char* name;
   AttributeKind kind;
   int64_t minimum, maximum;
   const char* choices[4];
+  bool has_minimum = false;
+  bool has_standard = false;
+  double standard = 0;
 };
 
 struct Op {
@@ -42,7 +46,7 @@ struct Op {
   bool in_place;  // the output is the first input, changed
   Port inputs[6];
   Port outputs[2];
-  Attribute attributes[7];
+  Attribute attributes[8];
 };
 
 constexpr int32_t kNumOps = 7;
@@ -120,7 +124,7 @@ constexpr Op kOps[kNumOps] = {
        {"causal", AttributeKind::kInt, 0, 1, {}},
        {"scale", AttributeKind::kFloat, 0, 0, {}},
      }},
-    {"ExpertRoute", "1", 3, 2, 6, false,
+    {"ExpertRoute", "1", 3, 2, 8, false,
      {
        {"logits", PortType::kFloat32, 2, {{"T"}, {"E"}}},
        {"group_logits", PortType::kFloat32, 2, {{"T"}, {"Gp"}}},
@@ -137,6 +141,8 @@ constexpr Op kOps[kNumOps] = {
        {"group_score", AttributeKind::kString, 0, 0, {"max", "top2_sum", "external"}},
        {"normalize", AttributeKind::kInt, 0, 1, {}},
        {"scale", AttributeKind::kFloat, 0, 0, {}},
+       {"norm_floor", AttributeKind::kFloat, 0, 0, {}, true, true, 0.0},
+       {"zero_fill", AttributeKind::kInt, 0, 1, {}, false, true, 0},
      }},
     {"RoutedExperts", "1", 5, 1, 0, false,
      {

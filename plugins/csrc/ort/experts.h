@@ -47,6 +47,17 @@ static void keep_best(std::vector<uint64_t>& ranks, int64_t count) {
   if (static_cast<int64_t>(ranks.size()) > count) ranks.resize(count);
 }
 
+// Experts of groups that are not kept compete with 0, but for those that are never chosen.
+static void fill_dropped_groups(const ExpertRouteArguments& a, ExpertScratch& s) {
+  const int64_t size = a.experts / a.groups;
+  for (int64_t g = 0; g < a.groups; ++g) {
+    const auto is_g = [&](uint64_t group) { return block_of(group) == g; };
+    if (std::any_of(s.groups.begin(), s.groups.end(), is_g)) continue;
+    for (int64_t e = g * size; e < (g + 1) * size; ++e)
+      if (rank_of(s.best[e], e)) s.choices.push_back(rank_of(0.0f, e));
+  }
+}
+
 static void route_token(const ExpertRouteArguments& a, int64_t t, ExpertScratch& s) {
   const int64_t size = a.experts / a.groups;
   s.scores.resize(a.experts);
@@ -60,9 +71,11 @@ static void route_token(const ExpertRouteArguments& a, int64_t t, ExpertScratch&
   s.choices.clear();
   for (const uint64_t group : s.groups)
     for (int64_t e = block_of(group) * size; e < (block_of(group) + 1) * size; ++e) s.choices.push_back(rank_of(s.best[e], e));
+  if (a.zero_fill) fill_dropped_groups(a, s);
   keep_best(s.choices, a.top_k);
   float total = 1e-20f;
   for (const uint64_t choice : s.choices) total += s.scores[block_of(choice)];
+  total = std::max(total, a.norm_floor);
   for (int64_t n = 0; n < a.top_k; ++n) {
     const bool used = n < static_cast<int64_t>(s.choices.size());
     const int32_t expert = used ? block_of(s.choices[n]) : -1;

@@ -70,10 +70,10 @@ struct ExpertRouteArguments {
   int32_t* ids;               // [T, k]
   float* weights;             // [T, k]
   int64_t tokens, experts, groups, top_k, topk_group;
-  bool normalize;
+  bool normalize, zero_fill;
   ScoreFunc score_func;
   GroupScore group_score;
-  float scale;
+  float scale, norm_floor;
 };
 
 // Rows in 4 or 8 bits: (code - zero) * scale. 8 bits: a byte is a code. 4 bits: byte i of a block holds code i in its lower half

@@ -44,6 +44,17 @@ struct Kernel {
     ort::check(api, api.call(ort::kKernelInfoGetAttributeFloat, info, name, &value));
     return value;
   }
+  // Attributes that came later than their operator: an older graph, which has none, means `standard`.
+  int64_t integer_or(const char* name, int64_t standard) const {
+    if (ort::Status* absent = api.call(ort::kKernelInfoGetAttributeInt64, info, name, &standard))
+      api.call<void>(ort::kReleaseStatus, absent);
+    return standard;
+  }
+  float number_or(const char* name, float standard) const {
+    if (ort::Status* absent = api.call(ort::kKernelInfoGetAttributeFloat, info, name, &standard))
+      api.call<void>(ort::kReleaseStatus, absent);
+    return standard;
+  }
   std::string text(const char* name) const {
     size_t size = 0;  // with the closing zero
     ort::Status* too_small = api.call(ort::kKernelInfoGetAttributeString, info, name, static_cast<char*>(nullptr), &size);
@@ -165,6 +176,8 @@ struct ExpertRoute : Kernel {
     a.topk_group = integer("topk_group");
     a.normalize = integer("normalize") != 0;
     a.scale = number("scale");
+    a.norm_floor = number_or("norm_floor", 0.0f);
+    a.zero_fill = integer_or("zero_fill", 0) != 0;
     const std::string scores = text("score_func");
     a.score_func = scores == "softmax"        ? bilevel::ScoreFunc::kSoftmax
                    : scores == "sqrtsoftplus" ? bilevel::ScoreFunc::kSqrtSoftplus

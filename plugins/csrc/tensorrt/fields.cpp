@@ -39,6 +39,9 @@ void check_range(const Attribute& attribute, double value) {
   const std::string name = std::string("attribute ") + attribute.name + "=";
   if (attribute.kind == AttributeKind::kFloat) {
     if (!std::isfinite(value)) refuse(name + std::to_string(value) + " must be finite");
+    if (attribute.has_minimum && value < static_cast<double>(attribute.minimum)) {
+      refuse(name + std::to_string(value) + " must be a finite number of at least " + std::to_string(attribute.minimum));
+    }
   } else if (value < static_cast<double>(attribute.minimum) || value > static_cast<double>(attribute.maximum)) {
     refuse(name + std::to_string(static_cast<int64_t>(value)) + " must lie between " + std::to_string(attribute.minimum) +
            " and " + std::to_string(attribute.maximum));
@@ -132,8 +135,16 @@ Node read_fields(const Op& op, const nvinfer1::PluginFieldCollection* fields, bo
   if (from_plan) read_extra(node, *fields);
   for (int32_t i = 0; i < op.num_attributes; ++i) {
     const PluginField* field = find(*fields, op.attributes[i].name);
-    if (field == nullptr) refuse(std::string("the attribute ") + op.attributes[i].name + " is missing; export the model anew");
-    node.values.push_back(read_value(op.attributes[i], *field));
+    const Attribute& attribute = op.attributes[i];
+    if (field == nullptr && !attribute.has_standard) {
+      refuse(std::string("the attribute ") + attribute.name + " is missing; export the model anew");
+    }
+    if (field != nullptr) {
+      node.values.push_back(read_value(attribute, *field));
+    } else {
+      node.values.emplace_back();
+      node.values.back().number = attribute.standard;
+    }
   }
   for (int32_t i = 0; i < fields->nbFields; ++i) {
     const char* name = fields->fields[i].name == nullptr ? "" : fields->fields[i].name;

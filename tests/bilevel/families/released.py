@@ -122,6 +122,19 @@ MODELS: dict[str, Released] = {
     ),
     "phi3-longrope-long": Released("Phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32}),
     "ernie4_5-interleaved": Released("Ernie4_5", {"head_dim": 8, "use_bias": True}),
+    "ernie4_5_moe": Released(
+        "Ernie4_5_Moe",
+        {
+            "head_dim": 8,
+            "num_hidden_layers": 4,
+            "moe_num_experts": 6,
+            "moe_k": 3,
+            "moe_intermediate_size": 24,
+            "moe_num_shared_experts": 2,
+            "moe_layer_interval": 2,
+            "moe_norm_min": 0.9,  # a floor that is felt
+        },
+    ),
     "yarn": Released("Qwen3", {"head_dim": 16, "rope_parameters": YARN}, length=90),
     "yarn-mscale": Released(
         "Llama", {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.3, "beta_fast": 8, "beta_slow": 2}}

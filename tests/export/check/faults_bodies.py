@@ -109,7 +109,7 @@ BODY_FAULTS = {
         "used = op.And(visible, op.Equal(op.GatherElements(winner, column, axis=2), number))", "used = visible"
     ),
     "experts: groups masked by 0": _expert_route(
-        "op.Unsqueeze(keep, [2]), grouped, lowest)",
+        "op.Unsqueeze(keep, [2]), grouped, dropped)",
         "op.Unsqueeze(keep, [2]), grouped, 0.0)",
         "layer 1 experts",
         prepare=biases_below_zero,

@@ -155,10 +155,10 @@ def test_is_proper(routes: list[int], proper: bool) -> None:
 
 
 @pytest.mark.parametrize("score_func", contract.SCORE_FUNCS)
-@pytest.mark.parametrize("normalize", [0, 1])
-def test_expert_weights_are_the_reference_s(score_func: str, normalize: int) -> None:
+@pytest.mark.parametrize(("normalize", "norm_floor"), [(0, 5.0), (1, 0.0), (1, 5.0)])
+def test_expert_weights_are_the_reference_s(score_func: str, normalize: int, norm_floor: float) -> None:
     logits, groups, bias = torch.randn(20, 8), torch.randn(20, 4), torch.randn(8)
-    attributes: dict[str, Any] = {"score_func": score_func, "normalize": normalize, "scale": 1.5}
+    attributes: dict[str, Any] = {"score_func": score_func, "normalize": normalize, "scale": 1.5, "norm_floor": norm_floor}
     ids, weights = reference.expert_route(logits, groups, bias, top_k=3, topk_group=2, group_score="max", **attributes)
     assert np.abs(expert_weights(logits.numpy(), ids.numpy(), attributes) - weights.numpy()).max() < 1e-6
 
@@ -209,12 +209,18 @@ def test_block_choice_explains_the_reference(fine: bool, causal: int) -> None:
 
 @pytest.mark.parametrize("group_score", ["external", "max", "top2_sum"])
 @pytest.mark.parametrize("score_func", contract.SCORE_FUNCS)
-def test_expert_choices_explain_the_reference(score_func: str, group_score: str) -> None:
-    logits, groups, bias = torch.randn(20, 8), torch.randn(20, 4), torch.randn(8)
+@pytest.mark.parametrize("zero_fill", [0, 1])
+def test_expert_choices_explain_the_reference(score_func: str, group_score: str, zero_fill: int) -> None:
+    """With zero fill most biased scores are below 0, so that many experts of the other groups are chosen, in their order."""
+    logits, groups, bias = torch.randn(20, 8), torch.randn(20, 4), torch.randn(8) - 3 * zero_fill
     attributes: dict[str, Any] = {"top_k": 3, "topk_group": 2, "score_func": score_func, "group_score": group_score}
+    attributes["zero_fill"] = zero_fill
     ids, _ = reference.expert_route(logits, groups, bias, **attributes, normalize=1, scale=1.0)
     group, expert = expert_choices(logits.numpy(), groups.numpy(), bias.numpy(), ids.numpy(), attributes)
     assert (group.kept.sum(1) == 2).all() and (expert.kept.sum(1) == 3).all()
     assert not (expert.kept & ~expert.open).any(), "experts lie inside the kept groups"
+    inside = np.repeat(group.kept, 2, axis=1)
+    assert (expert.open == inside).all() == (not zero_fill) and (expert.kept & ~inside).any() == bool(zero_fill)
     lowest = np.where(expert.kept, expert.score, np.inf).min(1)
-    assert (lowest > np.where(expert.open & ~expert.kept, expert.score, -np.inf).max(1)).all()
+    best = np.where(expert.open & ~expert.kept, expert.score, -np.inf).max(1)
+    assert (lowest >= best if zero_fill else lowest > best).all()

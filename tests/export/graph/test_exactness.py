@@ -175,7 +175,8 @@ def test_scores_are_exact_to_a_few_units_over_the_range_of_logits(score_func: st
     """Unnormalised weights are scores: in every execution against fp64, in units of their own last place."""
     lowest = -87 if score_func == "sigmoid" else -170
     logits = torch.cat([torch.linspace(lowest, 89, 40_000), torch.linspace(-21, -8, 8_000)])[:, None]
-    attributes = {"top_k": 1, "topk_group": 1, "score_func": score_func, "group_score": "max", "normalize": 0, "scale": 1.0}
+    attributes = {**EXPERT, "top_k": 1, "topk_group": 1, "score_func": score_func, "group_score": "max", "normalize": 0}
+    attributes["scale"] = 1.0
     inputs = {"logits": logits, "group_logits": torch.zeros(len(logits), 1), "select_bias": torch.zeros(1)}
     exact = exact_scores(logits, score_func)[:, 0]
     answers = {stage: run(model, inputs, LEVELS["all"]) for stage, model in passed("ExpertRoute", inputs, attributes).items()}

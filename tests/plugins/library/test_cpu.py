@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import torch
 
 from bilevel import contract
 from bilevel.bundle.format import load_bundle
@@ -49,7 +50,7 @@ def test_library_reads_the_contracts_attributes() -> None:
     bodies = dict(re.findall(r"^struct (\w+) : Kernel \{(.*?)^\};", SOURCE, re.DOTALL | re.MULTILINE))
     readers = {"integer": "int", "number": "float", "text": "string"}
     for op in contract.OPS:
-        read = re.findall(r'\b(integer|number|text)\("(\w+)"', bodies[classes[op.name]])
+        read = re.findall(r'\b(integer|number|text)(?:_or)?\("(\w+)"', bodies[classes[op.name]])
         assert {(name, readers[reader]) for reader, name in read} == {(a.name, a.kind) for a in op.attributes}, op.name
 
 
@@ -202,6 +203,13 @@ def test_kernels_refuse_shapes_that_do_not_fit(name: str, port: str, axis: int) 
     inputs[port] = inputs[port].narrow(axis, 0, 1).contiguous()
     with pytest.raises(Exception, match="do(es)? not fit .*export the model anew"):
         run_kernel(name, inputs, attributes)
+
+
+def test_kernels_read_graphs_that_are_older_than_an_attribute() -> None:
+    inputs, attributes = make_call("ExpertRoute")
+    older = {key: value for key, value in attributes.items() if key not in ("norm_floor", "zero_fill")}
+    for got, want in zip(run_kernel("ExpertRoute", inputs, older), run_kernel("ExpertRoute", inputs, attributes), strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("attribute", ["block_size", "topk", "num_selection_heads", "local_blocks"])

@@ -71,6 +71,7 @@ def test_the_parser_gives_attributes_alone(name: str) -> None:
         ("top_k", {"kind": "INT64"}, "of type INT64, not INT32"),
         ("scale", {"data": (float("inf"),)}, "scale=inf must be finite"),
         ("scale", {"kind": "FLOAT64"}, "of type FLOAT64"),
+        ("norm_floor", {"data": (-1.0,)}, "norm_floor=-1.0 must be a finite number of at least 0"),
         ("score_func", {"data": tuple(b"cosine\0")}, "must be one of sigmoid, softmax"),
         ("score_func", {"data": ()}, "must be one of sigmoid, softmax"),
         ("score_func", {"name": "colour"}, "needs the attribute score_func"),
@@ -80,6 +81,12 @@ def test_damaged_fields(field: str, changes: dict[str, Any], message: str) -> No
     node = node_of("ExpertRoute")
     with pytest.raises(ContractError, match=message):
         read_fields(node.op, changed(write_fields(node), field, **changes), from_plan=True)
+
+
+def test_an_attribute_that_came_later_may_be_missing() -> None:
+    node = node_of("ExpertRoute")
+    older = [field for field in write_fields(node) if field.name not in ("norm_floor", "zero_fill")]
+    assert read_fields(node.op, older, from_plan=True) == node
 
 
 def test_an_unknown_attribute_is_refused() -> None:

@@ -134,6 +134,7 @@ def test_fields_are_those_of_the_python_plugins(name: str, plugins: Plugins, gpu
         ("top_k", {"data": (5,)}, "holds no kernels for ExpertRoute in float32"),
         ("scale", {"data": (float("nan"),)}, "must be finite"),
         ("scale", {"kind": "FLOAT64"}, "scale is of type another type, not FLOAT32"),
+        ("norm_floor", {"data": (-1.0,)}, "must be a finite number of at least 0"),
         ("score_func", {"data": tuple(b"cosine\0")}, "score_func='cosine' must be one of sigmoid, softmax"),
         ("score_func", {"data": ()}, "score_func='' must be one of"),
     ],
@@ -149,6 +150,13 @@ def test_text_needs_no_closing_zero(plugins: Plugins) -> None:
     fields = [replace(f, data=tuple(f.data)[:-1]) if f.kind == "CHAR" else f for f in attribute_fields("ExpertRoute")]
     plugin = plugins.make("ExpertRoute", fields, from_plan=False)
     assert plugin is not None and Field("score_func", "CHAR", tuple(b"sigmoid\0")) in plugin.fields()
+
+
+def test_an_attribute_that_came_later_may_be_missing(plugins: Plugins) -> None:
+    older = [field for field in attribute_fields("ExpertRoute") if field.name not in ("norm_floor", "zero_fill")]
+    plugin = plugins.make("ExpertRoute", older, from_plan=False)
+    assert plugin is not None
+    assert [field.data for field in plugin.fields() if field.name in ("norm_floor", "zero_fill")] == [(0.0,), (0,)]
 
 
 def test_unknown_and_missing_attributes(plugins: Plugins) -> None:
