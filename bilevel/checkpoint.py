@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bilevel.config import Experts
 from bilevel.config_json import config_to_dict, load_source
 from bilevel.errors import CheckpointError
 from bilevel.families.shared.family import EMBEDDING, HEAD
@@ -24,7 +25,8 @@ from bilevel.folders import replacing
 from bilevel.model import CausalLM
 from bilevel.weight_files import CONFIG, INDEX, WEIGHTS, opened, read_headers
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_FLOATS, _INTEGERS = ("F64", "F32", "F16", "BF16"), ("I64", "I32")
+_TABLE = ".mlp.gate.tid2eid"
 # Old Llama files store this derived buffer; it is the only tensor that may be left over.
 _DERIVED = ".rotary_emb.inv_freq"
 
@@ -90,6 +92,8 @@ class Checkpoint:
                 for name in (name for name in wanted if self._stored[name].file == path):
                     tensor = file.get_tensor(self._stored[name].key)
                     for piece in wanted[name]:
+                        if piece.target.endswith(_TABLE):
+                            _check_table(name, tensor, self.config.experts)
                         _check_finite(name, path, tensor, piece.fill(tensor, weights[piece.target]))
 
     def changed(self, changes: Mapping[str, Tensor]) -> Iterator[tuple[Path, dict[str, Tensor]]]:
@@ -126,11 +130,18 @@ class Checkpoint:
     def _check_ledger(self) -> None:
         """Both sides of the ledger must agree: dtypes, then names, then shapes."""
         folder, stored, pieces = self.folder, self._stored, self._pieces
-        unsupported = sorted(name for name, entry in stored.items() if entry.dtype not in _FLOATS)
+        tables = {name for name, parts in pieces.items() if parts[0].target.endswith(_TABLE)}
+        unsupported = sorted(
+            name for name, entry in stored.items() if entry.dtype not in (_INTEGERS if name in tables else _FLOATS)
+        )
         if unsupported:
             raise CheckpointError(
                 f"{folder} stores {_listed(unsupported)} as {stored[unsupported[0]].dtype}; "
-                "bilevel reads float weights only, so give the checkpoint before quantization"
+                + (
+                    "a table of experts holds whole numbers; store it as int32 or int64"
+                    if unsupported[0] in tables
+                    else "bilevel reads float weights only, so give the checkpoint before quantization"
+                )
             )
         spare = tied_names(self.config, self._layout) or ()  # a tied head may be stored a second time
         left = sorted(
@@ -163,6 +174,19 @@ def _is_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite: one would be an extreme. Reads once and copies nothing, unlike
     ``isfinite().all()``."""
     return all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))
+
+
+def _check_table(name: str, table: Tensor, experts: Experts | None) -> None:
+    """A word's experts must exist, and each be named once: a second time would count twice, which no gate here does."""
+    assert experts is not None
+    outside = ((table < 0) | (table >= experts.num_experts)).any(1)
+    twice = (table.sort(1).values.diff(dim=1) == 0).any(1)
+    for rows, problem in ((outside, f"but there are experts 0..{experts.num_experts - 1}"), (twice, "one of them twice")):
+        if rows.any():
+            word = int(rows.nonzero()[0])
+            raise CheckpointError(
+                f"{name} gives token {word} the experts {table[word].tolist()}, {problem}; correct the table, or num_experts"
+            )
 
 
 def _check_finite(name: str, path: Path, tensor: Tensor, filled: Tensor) -> None:

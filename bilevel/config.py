@@ -126,6 +126,8 @@ class Experts:
     centroid), max or top2_sum (from the layer's own scores). normalize: the kept weights sum to 1. scale: factor on the
     weights. select_bias: a per-expert bias that moves the choice but not the weights. norm_floor: what their sum is at least
     taken for when they are normalised. zero_fill: experts of groups that are not kept compete with a score of 0.
+    hash_layers: those of ``layers`` in which a table gives a word's experts, whatever the context (DeepSeek-V4's first layers);
+    the context only weighs them. They have no groups and no bias.
     """
 
     num_experts: int
@@ -142,10 +144,12 @@ class Experts:
     shared_intermediate_size: int = 0
     norm_floor: float = 0.0
     zero_fill: bool = False
+    hash_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.layers, list):
-            object.__setattr__(self, "layers", tuple(self.layers))
+        for name in ("layers", "hash_layers"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         check_types("experts", self)
         positive(
             "experts",
@@ -171,14 +175,40 @@ class Experts:
         room = self.topk_group * (self.num_experts // self.n_group)
         if self.top_k > room:
             raise ConfigError(f"experts.top_k={self.top_k} exceeds the {room} experts that the kept groups hold")
+        self._check_hash_layers()
 
-    def route_attributes(self) -> dict[str, int | float | str]:
-        """Attributes of the contract's ExpertRoute."""
+    def _check_hash_layers(self) -> None:
+        for layer in self.hash_layers:
+            if layer not in self.layers:
+                raise ConfigError(f"experts.hash_layers holds {layer}, which is none of experts.layers={list(self.layers)}")
+        if self.hash_layers and self.n_group > 1 and self.group_score != "external":
+            raise ConfigError(
+                f"experts.hash_layers beside n_group={self.n_group} and group_score={self.group_score!r} are two ways to score "
+                "groups, which no graph here has; set group_score to external or n_group to 1"
+            )
+
+    @property
+    def has_centroids(self) -> bool:
+        """Whether some layer keeps groups by the word's similarity to their centroids."""
+        return self.group_score == "external" and not set(self.layers) <= set(self.hash_layers)
+
+    def num_groups(self, by_table: bool) -> int:
+        """Gp of a layer's gate. by_table: it is one of hash_layers, whose table keeps experts as groups of one."""
+        return self.num_experts if by_table else self.n_group
+
+    def route_attributes(self, by_table: bool = False) -> dict[str, int | float | str]:
+        """Attributes of the contract's ExpertRoute. by_table: of a layer of hash_layers.
+
+        All gates of a graph score groups in one way: beside hash_layers a gate of one group is given that group's score, 0.
+        """
+        if by_table:
+            kept = {"topk_group": self.top_k, "zero_fill": 0}
+            return {**self.route_attributes(), **kept}
         return {
             "top_k": self.top_k,
             "topk_group": self.topk_group,
             "score_func": self.score_func,
-            "group_score": self.group_score,
+            "group_score": "external" if self.hash_layers else self.group_score,
             "normalize": int(self.normalize),
             "scale": float(self.scale),
             "norm_floor": float(self.norm_floor),
@@ -199,6 +229,22 @@ class Experts:
             "normalize": True,
             "scale": 2.5,
             "select_bias": True,
+        }
+        return cls(layers=layers, **{**values, **changes})
+
+    @classmethod
+    def deepseek_v4(cls, *, layers: tuple[int, ...], **changes: Any) -> Experts:
+        """DeepSeek-V4-Flash's gates: 256 experts without groups, 6 by sqrtsoftplus, the first three layers' by a table."""
+        values: dict[str, Any] = {
+            "num_experts": 256,
+            "top_k": 6,
+            "intermediate_size": 2048,
+            "score_func": "sqrtsoftplus",
+            "group_score": "max",  # one group: nothing to score
+            "normalize": True,
+            "scale": 1.5,
+            "select_bias": True,
+            "hash_layers": layers[:3],
         }
         return cls(layers=layers, **{**values, **changes})
 

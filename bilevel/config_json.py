@@ -163,6 +163,7 @@ _OPTIONAL = {
     "shared_intermediate_size": 0,
     "norm_floor": 0.0,
     "zero_fill": False,
+    "hash_layers": (),
     "key": "mean",
     "gate_norm": True,
     "dense_layers": (),

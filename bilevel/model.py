@@ -144,7 +144,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         has_experts = config.experts is not None and index in config.experts.layers
         self.self_attn = Attention(config, index)
-        self.mlp = ExpertMLP(config, config.experts) if has_experts and config.experts else MLP(config)
+        self.mlp = ExpertMLP(config, config.experts, index) if has_experts and config.experts else MLP(config)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -198,8 +198,10 @@ class Decoder(nn.Module):
             )
         position = past_len[:, None] + torch.arange(input_ids.shape[1], device=input_ids.device)
         cos, sin = rotary_angles(position, config)
-        needs_words = config.experts is not None and config.experts.group_score == "external"
-        step = Step(past_len, new_len, cos, sin, candidates, unit(x) if needs_words else None, trace)
+        experts = config.experts
+        words = unit(x) if experts is not None and experts.has_centroids else None
+        named = input_ids if experts is not None and experts.hash_layers else None
+        step = Step(past_len, new_len, cos, sin, candidates, words, trace, named)
         return ops.name_value(x, hidden_name(0)), step, token_ids, word_block_key
 
     def forward(

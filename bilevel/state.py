@@ -98,7 +98,8 @@ class Trace:
 
 @dataclass
 class Step:
-    """What every layer of one call shares. cos, sin: [B, L, D/2]; words: unit word embeddings [B, L, d] or None."""
+    """What every layer of one call shares. cos, sin: [B, L, D/2]; words: unit word embeddings [B, L, d] or None; token_ids
+    int64 [B, L], where a layer chooses by them."""
 
     past_len: Tensor
     new_len: Tensor
@@ -107,6 +108,7 @@ class Step:
     candidates: Tensor | None
     words: Tensor | None
     trace: Trace | None
+    token_ids: Tensor | None = None
     _mask: AttentionMask | None = None
     _every_block: Tensor | None = None
     _token_angles: tuple[Tensor, Tensor] | None = None

@@ -50,7 +50,7 @@ def training_loss(
     if model.config.routing.is_two_level and model.config.routing.route_dim:
         parts["level1"] = level1_distillation(model, input_ids, trace)
     if model.config.experts is not None:
-        if model.config.experts.group_score == "external":
+        if model.config.experts.has_centroids:
             parts["group"] = group_distillation(model, input_ids, trace)
         balances = [load_balance(logits, ids) for logits, ids in zip(trace.expert_logits, trace.expert_ids, strict=True)]
         parts["balance"] = torch.stack(balances).mean()
@@ -127,6 +127,8 @@ def group_distillation(model: CausalLM, input_ids: Tensor, trace: Trace, *, temp
     mlps = [layer.mlp for layer in model.model.layers if isinstance(layer.mlp, ExpertMLP)]
     losses = []
     for mlp, logits in zip(mlps, trace.expert_logits, strict=True):
+        if mlp.gate.by_table:
+            continue
         centroid = mlp.gate.group_centroid
         mass = logits.detach().softmax(-1).unflatten(1, (len(centroid), -1)).sum(-1)
         prior = F.linear(words, unit(centroid)) / temperature

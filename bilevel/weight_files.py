@@ -29,6 +29,7 @@ PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
 _ADAPTER = "base_model.model."
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_DTYPES |= {torch.int64: "I64", torch.int32: "I32"}  # a table of experts
 _TORCH_DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
 
 
@@ -50,7 +51,7 @@ class OpenFile(Protocol):
         ...
 
     def get_tensor(self, key: str) -> Tensor:
-        """One tensor of floats, on the CPU."""
+        """One tensor of floats or of whole numbers, on the CPU."""
         ...
 
 

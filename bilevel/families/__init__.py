@@ -48,7 +48,8 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(
         ("deepseek_v32", "glm_moe_dsa"), f"{_LATENT}; its indexer alone is bilevel.routers.dsa, for a module of your own"
     ),
-    "deepseek_v4": "its compressed attention is not implemented",
+    "deepseek_v4": "its compressed attention is not implemented; its expert gates, by a table and by context, are "
+    "bilevel.expert_layers.ExpertGate with Experts.deepseek_v4",
     **dict.fromkeys(
         ("minimax_m3_vl", "minimax_m3_vl_text"),
         "its clamped expert layers are not implemented; its attention is bilevel.routers.msa, for a module of your own",

@@ -118,7 +118,8 @@ def expert_weights(logits: Array, ids: Array, attributes: dict[str, Any]) -> Arr
     scores = _expert_scores(logits.astype(np.float64), attributes["score_func"])
     weights = np.where(ids >= 0, np.take_along_axis(scores, np.maximum(ids, 0).astype(np.int64), 1), 0.0)
     if attributes["normalize"]:
-        weights = weights / np.maximum(weights.sum(1, keepdims=True) + 1e-20, attributes["norm_floor"])
+        with np.errstate(invalid="ignore"):  # infinite scores
+            weights = weights / np.maximum(weights.sum(1, keepdims=True) + 1e-20, attributes["norm_floor"])
     return np.asarray(weights * attributes["scale"])
 
 

@@ -220,7 +220,7 @@ class Comparison:
             self.computed(f"{part} block keys", where, node.op_type, node.operands[1], *arrays)
             arrays = [x[row][:, where.valid[row]] for x in (shown_query, exact_query, query)]
             self.computed(f"{part} query", where, node.op_type, node.operands[0], *arrays)
-        attributes = expected_attributes(self.config, node.op_type, 1 if where.layer is None else 2)
+        attributes = expected_attributes(self.config, node.op_type, where.layer)
         lengths = where.call.past.astype(np.int64), where.call.new.astype(np.int64)
         proposed, expected, selected = (None if candidates is None else numpy(candidates)), numpy(routes), got[node.selected[0]]
         reference = block_choice(query, keys, expected, proposed, *lengths, attributes)
@@ -260,7 +260,7 @@ class Comparison:
 
     def _experts(self, node: RoutedNode, where: Where, got: Arrays, plain: Trace, exact: Trace) -> None:
         flat, mask = where.valid.reshape(-1), where.valid[:, None]
-        attributes = expected_attributes(self.config, node.op_type, 2)
+        attributes = expected_attributes(self.config, node.op_type, where.layer)
         logits, groups, ids = (numpy(x[0])[flat] for x in (plain.expert_logits, plain.group_logits, plain.expert_ids))
         precise = numpy(exact.expert_logits[0])[flat]
         shown, shown_groups = (got[name][flat] for name in node.operands[:2])

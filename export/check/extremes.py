@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from bilevel.config import Experts
 from bilevel.export.check.choices import expert_choices, expert_weights
 from bilevel.export.check.graph_parts import GraphParts, RoutedNode
 from bilevel.export.check.judge import COMPUTATION_LIMIT, SMALLEST_NORMAL, WRONG, Array, Selection, judge_selection, loosen
@@ -23,13 +24,15 @@ _SPANS = ((-4, 4), (-12, -10), (-20, -19), (-40, -30), (-86, -70), (-100, 100), 
 _EPSILON = 1e-20  # of the normalising sum: what a score below the smallest normal number may be multiplied by
 
 
-def expert_extremes(parts: GraphParts, num_experts: int, num_groups: int) -> Invariant | None:
+def expert_extremes(parts: GraphParts, experts: Experts) -> Invariant | None:
     """The law that every ExpertRoute of the graph keeps to its definition there; None where it has none."""
     gates = {tuple(sorted(node.attributes.items())): node for node in parts.nodes if node.op_type == "ExpertRoute"}
     if not gates:
         return None
-    calls = _calls(num_experts, num_groups)
+    rows = 0
     for node in gates.values():
+        calls = _calls(experts.num_experts, experts.num_groups(node.layer in experts.hash_layers))
+        rows = sum(len(call["logits"]) for call in calls.values())
         for execution, library in parts.executions.items():
             session = open_session(parts.path, parts.alone(node), library)
             for name, call in calls.items():
@@ -37,7 +40,6 @@ def expert_extremes(parts: GraphParts, num_experts: int, num_groups: int) -> Inv
                 wrong = _wrong(call, ids, weights, node)
                 if wrong:
                     return Invariant(NAME, False, f"{name} (layer {node.layer} ExpertRoute, {execution}): {wrong}")
-    rows = sum(len(call["logits"]) for call in calls.values())
     return Invariant(NAME, True, f"{rows} rows with logits of -1e4 to 1e4, ties, infinities, NaN: all as defined")
 
 
@@ -76,5 +78,7 @@ def _wrong(call: dict[str, Array], ids: Array, weights: Array, node: RoutedNode)
         return stats.example
     exact = expert_weights(operands[0], ids, node.attributes)
     allowed = COMPUTATION_LIMIT * np.abs(exact) + abs(node.attributes["scale"]) * SMALLEST_NORMAL / _EPSILON
-    rows = np.nonzero(~(np.abs(weights - exact) <= allowed).all(1))[0]
+    with np.errstate(invalid="ignore"):  # an infinite score among those that normalise gives NaN on both sides
+        right = (np.abs(weights - exact) <= allowed) | (weights == exact) | (np.isnan(weights) & np.isnan(exact))
+    rows = np.nonzero(~right.all(1))[0]
     return f"row {rows[0]}: weights {weights[rows[0]].tolist()}, {exact[rows[0]].tolist()} meant" if rows.size else ""

@@ -33,7 +33,7 @@ from bilevel.export.check.judge import Array
 from bilevel.export.check.layered import LayeredModel, Passage
 from bilevel.export.check.replay import Replay
 from bilevel.export.check.shipped import ShippedGraph
-from bilevel.export.check.structure import structure_differences
+from bilevel.export.check.structure import expected_nodes, structure_differences
 from bilevel.export.check.text import BACKENDS, Request, make_text, open_tokenizer, token_ids
 from bilevel.export.check.word_states import WordStates
 from bilevel.export.decoder.bundle import GRAPH_FILE, describe_file
@@ -134,7 +134,7 @@ class _Check:
                 "the CPU kernels are not installed here; reinstall bilevel where there is a C++ compiler, or use "
                 "--backend portable"
             )
-        has_kernels = library is not None and backend != "portable" and not self.config.routing.is_dense
+        has_kernels = library is not None and backend != "portable" and bool(expected_nodes(self.config))
         executions: dict[str, Path | None] = {} if backend == "kernels" and has_kernels else {"bodies": None}
         return {**executions, "CPU kernels": library} if has_kernels else executions
 
@@ -188,7 +188,7 @@ class _Check:
         if experts is None:
             return None
         self._on_stage("expert gates at extreme logits")
-        return expert_extremes(self.parts, experts.num_experts, experts.n_group)
+        return expert_extremes(self.parts, experts)
 
     def _compared(self) -> dict[str, Any]:
         """The report's fields that say what was compared with what."""

@@ -34,14 +34,14 @@ def expected_nodes(config: ModelConfig, weights: str = "fp32") -> list[tuple[str
     return nodes
 
 
-def expected_attributes(config: ModelConfig, op_type: str, level: int, weights: str = "fp32") -> dict[str, Any]:
-    """What a node of this operator must say; level: 1 or 2, for the block routers."""
+def expected_attributes(config: ModelConfig, op_type: str, layer: int | None, weights: str = "fp32") -> dict[str, Any]:
+    """What a node of this operator must say in this layer; None: level 1 of the blocks."""
     if op_type in ("CoarseRoute", "FineRoute"):
-        return dict(config.route_attributes(level))
+        return dict(config.route_attributes(1 if layer is None else 2))
     if op_type == "RoutedAttention":
         return {"block_size": config.routing.block_size, "causal": 1, "scale": config.attention_scale}
     if op_type == "ExpertRoute" and config.experts is not None:
-        return dict(config.experts.route_attributes())
+        return dict(config.experts.route_attributes(layer in config.experts.hash_layers))
     if op_type == PACKED_EXPERTS.name and weights in BITS:
         return {"bits": BITS[weights], "block_size": BLOCK}
     return {}
@@ -55,7 +55,7 @@ def structure_differences(config: ModelConfig, nodes: Sequence[RoutedNode], weig
         here = [node for node in nodes if (node.op_type, node.layer) == (op_type, layer)]
         if len(here) != 1:
             differences.append(StructureDifference(name, op_type, None, len(here), 1))
-        meant = expected_attributes(config, op_type, 1 if layer is None else 2, weights)
+        meant = expected_attributes(config, op_type, layer, weights)
         differences += [
             StructureDifference(name, op_type, key, given.get(key), meant.get(key))
             for given in (BY_NAME[op_type].with_defaults(node.attributes) for node in here)

@@ -98,19 +98,19 @@ class Prefix:
         return self.keys[0].shape[2]
 
 
-def shared_step(config: ModelConfig, positions: Tensor, words: Tensor | None = None) -> Step:
+def shared_step(config: ModelConfig, positions: Tensor, words: Tensor | None = None, token_ids: Tensor | None = None) -> Step:
     """What layers share, for tokens at positions [1, L]."""
     cos, sin = rotary_angles(positions, config)
     empty = torch.zeros(1, dtype=torch.int32)
-    return Step(empty, torch.full_like(empty, positions.shape[1]), cos, sin, None, words, None)
+    return Step(empty, torch.full_like(empty, positions.shape[1]), cos, sin, None, words, None, token_ids)
 
 
 def _begin(model: CausalLM, ids: Tensor, positions: Tensor) -> tuple[Tensor, Step]:
     """Embeddings [1, L, d] and what layers share."""
     x = model.model.embed_tokens(ids[None])
     experts = model.config.experts
-    words = unit(x) if experts is not None and experts.group_score == "external" else None
-    return x, shared_step(model.config, positions[None], words)
+    words = unit(x) if experts is not None and experts.has_centroids else None
+    return x, shared_step(model.config, positions[None], words, ids[None])
 
 
 def _projected(attention: Attention, x: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -43,6 +43,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         )
     },
     "dense": {"routing": Routing(preset="dense", block_size=BLOCK_SIZE)},
+    # DeepSeek-V4's gates, the first layer's by a table; a floor that is felt.
+    "hashed": {
+        "routing": Routing(preset="dense", block_size=BLOCK_SIZE),
+        "experts": Experts.deepseek_v4(
+            layers=(0, 1), hash_layers=(0,), num_experts=6, top_k=2, intermediate_size=5, norm_floor=1.6
+        ),
+    },
 }
 
 
@@ -72,6 +79,8 @@ def make_model(preset: str) -> CausalLM:
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             torch.nn.init.normal_(buffer, std=0.1)
+        if name.endswith("tid2eid"):
+            buffer.copy_(torch.rand(VOCAB_SIZE, 6).argsort(1)[:, : buffer.shape[1]])
     return model
 
 

@@ -221,6 +221,13 @@ EXPERT_FAULTS = {
     ),
     "experts: logits of the next word": Fault(before(EXPERT_ROUTE, 0, of_next_row), "layer 1 experts logits", "ExpertRoute"),
     "experts: ids shifted": Fault(before(EXPERTS, 1, next_expert), "layer 1 expert output", "RoutedExperts"),
+    "experts: another word's line of the table": Fault(
+        change_weight("model.model.layers.0.mlp.gate.tid2eid", lambda table: np.roll(table, 1, 0)),
+        "layer 0 experts group logits",
+        "ExpertRoute",
+        model="hashed",
+        weights=True,
+    ),
     "experts: gate and up swapped": Fault(
         before(EXPERTS, 3, take([5, 6, 7, 8, 9, 0, 1, 2, 3, 4], 1)), "layer 1 expert output", "RoutedExperts"
     ),

@@ -20,6 +20,7 @@ class KernelFault(NamedTuple):
     kernel: Kernel
     at: str
     operator: str
+    model: str = "two_level"
 
 
 _EXTREME = "experts at extreme logits"
@@ -123,14 +124,17 @@ BODY_FAULTS = {
     "experts: the epsilon of the sum vanished": _expert_route(
         "op.Constant(value_float=SCALED_EPSILON)", "op.Constant(value_float=0.0)", _EXTREME
     ),
+    "experts: the floor of the sum forgotten": _expert_route(
+        "op.Max(total, floor)", "total", "layer 0 experts weights", model="hashed"
+    ),
     "experts: another expert's product in short calls": _experts(
         "op.Gather(down, flat, axis=0)", "op.Gather(down, op.Max(flat - 1, op.Constant(value_int=0)), axis=0)"
     ),
 }
 
 
-def _kernel(file: str, old: str, new: str, at: str, operator: str) -> KernelFault:
-    return KernelFault(Kernel(file, ((old, new),)), at, operator)
+def _kernel(file: str, old: str, new: str, at: str, operator: str, **needs: str) -> KernelFault:
+    return KernelFault(Kernel(file, ((old, new),)), at, operator, **needs)
 
 
 _LAYER_1 = "layer 1 expert output", "RoutedExperts"
@@ -184,6 +188,14 @@ KERNEL_FAULTS = {
     ),
     "experts: the epsilon of the sum vanished": _kernel(
         "experts.h", "float total = 1e-20f;", "float total = 0.0f;", _EXTREME, "ExpertRoute"
+    ),
+    "experts: the floor of the sum forgotten": _kernel(
+        "experts.h",
+        "total = std::max(total, a.norm_floor);",
+        "",
+        "layer 0 experts weights",
+        "ExpertRoute",
+        model="hashed",
     ),
     "experts: the last column dropped for few rows": _kernel(
         "packed.h", "dots(one, row, some, width, result);", "dots(one, row, some, width - 1, result);", *_LAYER_1

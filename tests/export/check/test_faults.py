@@ -68,7 +68,7 @@ def test_fault_in_a_body(copied: Copied, name: str) -> None:
 @pytest.mark.parametrize("name", KERNEL_FAULTS)
 def test_fault_in_a_kernel(copied: Copied, built: Built, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     fault = KERNEL_FAULTS[name]
-    checkpoint, bundle = copied("two_level")
+    checkpoint, bundle = copied(fault.model)
     monkeypatch.setenv(VARIABLE, str(built(fault.kernel)))
     assert_found(check_bundle(bundle, checkpoint, tokens=TOKENS, shrink=False), fault, "CPU kernels")
 
