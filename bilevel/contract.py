@@ -312,6 +312,11 @@ ROUTED_EXPERTS = Op(
         _port("down", "T", "E", "d", "f"),
     ),
     (_port("out", "T", "T", "d"),),
+    (
+        Attribute("gate_scale", "float", "factor on the gate inside its sigmoid", default=1.0),
+        Attribute("limit", "float", "bound of gate, from above, and of up, on both sides; 0: none", 0, default=0.0),
+        Attribute("up_shift", "float", "what is added to up", default=0.0),
+    ),
 )
 
 ROUTED_EXPERTS_QUANTIZED = Op(

@@ -52,7 +52,7 @@ REFUSED: dict[str, str] = {
     "bilevel.expert_layers.ExpertGate with Experts.deepseek_v4",
     **dict.fromkeys(
         ("minimax_m3_vl", "minimax_m3_vl_text"),
-        "its clamped expert layers are not implemented; its attention is bilevel.routers.msa, for a module of your own",
+        "its indexer is no routing section; the whole text model is bilevel.routers.minimax_m3, a module to export",
     ),
     **dict.fromkeys(
         ("qwen4_exp", "qwen4_exp_text"),

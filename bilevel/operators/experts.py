@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from bilevel import contract
 from bilevel.errors import ContractError
 from bilevel.operators.precision import wide
-from bilevel.operators.reference import dequantise, sqrt_softplus
+from bilevel.operators.reference import dequantise, gated, sqrt_softplus
 
 _FLOAT_MAX = torch.finfo(torch.float32).max
 
@@ -95,15 +96,26 @@ def weights_of(
     return _weights(_scores(logits, score_func), ids, normalize, scale, norm_floor)
 
 
-def routed_experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def routed_experts(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    *,
+    gate_scale: float = 1.0,
+    limit: float = 0.0,
+    up_shift: float = 0.0,
+) -> Tensor:
     """The chosen experts' SwiGLU, weighted (see ``bilevel.operators.reference.routed_experts``).
 
     Work grows with the chosen (token, expert) pairs: they are sorted by expert, and each expert runs once over its own.
     PyTorch's grouped products do so without a loop over experts where they take the type: on a CPU, up to fp32.
     """
     contract.ROUTED_EXPERTS.bind_shapes([x.shape, ids.shape, weights.shape, gate_up.shape, down.shape])
+    activation = functools.partial(gated, gate_scale=gate_scale, limit=limit, up_shift=up_shift)
     if x.device.type != "cpu" or x.dtype == torch.float64 or not _fits(x, gate_up, down):
-        return _summed(x, ids, weights, down.shape[0], lambda expert: (gate_up[expert], down[expert]))
+        return _summed(x, ids, weights, down.shape[0], lambda expert: (gate_up[expert], down[expert]), activation)
     num_experts, kept = down.shape[0], ids.shape[1]
     expert = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts).flatten().long()
     order = torch.sort(expert, stable=True).indices
@@ -114,7 +126,7 @@ def routed_experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, dow
     token = order // kept
     offsets = ends.to(torch.int32)
     gate, up = F.grouped_mm(x.index_select(0, token), gate_up.mT, offs=offsets).chunk(2, dim=-1)
-    y = wide(F.grouped_mm(F.silu(gate) * up, down.mT, offs=offsets)) * weights.flatten()[order, None]
+    y = wide(F.grouped_mm(activation(gate, up), down.mT, offs=offsets)) * weights.flatten()[order, None]
     return wide(torch.zeros_like(x)).index_add(0, token, y).to(x.dtype)
 
 
@@ -124,10 +136,15 @@ def _fits(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
 
 
 def _summed(
-    x: Tensor, ids: Tensor, weights: Tensor, num_experts: int, matrices: Callable[[int], tuple[Tensor, Tensor]]
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    num_experts: int,
+    matrices: Callable[[int], tuple[Tensor, Tensor]],
+    activation: Callable[[Tensor, Tensor], Tensor] = gated,
 ) -> Tensor:
     """The weighted sum, [T, d]. matrices: expert -> its gate_up [2f, d] and down [d, f], asked for those that some token
-    chose."""
+    chose. activation: of gate and up."""
     out = wide(torch.zeros_like(x))
     for expert in range(num_experts):
         token, slot = torch.nonzero(ids == expert, as_tuple=True)
@@ -135,7 +152,7 @@ def _summed(
             continue
         gate_up, down = matrices(expert)
         gate, up = F.linear(x[token], gate_up).chunk(2, dim=-1)
-        y = wide(F.linear(F.silu(gate) * up, down)) * weights[token, slot, None]
+        y = wide(F.linear(activation(gate, up), down)) * weights[token, slot, None]
         out = out.index_add(0, token, y)
     return out.to(x.dtype)
 

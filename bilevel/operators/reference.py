@@ -253,7 +253,27 @@ def expert_route(
     return ids, weights
 
 
-def routed_experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def gated(gate: Tensor, up: Tensor, gate_scale: float = 1.0, limit: float = 0.0, up_shift: float = 0.0) -> Tensor:
+    """SwiGLU's hidden layer, gate * sigmoid(gate_scale * gate) * (up + up_shift), both sides bounded first where ``limit`` is
+    not 0 (MiniMax-M3 and gpt-oss: 1.702, 7, 1; DeepSeek-V4: 1, 10, 0)."""
+    if limit:
+        gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
+    if gate_scale == 1 and not up_shift:
+        return torch.nn.functional.silu(gate) * up
+    return gate * torch.sigmoid(gate * gate_scale) * (up + up_shift)
+
+
+def routed_experts(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    *,
+    gate_scale: float = 1.0,
+    limit: float = 0.0,
+    up_shift: float = 0.0,
+) -> Tensor:
     """The weighted sum of the chosen experts' SwiGLU (contract: RoutedExperts).
 
     x: [T, d]. ids, weights: [T, k]; ids out of range are ignored. gate_up: [E, 2f, d], gate rows first. down: [E, d, f].
@@ -265,7 +285,7 @@ def routed_experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, dow
         for expert, weight in zip(ids[t].tolist(), weights[t].tolist(), strict=True):
             if 0 <= expert < num_experts:
                 hidden = gate_up[expert] @ x[t]
-                activated = torch.nn.functional.silu(hidden[:width]) * hidden[width:]
+                activated = gated(hidden[:width], hidden[width:], gate_scale, limit, up_shift)
                 out[t] += weight * wide(down[expert] @ activated)
     return out.to(x.dtype)
 

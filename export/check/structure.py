@@ -55,7 +55,7 @@ def structure_differences(config: ModelConfig, nodes: Sequence[RoutedNode], weig
         here = [node for node in nodes if (node.op_type, node.layer) == (op_type, layer)]
         if len(here) != 1:
             differences.append(StructureDifference(name, op_type, None, len(here), 1))
-        meant = expected_attributes(config, op_type, layer, weights)
+        meant = BY_NAME[op_type].with_defaults(expected_attributes(config, op_type, layer, weights))
         differences += [
             StructureDifference(name, op_type, key, given.get(key), meant.get(key))
             for given in (BY_NAME[op_type].with_defaults(node.attributes) for node in here)

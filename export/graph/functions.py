@@ -9,10 +9,10 @@ import onnx
 import onnx.inliner
 from onnxscript import OnnxFunction
 
-from bilevel.contract import BY_NAME, DOMAIN, VERSION
+from bilevel.contract import BY_NAME, DOMAIN, ROUTED_EXPERTS, VERSION
 from bilevel.errors import ExportError
 from bilevel.export.graph.bodies.attention import RoutedAttention, RoutedAttentionSinks
-from bilevel.export.graph.bodies.experts import RoutedExperts, expert_route_body
+from bilevel.export.graph.bodies.experts import RoutedExperts, bounded_experts_body, expert_route_body
 from bilevel.export.graph.bodies.experts_quantized import routed_experts_quantized_body
 from bilevel.export.graph.bodies.routes import CoarseRoute, FineRoute, SelectBlocks
 from bilevel.export.graph.nodes import routed_nodes
@@ -34,6 +34,8 @@ def _body(name: str, nodes: list[onnx.NodeProto]) -> OnnxFunction[..., Any]:
                 "use one width"
             )
         return routed_experts_quantized_body(widths.pop())
+    if name == "RoutedExperts" and any(_changes_swiglu(node) for node in nodes):
+        return bounded_experts_body()
     if name != "ExpertRoute":
         return _BODIES[name]
     ways = {(_string(node, "score_func"), _string(node, "group_score")) for node in nodes}
@@ -43,6 +45,12 @@ def _body(name: str, nodes: list[onnx.NodeProto]) -> OnnxFunction[..., Any]:
             "use one score_func and one group_score in every expert layer"
         )
     return expert_route_body(*ways.pop())
+
+
+def _changes_swiglu(node: onnx.NodeProto) -> bool:
+    """Whether a RoutedExperts node says anything but SwiGLU."""
+    standard = ROUTED_EXPERTS.with_defaults({})
+    return any(attribute.f != standard.get(attribute.name, attribute.f) for attribute in node.attribute)
 
 
 def _string(node: onnx.NodeProto, name: str) -> str:

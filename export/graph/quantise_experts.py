@@ -45,6 +45,8 @@ def _constants(node: onnx_ir.Node) -> list[onnx_ir.Value] | None:
     """gate_up and down of a RoutedExperts over fp32 initializers; None for any other node."""
     if (node.domain, node.op_type) != (DOMAIN, ROUTED_EXPERTS.name):
         return None
+    if any(node.attributes[name].value != value for name, value in ROUTED_EXPERTS.with_defaults({}).items()):
+        return None  # packed experts know SwiGLU alone: these stay fp32
     weights = [value for value in node.inputs[3:] if value is not None and value.is_initializer()]
     is_float = all(w.const_value is not None and w.const_value.dtype == onnx_ir.DataType.FLOAT for w in weights)
     return weights if len(weights) == 2 and is_float else None

@@ -102,14 +102,18 @@ def expert_route_rows(
 
 
 @triton.jit
-def swiglu(gate, up):
-    return gate / (1.0 + tl.exp(-gate)) * up
+def swiglu(gate, up, gate_scale, limit, up_shift):
+    """RoutedExperts' hidden layer; limit 0: none. NaN stays."""
+    bound = tl.where(limit > 0.0, limit, float("inf"))
+    gate = tl.where(gate > bound, bound, gate)
+    up = tl.where(up > bound, bound, tl.where(up < -bound, -bound, up))
+    return gate / (1.0 + tl.exp(-gate_scale * gate)) * (up + up_shift)
 
 
 @triton.jit
 def pair_hidden(
-    x, ids, gate_up, hidden, E: tl.constexpr, WIDTH: tl.constexpr, INNER: tl.constexpr, TOP_K: tl.constexpr,
-    COLS: tl.constexpr, DEPTH: tl.constexpr,
+    x, ids, gate_up, hidden, gate_scale, limit, up_shift, E: tl.constexpr, WIDTH: tl.constexpr, INNER: tl.constexpr,
+    TOP_K: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """``hidden`` [T*k, f] of one pair: silu(gate.x) * (up.x). Grid [ceil(f/COLS), T*k]."""
     pair = tl.program_id(1).to(tl.int64)
@@ -125,7 +129,8 @@ def pair_hidden(
             gate += tl.sum(tl.load(weights + d[None, :], mask=inside, other=0.0).to(tl.float32) * row, axis=1)
             other = tl.load(weights + INNER * WIDTH + d[None, :], mask=inside, other=0.0)
             up += tl.sum(other.to(tl.float32) * row, axis=1)
-        tl.store(hidden + pair * INNER + col, narrow(swiglu(gate, up), hidden.dtype.element_ty), mask=col < INNER)
+        value = swiglu(gate, up, gate_scale, limit, up_shift)
+        tl.store(hidden + pair * INNER + col, narrow(value, hidden.dtype.element_ty), mask=col < INNER)
 
 
 @triton.jit

@@ -80,8 +80,9 @@ def tile_of(experts, tile, E: tl.constexpr, EP: tl.constexpr, ROWS: tl.constexpr
 
 @triton.jit
 def tile_hidden(
-    x, gate_up, experts, order, hidden, E: tl.constexpr, EP: tl.constexpr, WIDTH: tl.constexpr, INNER: tl.constexpr,
-    TOP_K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+    x, gate_up, experts, order, hidden, gate_scale, limit, up_shift, E: tl.constexpr, EP: tl.constexpr,
+    WIDTH: tl.constexpr, INNER: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):  # fmt: skip
     """``hidden`` [pairs, f], in sorted order: silu(gate.x) * (up.x). Grid [tiles, ceil(f/COLS)]."""
     expert, place, count = tile_of(experts, tl.program_id(0), E, EP, ROWS)
@@ -98,7 +99,8 @@ def tile_hidden(
             gate += product(row, tl.load(weights + d[:, None], mask=inside, other=0.0))
             up += product(row, tl.load(weights + INNER * WIDTH + d[:, None], mask=inside, other=0.0))
         out = hidden + (place + n).to(tl.int64)[:, None] * INNER + col[None, :]
-        tl.store(out, narrow(swiglu(gate, up), hidden.dtype.element_ty), mask=(n < count)[:, None] & (col < INNER)[None, :])
+        value = swiglu(gate, up, gate_scale, limit, up_shift)
+        tl.store(out, narrow(value, hidden.dtype.element_ty), mask=(n < count)[:, None] & (col < INNER)[None, :])
 
 
 @triton.jit

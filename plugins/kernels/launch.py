@@ -43,7 +43,8 @@ def plans_for(
 ) -> tuple[tuple[LaunchPlan, ...], dict[str, int]]:
     """(the operator's plans for these tensors, the sizes of the call). Raises ContractError for what no kernel covers."""
     sizes = op.bind_shapes([tensor.shape for tensor in tensors])
-    geometry = {**{name: size for name, size in sizes.items() if name not in RUNTIME_SIZES}, **attributes}
+    fixed = {name: size for name, size in sizes.items() if name not in RUNTIME_SIZES}
+    geometry = {**fixed, **op.with_defaults(attributes)}
     dtype = _dtype_name(tensors[0])
     return _cached_plans(op.name, tuple(sorted(geometry.items())), dtype, _architecture(tensors[0].device)), sizes
 
@@ -94,7 +95,7 @@ def run_plan(
         if op.in_place and outputs[0].data_ptr() != tensors[0].data_ptr():
             outputs[0].copy_(tensors[0])
         for launch in plan.launches:
-            _launch(launch, arrays, sizes, attributes)
+            _launch(launch, arrays, sizes, op.with_defaults(attributes))
 
 
 def _launch(launch: Launch, arrays: dict[str, Tensor], sizes: dict[str, int], attributes: dict[str, Any]) -> None:

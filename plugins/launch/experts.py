@@ -53,7 +53,7 @@ def _pairs(g: Geometry, dtype: str) -> LaunchPlan:
     up, down = vector_tile(width), vector_tile(inner)
     hidden = make.launch(
         "experts.pair_hidden",
-        "x ids gate_up hidden",
+        "x ids gate_up hidden gate_scale limit up_shift",
         {**sizes, "COLS": up.cols, "DEPTH": up.depth},
         (str(-(-inner // up.cols)), f"T * {top_k}", "1"),
         up,
@@ -87,7 +87,7 @@ def _tiles(name: str, when: str, rows: int, g: Geometry, dtype: str, arch: int) 
     sizes = {"E": experts, "EP": power_of_two(experts), "WIDTH": width, "INNER": inner, "ROWS": rows}
     hidden = make.launch(
         "grouped.tile_hidden",
-        "x gate_up experts order hidden",
+        "x gate_up experts order hidden gate_scale limit up_shift",
         {**sizes, "TOP_K": top_k, "COLS": up.cols, "DEPTH": up.depth},
         (tiles, str(-(-inner // up.cols)), "1"),
         up,

@@ -79,7 +79,7 @@ def geometries(op: str) -> Iterator[dict[str, Any]]:
                     **names,
                 }
             else:
-                yield {"E": experts, "k": topk, "d": width, "f": inner}
+                yield {"E": experts, "k": topk, "d": width, "f": inner, "gate_scale": 1.0, "limit": 0.0, "up_shift": 0.0}
 
 
 def variants(op: str, dtype: str, arch: int) -> list[Launch]:

@@ -182,7 +182,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"model_type": "deepseek_v32"},
         r"model_type='deepseek_v32' is not supported: its attention is latent \(MLA\), .*bilevel.routers.dsa",
     ),
-    "msa-by-model-type": ({"model_type": "minimax_m3_vl"}, "is not supported: its clamped expert layers .*bilevel.routers.msa"),
+    "msa-by-model-type": (
+        {"model_type": "minimax_m3_vl"},
+        "is not supported: its indexer is no routing section; .*bilevel.routers.minimax_m3",
+    ),
     "model-type": ({"model_type": "gpt2"}, "model_type='gpt2' is not supported; bilevel reads bailing_moe, .*llama, .*qwen3"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act .* must be 'silu'"),
     "sliding-window": ({"use_sliding_window": True}, "use_sliding_window"),

@@ -68,7 +68,7 @@ def make_call(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
             {"block_size": 3, "causal": 1, "scale": 0.5},
         ),
         "ExpertRoute": (scores, EXPERT),
-        "RoutedExperts": ({"x": torch.randn(7, 6), **chosen, **experts}, {}),
+        "RoutedExperts": ({"x": torch.randn(7, 6), **chosen, **experts}, {"gate_scale": 1.7, "limit": 0.5, "up_shift": 1.0}),
         "RoutedExpertsQuantized": ({"x": torch.randn(7, 40), **chosen, **packed(8, 40, 5)}, PACKED),
     }[name]
 
@@ -271,14 +271,11 @@ def test_operator_refuses_attributes(case: str) -> None:
 def test_operator_attributes_have_no_defaults_but_those_that_came_later(name: str) -> None:
     inputs, attributes = make_call(name)
     later = {each.name: each.default for each in contract.BY_NAME[name].attributes if each.default is not None}
-    assert set(later) == ({"norm_floor", "zero_fill"} if name == "ExpertRoute" else set())
-    if later:
-        for got, want in zip(
-            call(name, inputs, {key: value for key, value in attributes.items() if key not in later}),
-            call(name, inputs, {**attributes, **later}),
-            strict=True,
-        ):
-            assert torch.equal(got, want)
+    expected = {"ExpertRoute": {"norm_floor", "zero_fill"}, "RoutedExperts": {"gate_scale", "limit", "up_shift"}}
+    assert set(later) == expected.get(name, set())
+    older = call(name, inputs, {key: value for key, value in attributes.items() if key not in later})
+    for got, want in zip(older, call(name, inputs, {**attributes, **later}), strict=True):
+        assert torch.equal(got, want)
     for missing in attributes.keys() - later:
         rest = {key: value for key, value in attributes.items() if key != missing}
         with pytest.raises(ContractError, match=f"{name} needs the attribute {missing} \\("):

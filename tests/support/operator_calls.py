@@ -44,6 +44,8 @@ SELECT: Attributes = {
     "partial_block": 0,
     "causal": 1,
 }
+SWIGLU: Attributes = {"gate_scale": 1.0, "limit": 0.0, "up_shift": 0.0}
+BOUNDED: Attributes = {"gate_scale": 1.702, "limit": 0.7, "up_shift": 1.0}  # MiniMax-M3's, with a bound that is felt
 PACKED: Attributes = {"bits": 4, "block_size": 32}
 EXPERT: Attributes = {
     "top_k": 2,
@@ -152,7 +154,7 @@ def make_call(name: str, tokens: int = 6) -> tuple[Inputs, Attributes]:
         "ExpertRoute": (scores, EXPERT),
         "RoutedExperts": (
             {"x": torch.randn(tokens, 6), **chosen, "gate_up": torch.randn(8, 10, 6), "down": torch.randn(8, 6, 5)},
-            {},
+            SWIGLU,
         ),
         "RoutedExpertsQuantized": ({"x": torch.randn(tokens, 40), **chosen, **packed(8, 40, 5)}, PACKED),
         # One row's update reaches over the cache's end.
@@ -306,7 +308,7 @@ def experts_calls(draw: st.DrawFn) -> tuple[Inputs, Attributes]:
         "gate_up": torch.randn(experts, 6, width, generator=generator),
         "down": torch.randn(experts, width, 3, generator=generator),
     }
-    return inputs, {}
+    return inputs, BOUNDED if tokens % 2 else SWIGLU
 
 
 @st.composite

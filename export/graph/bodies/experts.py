@@ -119,6 +119,17 @@ def swiglu(x, gate_up, down):
 
 
 @script(_private, default_opset=op)
+def bounded_swiglu(x, gate_up, down, gate_scale, limit, up_shift):
+    """The same with RoutedExperts' attributes, fp32 scalars; limit inf: none."""
+    hidden = op.MatMul(x, op.Transpose(gate_up, perm=[0, 2, 1]))
+    gate, up = op.Split(op.Cast(hidden, to=FLOAT), axis=-1, num_outputs=2)
+    gate = op.Where(gate > limit, limit, gate)  # Min and Max may lose NaN
+    up = op.Where(up > limit, limit, op.Where(up < op.Neg(limit), op.Neg(limit), up))
+    activated = gate / (op.Exp(op.Neg(gate * gate_scale)) + op.Constant(value_float=1.0)) * (up + up_shift)
+    return op.MatMul(op.CastLike(activated, x), op.Transpose(down, perm=[0, 2, 1]))
+
+
+@script(_private, default_opset=op)
 def gathered_rows(x, expert):
     """For a few tokens: the token of every (token, slot) pair, [T * k, 1, d]. expert: int64 [T, k]."""
     shape = op.Concat(op.Shape(expert), op.Shape(x, start=1, end=2), axis=0)
@@ -188,8 +199,8 @@ def experts_dispatched(x, expert, used, weights, gate_up, down):
 
 
 @script(_bilevel, default_opset=op)
-def RoutedExperts(x, ids, weights, gate_up, down):
-    """The chosen experts' SwiGLU, weighted: [T, d] like x; ids out of range are ignored."""
+def RoutedExperts(x, ids, weights, gate_up, down, gate_scale: float, limit: float, up_shift: float):
+    """The chosen experts' SwiGLU, weighted: [T, d] like x; ids out of range are ignored. For attributes that change nothing."""
     given = op.Cast(ids, to=INT64)
     used = op.And(given >= 0, given < op.Shape(down, start=0, end=1))
     expert = op.Where(used, given, 0)
@@ -198,3 +209,28 @@ def RoutedExperts(x, ids, weights, gate_up, down):
     else:
         out = experts_dispatched(x, expert, used, weights, gate_up, down)
     return op.CastLike(out, x)
+
+
+def bounded_experts_body() -> OnnxFunction[..., Any]:
+    """The body for any attributes."""
+
+    @script(_bilevel, default_opset=op)
+    def RoutedExperts(x, ids, weights, gate_up, down, gate_scale: float, limit: float, up_shift: float):
+        given = op.Cast(ids, to=INT64)
+        used = op.And(given >= 0, given < op.Shape(down, start=0, end=1))
+        expert = op.Where(used, given, 0)
+        bound = op.Constant(value_float=limit)
+        bound = op.Where(bound > op.Constant(value_float=0.0), bound, op.Constant(value_float=float("inf")))
+        factor, shift = op.Constant(value_float=gate_scale), op.Constant(value_float=up_shift)
+        if op.Squeeze(op.Shape(x, start=0, end=1)) <= 4:
+            flat = op.Reshape(expert, [-1])
+            chosen_up, chosen_down = op.Gather(gate_up, flat, axis=0), op.Gather(down, flat, axis=0)
+            hidden = bounded_swiglu(gathered_rows(x, expert), chosen_up, chosen_down, factor, bound, shift)
+            out = gathered_sum(hidden, x, used, weights)
+        else:
+            rows, tile_expert, slot = tiles_of(x, expert, used, op.Shape(down, start=0, end=1))
+            tile_up, tile_down = op.Gather(gate_up, tile_expert, axis=0), op.Gather(down, tile_expert, axis=0)
+            out = dispatched_sum(bounded_swiglu(rows, tile_up, tile_down, factor, bound, shift), slot, x, used, weights)
+        return op.CastLike(out, x)
+
+    return RoutedExperts

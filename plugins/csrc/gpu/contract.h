@@ -144,7 +144,7 @@ constexpr Op kOps[kNumOps] = {
        {"norm_floor", AttributeKind::kFloat, 0, 0, {}, true, true, 0.0},
        {"zero_fill", AttributeKind::kInt, 0, 1, {}, false, true, 0},
      }},
-    {"RoutedExperts", "1", 5, 1, 0, false,
+    {"RoutedExperts", "1", 5, 1, 3, false,
      {
        {"x", PortType::kModelFloat, 2, {{"T"}, {"d"}}},
        {"ids", PortType::kInt32, 2, {{"T"}, {"k"}}},
@@ -155,7 +155,11 @@ constexpr Op kOps[kNumOps] = {
      {
        {"out", PortType::kModelFloat, 2, {{"T"}, {"d"}}},
      },
-     {}},
+     {
+       {"gate_scale", AttributeKind::kFloat, 0, 0, {}, false, true, 1.0},
+       {"limit", AttributeKind::kFloat, 0, 0, {}, true, true, 0.0},
+       {"up_shift", AttributeKind::kFloat, 0, 0, {}, false, true, 0.0},
+     }},
     {"WriteCache", "1", 3, 1, 0, true,
      {
        {"cache", PortType::kModelFloat, 4, {{"B"}, {"H"}, {"M"}, {"W"}}},

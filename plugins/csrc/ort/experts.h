@@ -178,7 +178,9 @@ static void experts_of(const ExpertsArguments& a, const Matrix& gate_up, const M
     for (int64_t j = 0; j < count; ++j)
       for (int64_t r = 0; r < tile.rows; ++r) {
         float& value = gate[j * tile.step() + r * tile.column(hidden_width)];
-        value = value / (1.0f + std::exp(-value)) * up[j * tile.step() + r * tile.column(count)];
+        const float bounded_gate = std::min(value, a.limit);  // NaN stays, as it is the first
+        const float bounded_up = std::max(std::min(up[j * tile.step() + r * tile.column(count)], a.limit), -a.limit);
+        value = bounded_gate / (1.0f + std::exp(-a.gate_scale * bounded_gate)) * (bounded_up + a.up_shift);
       }
     if (!tile.is_few())
       for (int64_t j = 0; j < count; ++j) std::fill(gate + j * kTileRows + tile.rows, gate + (j + 1) * kTileRows, 0.0f);

@@ -1,6 +1,7 @@
 // The routing operators on a CPU, fp32: what the kernels take. Letters and semantics: bilevel/contract.py, bilevel/operators/reference.py.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 
@@ -95,6 +96,7 @@ struct ExpertsArguments {
   PackedRows packed_gate_up, packed_down;
   float* out;            // [T, d]
   int64_t tokens, kept, experts, width, hidden;
+  float gate_scale = 1.0f, limit = INFINITY, up_shift = 0.0f;  // limit: infinite where there is none
 };
 
 // One implementation per instruction set; the library takes the best one that this CPU has.

@@ -209,10 +209,15 @@ struct ExpertRoute : Kernel {
 };
 
 struct Experts : Kernel {
-  using Kernel::Kernel;
+  Experts(const ort::Api& api, const ort::KernelInfo* info) : Kernel(api, info) {
+    a.gate_scale = number_or("gate_scale", 1.0f);
+    a.up_shift = number_or("up_shift", 0.0f);
+    const float limit = number_or("limit", 0.0f);
+    if (limit > 0.0f) a.limit = limit;
+  }
 
   void compute(Context& context) const override {
-    bilevel::ExpertsArguments call{};
+    bilevel::ExpertsArguments call = a;
     std::vector<int64_t> x, ids, weights, gate_up, down;
     call.x = context.input<float>(0, x);
     call.ids = context.input<int32_t>(1, ids);
@@ -226,6 +231,8 @@ struct Experts : Kernel {
     call.out = context.output<float>(0, x);
     kernels.experts(call, context.parallel());
   }
+
+  bilevel::ExpertsArguments a{};
 };
 
 // RoutedExpertsQuantized.

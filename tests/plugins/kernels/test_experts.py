@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel import contract
 from bilevel.operators import experts
-from tests.support.operator_calls import EXPERT, Inputs, expert_calls, make_call
+from tests.support.operator_calls import BOUNDED, EXPERT, SWIGLU, Inputs, expert_calls, make_call
 from tests.support.triton_calls import check, run_kernels
 
 
@@ -61,9 +61,12 @@ def make_experts(tokens: int, kept: int, count: int, width: int, inner: int, dty
 def test_routed_experts_equal_reference(sizes: tuple[int, int, int, int, int]) -> None:
     """Rows that fill no tile, and more rows of one expert than a tile has; widths that fill no slice."""
     tokens, *rest = sizes
-    check("RoutedExperts", make_experts(*sizes), {}, only="tiles")
-    check("RoutedExperts", make_experts(*sizes), {}, only="small tiles")
-    check("RoutedExperts", make_experts(min(tokens, 3), *rest), {}, only="pairs")
+    check("RoutedExperts", make_experts(*sizes), SWIGLU, only="tiles")
+    check("RoutedExperts", make_experts(*sizes), SWIGLU, only="small tiles")
+    check("RoutedExperts", make_experts(min(tokens, 3), *rest), SWIGLU, only="pairs")
+    if tokens == 3:
+        for plan in ("tiles", "pairs"):
+            check("RoutedExperts", make_experts(*sizes), BOUNDED, only=plan)
 
 
 def test_routed_experts_sort_several_chunks() -> None:
@@ -73,7 +76,7 @@ def test_routed_experts_sort_several_chunks() -> None:
     inputs["x"][7] = torch.nan  # a token's NaN stays its own
     expected = experts.routed_experts(*inputs.values())
     assert expected.isnan().any(-1).sum() == 1
-    (out,) = run_kernels("RoutedExperts", inputs, {}, only="small tiles")["small tiles"]
+    (out,) = run_kernels("RoutedExperts", inputs, SWIGLU, only="small tiles")["small tiles"]
     torch.testing.assert_close(out, expected, equal_nan=True)
 
 
@@ -94,7 +97,7 @@ def test_errors_are_at_most_twice_pytorchs(dtype: torch.dtype) -> None:
 
     plain = error(experts.routed_experts(*inputs.values()))
     assert plain[0] > 0
-    for plan, outputs in run_kernels("RoutedExperts", inputs, {}).items():
+    for plan, outputs in run_kernels("RoutedExperts", inputs, SWIGLU).items():
         got = error(outputs[0])
         assert got[0] <= 2 * plain[0] and got[1] <= 2 * plain[1], plan
 
@@ -102,8 +105,8 @@ def test_errors_are_at_most_twice_pytorchs(dtype: torch.dtype) -> None:
 def test_idle_and_empty_calls() -> None:
     """Pairs that chose nobody give 0; a call without tokens runs nothing."""
     inputs = make_experts(3, 2, 4, 5, 3)
-    assert (check("RoutedExperts", {**inputs, "ids": torch.full_like(inputs["ids"], -1)}, {})[0] == 0).all()
-    for name, attributes in (("RoutedExperts", {}), ("ExpertRoute", EXPERT)):
+    assert (check("RoutedExperts", {**inputs, "ids": torch.full_like(inputs["ids"], -1)}, SWIGLU)[0] == 0).all()
+    for name, attributes in (("RoutedExperts", SWIGLU), ("ExpertRoute", EXPERT)):
         inputs = make_call(name)[0]
         empty = {key: x[:0] if key in ("x", "ids", "weights", "logits", "group_logits") else x for key, x in inputs.items()}
         for outputs in run_kernels(name, empty, attributes).values():
