@@ -162,8 +162,8 @@ def attend_dispatched(q, k, v, blocks, visible, rows, horizon, past_len, size, s
     nothing = op.Expand(op.Constant(value_int=0), num_slots + 1)
     slot_query = op.Slice(op.ScatterElements(nothing, slot, op.Reshape(query_row, [-1]), axis=0), [0], [-1], [0])
     kv_row = op.Reshape(op.Where(visible, blocks, 0) + rows, [-1])
-    tile_kv = op.ScatterElements(op.Expand(op.Constant(value_int=0), num_tiles + 1), op.Div(slot, tile), kv_row, axis=0)
-    tile_kv = op.Slice(tile_kv, [0], [-1], [0])
+    empty = op.Expand(op.Constant(value_int=0), num_tiles + num_pairs)  # TensorRT: no fewer places than indices
+    tile_kv = op.Slice(op.ScatterElements(empty, op.Div(slot, tile), kv_row, axis=0), [0], num_tiles, [0])
 
     flat_queries = op.Reshape(q, op.Concat(lists * length, heads * width, axis=0))
     tile_rows = op.Concat(num_tiles, tile * heads, width, axis=0)

@@ -173,9 +173,9 @@ def tiles_of(x, expert, used, num_experts):
     token = op.Div(op.Range(0, op.Squeeze(num_pairs), 1), num_kept)
     nothing = op.Expand(op.Constant(value_int=0), num_slots + 1)
     slot_token = op.Slice(op.ScatterElements(nothing, slot, token, axis=0), [0], [-1], [0])
-    empty = op.Expand(op.Constant(value_int=0), num_tiles + 1)
+    empty = op.Expand(op.Constant(value_int=0), num_tiles + num_pairs)  # TensorRT: no fewer places than indices
     tile_expert = op.ScatterElements(empty, op.Div(slot, tile), op.Reshape(expert, [-1]), axis=0)
-    tile_expert = op.Slice(tile_expert, [0], [-1], [0])
+    tile_expert = op.Slice(tile_expert, [0], num_tiles, [0])
     shape = op.Concat(num_tiles, tile, op.Shape(x, start=1, end=2), axis=0)
     return op.Reshape(op.Gather(x, slot_token, axis=0), shape), tile_expert, slot
 
