@@ -16,7 +16,7 @@ from tests.export.route.models import BLOCK_SIZE, CONFIG, make_model, routing
 
 CONTEXT = 10 * BLOCK_SIZE
 QUESTIONS = (7, BLOCK_SIZE, 1)
-EXPERTS = Experts(num_experts=4, n_group=2, topk_group=1, top_k=1, intermediate_size=6, layers=(1,))
+EXPERTS = Experts(num_experts=4, n_group=2, topk_group=1, top_k=1, intermediate_size=6, layers=(1, 2), hash_layers=(2,))
 
 
 def routed_model(dense: CausalLM, key: str, **changes: object) -> CausalLM:
