@@ -45,7 +45,8 @@ def _constants(node: onnx_ir.Node) -> list[onnx_ir.Value] | None:
     """gate_up and down of a RoutedExperts over fp32 initializers; None for any other node."""
     if (node.domain, node.op_type) != (DOMAIN, ROUTED_EXPERTS.name):
         return None
-    if any(node.attributes[name].value != value for name, value in ROUTED_EXPERTS.with_defaults({}).items()):
+    standard = ROUTED_EXPERTS.with_defaults({})
+    if any(name in node.attributes and node.attributes[name].value != value for name, value in standard.items()):
         return None  # packed experts know SwiGLU alone: these stay fp32
     weights = [value for value in node.inputs[3:] if value is not None and value.is_initializer()]
     is_float = all(w.const_value is not None and w.const_value.dtype == onnx_ir.DataType.FLOAT for w in weights)
@@ -74,6 +75,8 @@ def quantise_experts(model: onnx_ir.Model, nodes: Iterable[onnx_ir.Node], bits: 
             continue
         inputs = [*node.inputs[:3], *(part for weight in weights for part in _register(model.graph, weight, bits))]
         node.op_type = ROUTED_EXPERTS_QUANTIZED.name
+        for attribute in ROUTED_EXPERTS.attributes:
+            node.attributes.pop(attribute.name, None)
         for name, value in (("bits", bits), ("block_size", BLOCK)):
             node.attributes[name] = onnx_ir.AttrInt64(name, value)
         node.resize_inputs(len(inputs))

@@ -11,6 +11,7 @@ import pytest
 from bilevel.errors import ExportError
 from bilevel.export.graph.operator_geometry import read_requests
 from bilevel.plugins.library.build import plan_variants
+from tests.support.operator_calls import SWIGLU
 
 Exported = Callable[..., tuple[Path, Path]]
 
@@ -27,7 +28,7 @@ def test_geometries_of_a_bundle(exported: Exported) -> None:
     sizes = {"Hq": 4, "Hkv": 2, "D": 8, "Dv": 8, "Hs": 2, "K": 3}
     assert {**attention, "scale": 0} == {**sizes, "block_size": 4, "causal": 1, "scale": 0}
     assert attention["scale"] == pytest.approx(8**-0.5)
-    assert found["RoutedExperts"][0] == {"d": 24, "k": 2, "E": 6, "f": 5}
+    assert found["RoutedExperts"][0] == {"d": 24, "k": 2, "E": 6, "f": 5, **SWIGLU}
     caches = [geometry for op, geometry, _ in requests if op.name == "WriteCache"]
     assert caches == [{"H": 1, "W": 6}, {"H": 2, "W": 8}], "level 1's keys; keys, values and their blocks' keys"
     assert found["ExpertRoute"][0]["score_func"] == "sigmoid" and found["ExpertRoute"][0]["Gp"] == 3
