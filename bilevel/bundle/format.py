@@ -17,6 +17,8 @@
                               are stored. fp32: as floats, of the type that precision says. The integer formats go with
                               precision float32 and also say how many products and layers of experts, and which weights stayed
                               floats {"bits", "block", "activations", "quantised", "experts", "kept_fp32": {what for: bytes}}
+    caches                    optional "fp32" (the default: of the type that precision says), "int8" or "int4": how keys and
+                              values are cached; packed rows are uint8 (``bilevel/bundle/cache_rows.py``) and go with float32
     config                    the contents of config.json
     block_size                R; a cache's capacity is a multiple of it
     limits                    {"max_positions": tokens a row may hold, "prefill_chunk": most tokens of one call}
@@ -54,6 +56,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from bilevel.bundle.cache_rows import FORMATS
 from bilevel.bundle.manifest import (
     MANIFEST,
     FileRecord,
@@ -84,6 +87,7 @@ class Bundle:
     created_by: Mapping[str, str]
     precision: str
     weights: Mapping[str, Any]
+    caches: str
     config: Mapping[str, Any]
     block_size: int
     max_positions: int
@@ -163,6 +167,7 @@ def read_manifest(path: str | Path) -> Bundle:
         created_by=manifest.get("created_by", dict),
         precision=manifest.choice("precision", PRECISIONS),
         weights=read_weights(manifest),
+        caches=manifest.choice("caches", tuple(FORMATS)) if "caches" in manifest else "fp32",
         config=_config(manifest),
         block_size=manifest.number("block_size", most=MOST_BLOCK),
         max_positions=manifest.number("limits.max_positions", most=MOST_POSITIONS),

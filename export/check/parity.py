@@ -114,12 +114,13 @@ class _Check:
     def __init__(self, request: Request, manifest: dict[str, Any], source: Checkpoint, on_stage: Stage) -> None:
         self.request, self.manifest, self.source, self.config = request, manifest, source, source.config
         self.precision, self.weights = str(manifest["precision"]), str(manifest.get("weights", {"format": "fp32"})["format"])
+        self.caches = str(manifest.get("caches", "fp32"))
         self.path, self._on_stage = request.bundle / GRAPH_FILE, on_stage
         self.longest = int(manifest.get("limits", {}).get("prefill_chunk", 512))
         self.ids, self.data_source = token_ids(request, self.config)
         self.text = make_text(request, self.ids, self.config, self.longest)
-        self.plain = LayeredModel(source, self.precision, weights=self.weights)
-        self.exact = LayeredModel(source, self.precision, exact=True, weights=self.weights)
+        self.plain = LayeredModel(source, self.precision, weights=self.weights, caches=self.caches)
+        self.exact = LayeredModel(source, self.precision, exact=True, weights=self.weights, caches=self.caches)
         on_stage("cutting the graph into parts")
         self.executions = self._executions()
         self.parts = GraphParts(self.path, self.config, self.executions, self.precision)
@@ -134,7 +135,7 @@ class _Check:
                 "the CPU kernels are not installed here; reinstall bilevel where there is a C++ compiler, or use "
                 "--backend portable"
             )
-        has_kernels = library is not None and backend != "portable" and not self.config.routing.is_dense
+        has_kernels = library is not None and backend != "portable" and bool(self.manifest["operators"])
         executions: dict[str, Path | None] = {} if backend == "kernels" and has_kernels else {"bodies": None}
         return {**executions, "CPU kernels": library} if has_kernels else executions
 
@@ -148,7 +149,7 @@ class _Check:
         results = [entry.result() for entry in comparison.entries]
         selection = tuple(result for result in results if isinstance(result, RouterResult))
         computation = tuple(result for result in results if isinstance(result, TensorResult))
-        structure = structure_differences(self.config, self.parts.nodes, self.weights)
+        structure = structure_differences(self.config, self.parts.nodes, self.weights, self.caches)
         try:
             ends, invariants = self._alone(passages, any(router.excused for router in selection))
         except BundleError as error:
@@ -202,6 +203,7 @@ class _Check:
             "checkpoint_sha256": _checkpoint_hash(self.request.checkpoint),
             "precision": self.precision,
             "weights": self.weights,
+            "caches": None if self.caches == "fp32" else self.caches,
             "backend": f"ONNX Runtime {onnxruntime.__version__} on CPU, PyTorch {torch.__version__}",
             "executions": tuple(self.executions),
             "model": ModelShape(
@@ -219,7 +221,8 @@ class _Check:
         """The shipped graph on its own: next token, greedy text, invariants."""
         self._on_stage("the whole graph on its own: next token")
         library = self.executions.get("CPU kernels")
-        device, head = ShippedGraph(self.path, self.config, self.precision, library=library), end_to_end.Head(self.parts)
+        device = ShippedGraph(self.path, self.config, self.precision, caches=self.caches, library=library)
+        head = end_to_end.Head(self.parts)
         with torch.no_grad():
             models, hidden = (self.plain, self.exact), [passage.x for passage in passages]
             forced = end_to_end.next_token(device, head, self.text, models, self.precision, hidden=hidden, excused=excused)
@@ -235,13 +238,14 @@ class _Check:
         return EndToEnd(forced, greedy, end_to_end.METHOD), invariants
 
     def _rounding(self) -> tuple[Activations | None, Effect | None]:
-        if self.weights == "fp32":
+        if (self.weights, self.caches) == ("fp32", "fp32"):
             return None, None
         self._on_stage("the shipped graph against the checkpoint as it was trained")
-        shipped = ShippedGraph(self.path, self.config, self.precision, fp32_activations=False)
+        shipped = ShippedGraph(self.path, self.config, self.precision, caches=self.caches, fp32_activations=False)
         row, sizes = int(self.text.lengths.argmax()), self.text.sizes
         with torch.no_grad():
-            return judge_rounding(self.source, self.weights, shipped, self.parts, self.text.ids[row], sizes, self.longest)
+            formats = self.weights, self.caches
+            return judge_rounding(self.source, *formats, shipped, self.parts, self.text.ids[row], sizes, self.longest)
 
     @cached_property
     def _tokenizer(self) -> Any:

@@ -23,12 +23,15 @@ refused, since it may change the result; --ignore-key passes over it.
   bilevel run my-bundle "Once upon a time"
 
 --weights int8 and int4 make matrix products and experts smaller (32 weights share a scale) and faster on a CPU, through
-ONNX Runtime's MatMulNBits and our own kernels. Routers, expert gates, the embedding table and norms stay in fp32. bilevel check
+ONNX Runtime's MatMulNBits and our own kernels. Routers, expert gates and norms stay in fp32. bilevel check
 then compares with PyTorch over the same rounded weights, and reports apart from that what the rounding changed.
 
 --precision fp16 and bf16 store weights, activations and caches in 16 bits, for devices that compute in them (TensorRT takes the
 graph as it is). Routers' scores and expert gates' logits stay fp32, and so do the sums inside softmax and norms. ONNX Runtime's
 CPU provider runs fp16 by casting, slower than fp32, and bf16 not at all.
+
+--kv int8 and int4 pack the keys and values that a row remembers: a quarter, or an eighth, of the memory of long contexts. Block
+keys are pooled from what was packed and stay fp32.
 
 --adapter joins a dense CHECKPOINT with what bilevel route learned for it, or with the released gates of SeerAttention-R.
 
@@ -68,6 +71,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="fp32, fp16 or bf16 (default fp32): the type of weights, activations and caches; not together with --weights",
     )
     parser.add_argument(
+        "--kv",
+        default="fp32",
+        metavar="FORMAT",
+        help="fp32, int8 or int4 (default fp32): how keys and values are cached; int8 and int4 need ONNX Runtime on the device",
+    )
+    parser.add_argument(
         "--ignore-key",
         action="append",
         default=[],
@@ -88,7 +97,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    check_precision(args.precision, args.weights)
+    check_precision(args.precision, args.weights, args.kv)
     for name in ("torch", "onnx", "onnxscript", "safetensors"):
         require(name)
     from bilevel.export.decoder.bundle import check_target, export_bundle
@@ -110,6 +119,7 @@ def main(args: argparse.Namespace) -> int:
             prefill_chunk=args.prefill_chunk,
             weights=args.weights,
             precision=args.precision,
+            caches=args.kv,
             ignore_keys=args.ignore_key,
             on_stage=status.update,
         )
@@ -124,7 +134,7 @@ def main(args: argparse.Namespace) -> int:
     seconds = time.perf_counter() - started
     if args.json:
         content = {"bundle": str(report.path), "bytes": report.size_bytes, "operators": report.operators}
-        formats = {"precision": PRECISIONS[args.precision], "weights": report.weights}
+        formats = {"precision": PRECISIONS[args.precision], "weights": report.weights, "caches": args.kv}
         place = {} if repository is None else {"triton_repository": str(repository)}
         print(json.dumps({**content, **formats, **place, "seconds": seconds}))
         return 0
@@ -135,6 +145,8 @@ def main(args: argparse.Namespace) -> int:
         print(f"weights, activations and caches: {PRECISIONS[args.precision]}")
     if args.weights != "fp32":
         print(f"weights: {describe(report.weights)}")
+    if args.kv != "fp32":
+        print(f"keys and values: cached in {args.kv}")
     if repository is not None:
         print(f"Triton Inference Server's model: {repository}")
     if args.checkpoint.is_file():
