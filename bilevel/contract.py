@@ -342,7 +342,7 @@ ROUTED_ATTENTION_QUANTIZED = Op(
         *(_port(name, "uint8", "B", "Hkv", "M", "C") for name in ("k", "v")),
         *ROUTED_ATTENTION.inputs[3:],
     ),
-    ROUTED_ATTENTION.outputs,
+    (_port("out", "T", "B", "Hq", "L", "D"),),
     (*ROUTED_ATTENTION.attributes, *_PACKED_CACHE),
 )
 

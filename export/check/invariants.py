@@ -94,8 +94,6 @@ def check_invariants(
 ) -> list[Invariant]:
     """Every invariant of the graph on its own; that of order and repetition comes from the replay."""
     on_stage("invariants")
-    if device.caches_format != "fp32":
-        precision = f"float32, caches {device.caches_format}"
     with torch.no_grad():
         invariants = [
             any_cut(device, ids, precision, kl_limit),

@@ -57,7 +57,6 @@ class ShippedGraph:
         usable = None if precision == "float16" else library
         self._session = open_session(path, ir.to_proto(model).SerializeToString(), usable)
         self._tensors = state_tensors(config, caches=caches)
-        self.caches_format = caches
         self.hidden: Array = np.zeros(0, np.float32)
         self.routes: dict[str, Array] = {}
         self.caches: Arrays = {}

@@ -75,7 +75,7 @@ _PACKED = ".packed"  # behind the names of helpers that read packed caches
 def _exchanged(helpers: dict[tuple[str, str], onnx.FunctionProto], bits: int) -> dict[tuple[str, str], onnx.FunctionProto]:
     """The helpers under other names, with those exchanged that read caches: packed ones have codes of ``bits`` bits."""
     renamed = {}
-    for (domain, name), helper in helpers.items():
+    for domain, name in helpers:
         copy = onnx.FunctionProto()
         copy.CopyFrom(helpers[domain, EXCHANGED[bits].get(name, name)])
         copy.name = name + _PACKED

@@ -11,8 +11,24 @@ PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 TWIN_PRECISIONS = ("fp32", "fp16")
 
 
+def stored_caches(kv: str | None, precision: str) -> str:
+    """What ``bundle.json`` calls the caches that --kv asks for: a packed format, or "fp32" for floats of the model's own type.
+
+    Raises ExportError.
+    """
+    if kv in PRECISIONS and kv != precision:
+        raise ExportError(
+            f"--kv {kv} differs from --precision {precision}, and caches of floats have the type of the model; give "
+            f"--precision {kv}, or pack them with --kv int8"
+        )
+    return "fp32" if kv is None or kv in PRECISIONS else kv
+
+
 def check_precision(precision: str, weights: str, caches: str = "fp32") -> None:
-    """Raise ExportError for a precision or format of caches that there is not, or that does not go with the others."""
+    """Raise ExportError for a precision or format of caches that there is not, or that does not go with the others.
+
+    caches: as ``bundle.json`` calls it, where "fp32" are floats of any precision.
+    """
     if caches not in FORMATS:
         raise ExportError(f"caches={caches!r} is no format of caches; use one of {', '.join(FORMATS)}")
     if precision != "fp32" and caches != "fp32":

@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from bilevel import ops
 from bilevel.bundle.cache_rows import CacheRows
+from bilevel.contract import BY_NAME
 from bilevel.errors import ContractError
 from bilevel.operators.packed_caches import pack_rows, unpack_rows
 from bilevel.state import DecoderState, Trace
-from tests.support.operator_calls import assert_same, cache_writes, int32, packed_blocks, run_reference
+from tests.support.cpu_library import SETS, run_kernel
+from tests.support.operator_calls import (
+    Attributes,
+    Inputs,
+    assert_same,
+    cache_writes,
+    int32,
+    packed_blocks,
+    run_body,
+    run_reference,
+)
 from tests.support.tiny_models import make_model
 
 FORMS = ["int8", "int4"]
+EXECUTIONS: dict[str, Callable[[str, Inputs, Attributes], list[Tensor]]] = {
+    "PyTorch": lambda name, inputs, attributes: [getattr(ops, BY_NAME[name].torch_name)(*inputs.values(), **attributes)],
+    "body": run_body,
+    **{f"CPU kernel, {isa}": partial(run_kernel, isa=isa) for isa in SETS},
+}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -88,6 +108,52 @@ def test_any_cut_into_calls_gives_the_same_caches_and_routes(preset: str, form: 
         rows = CacheRows.of(form, model.config.head_dim)
         keys = [rows.unpack(layer.key.numpy())[:, :, :22] for layer in (a, b)]
         assert np.abs(keys[0] - keys[1]).max() <= np.abs(keys[0]).max() / (100 if form == "int8" else 6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("preset", ["two_level", "gate", "bounds", "dense"])
+def test_token_by_token_gives_the_bytes_of_one_call(preset: str, form: str) -> None:
+    """In fp64, where another order of sums moves no number past a code: keys, values and complete blocks' keys, bit for bit."""
+    model, length = make_model(preset).double(), 22
+    ids = torch.randint(0, model.config.vocab_size, (2, length))
+    states = []
+    for cuts in ([length], [1] * length, [5, 1, 9, 7]):
+        state, past = DecoderState.empty(model.config, 2, 24, torch.float64, caches=form), 0
+        for size in cuts:
+            with torch.no_grad():
+                _, state = model.step(ids[:, past : past + size], int32(past, past), int32(size, size), state)
+            past += size
+        states.append(state)
+    whole = length // model.config.routing.block_size
+    for other in states[1:]:
+        for one, two in zip(states[0].layers, other.layers, strict=True):
+            assert torch.equal(one.key[:, :, :length], two.key[:, :, :length]) and one.key.any()
+            assert torch.equal(one.value[:, :, :length], two.value[:, :, :length])
+            if one.block_key is not None and two.block_key is not None:
+                keys, others = (layer.block_key[:, :, :whole] for layer in (one, two))
+                close = 1e-12 if preset == "gate" else 0  # its keys go through a projection
+                torch.testing.assert_close(keys, others, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(data=st.data())
+@settings(max_examples=8)
+def test_a_text_written_in_pieces_is_that_of_one_write_in_every_execution(data: st.DataObject, form: str) -> None:
+    """Whatever the numbers, odd widths among them, and the blocks that are pooled from it are the same numbers too."""
+    inputs, attributes = data.draw(cache_writes(form))
+    update, start, block = inputs["update"], inputs["start"], {"width": inputs["update"].shape[3], **attributes}
+    cut = data.draw(st.integers(0, update.shape[2]))
+    (expected,) = run_reference("WriteCacheQuantized", inputs, attributes)
+    written = {"rows": pack_rows(update, **attributes)[:, :, None]}
+    (numbers,) = run_reference("UnpackCache", written, block)
+    for name, run in EXECUTIONS.items():
+        cache = inputs["cache"]
+        for part, first in ((update[:, :, :cut], start), (update[:, :, cut:], start + cut)):
+            if part.shape[2]:
+                (cache,) = run("WriteCacheQuantized", {"update": part.contiguous(), "cache": cache, "start": first}, attributes)
+        assert torch.equal(cache, expected), name
+        (got,) = run("UnpackCache", written, block)
+        torch.testing.assert_close(got, numbers, rtol=0, atol=0, equal_nan=True, msg=name)
 
 
 def test_packed_caches_stay_near_the_exact_ones() -> None:

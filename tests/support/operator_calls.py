@@ -161,7 +161,11 @@ def make_call(name: str, tokens: int = 6) -> tuple[Inputs, Attributes]:
         ),
         "RoutedExpertsQuantized": ({"x": torch.randn(tokens, 40), **chosen, **packed(8, 40, 5)}, PACKED),
         "WriteCacheQuantized": (
-            {"update": torch.randn(2, 3, tokens, 6), "cache": packed_cache(torch.randn(2, 3, 20, 6)), "start": int32(20 - tokens, 0)},
+            {
+                "update": torch.randn(2, 3, tokens, 6),
+                "cache": packed_cache(torch.randn(2, 3, 20, 6)),
+                "start": int32(20 - tokens, 0),
+            },
             {"bits": 8, "groups": 1},
         ),
         "UnpackCache": ({"rows": packed_cache(torch.randn(2, 3, tokens, 4, 6))}, {"bits": 8, "groups": 1, "width": 6}),
@@ -169,7 +173,7 @@ def make_call(name: str, tokens: int = 6) -> tuple[Inputs, Attributes]:
             {
                 "q": attention["q"],
                 "k": packed_cache(attention["k"]),
-                "v": packed_cache(attention["v"]),
+                "v": packed_cache(torch.randn_like(attention["k"])),
                 "routes": blocks,
                 **lengths,
             },
@@ -275,11 +279,15 @@ def attention_calls(draw: st.DrawFn, sinks: bool = False) -> tuple[Inputs, Attri
     return inputs, {"block_size": block_size, "causal": draw(st.sampled_from([0, 1])), "scale": 0.5}
 
 
+# Of heads: less than a vector, odd ones, one group, several, and one that no group of 32 divides.
+WIDTHS = {"int8": [1, 5, 6, 40, 64, 257], "int4": [2, 6, 32, 34, 40, 64, 96]}
+
+
 @st.composite
 def packed_attention_calls(draw: st.DrawFn, form: str) -> tuple[Inputs, Attributes]:
     """``attention_calls`` over packed caches of heads of several widths, some of whose rows are zeros."""
     inputs, attributes = draw(attention_calls())
-    width = draw(st.sampled_from([2, 6, 32, 64, 40]))
+    width = draw(st.sampled_from(WIDTHS[form]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     caches = {}
     for name in ("q", "k", "v"):
@@ -294,7 +302,7 @@ def packed_attention_calls(draw: st.DrawFn, form: str) -> tuple[Inputs, Attribut
 def cache_writes(draw: st.DrawFn, form: str) -> tuple[Inputs, Attributes]:
     """Numbers of any magnitude, whole steps and halves of them, zeros, too small ones, NaN and infinities."""
     batch, heads, length = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 9))
-    rows = CacheRows.of(form, draw(st.sampled_from([2, 6, 32, 64, 40])))
+    rows = CacheRows.of(form, draw(st.sampled_from(WIDTHS[form])))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     capacity = length + draw(st.integers(0, 5))
 

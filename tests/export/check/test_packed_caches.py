@@ -14,10 +14,10 @@ import pytest
 
 from bilevel.bundle.cache_rows import CacheRows
 from bilevel.bundle.format import load_bundle
-from bilevel.errors import ExportError
+from bilevel.errors import BundleError, ExportError
 from bilevel.export.check.parity import check_bundle
 from bilevel.export.graph.bodies import packed_caches
-from bilevel.export.graph.precision import check_precision
+from bilevel.export.graph.precision import check_precision, stored_caches
 from bilevel.export.report.html import render_page
 from bilevel.export.report.model import Report
 from bilevel.runtime.backend.onnx import OnnxSession
@@ -102,7 +102,8 @@ def test_another_format_than_the_manifest_says(packed: Exported, tmp_path: Path)
     checkpoint, source = packed("two_level")
     bundle = shutil.copytree(source, tmp_path / "bundle")
     edit_manifest(bundle, lambda manifest: manifest.update(caches="int4"))
-    assert not check_bundle(bundle, checkpoint, tokens=TOKENS).passed
+    with pytest.raises(BundleError, match="past.key.0 is uint8 .*, which int4 caches are not"):
+        check_bundle(bundle, checkpoint, tokens=TOKENS)
 
 
 def test_runtime_keeps_small_caches_and_copies_prefixes(packed: Exported) -> None:
@@ -159,3 +160,11 @@ def test_formats_that_do_not_go_together_are_refused() -> None:
         check_precision("fp32", "fp32", "int3")
     with pytest.raises(ExportError, match="--kv int8 goes with --precision fp32 alone"):
         check_precision("bf16", "fp32", "int8")
+    with pytest.raises(
+        ExportError, match="--kv fp16 differs from --precision fp32, and caches of floats have the type of the model"
+    ):
+        stored_caches("fp16", "fp32")
+    named = [
+        stored_caches(kv, precision) for kv, precision in ((None, "fp16"), ("fp16", "fp16"), ("fp32", "fp32"), ("int4", "fp32"))
+    ]
+    assert named == ["fp32", "fp32", "fp32", "int4"]
