@@ -37,7 +37,7 @@ GEOMETRIES = {
 }
 
 
-def make_bundle(name: str, bundle: Path, weights: str, caches: str, on_stage: Callable[[str], None]) -> None:
+def make_bundle(name: str, bundle: Path, weights: str, on_stage: Callable[[str], None], caches: str = "fp32") -> None:
     """Export the geometry ``name`` with random weights (always the same ones) to ``bundle``. Raises BilevelError, KeyError."""
     import torch
 

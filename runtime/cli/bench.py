@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> int:
         def show(stage: str) -> None:
             status.update(stage) if console.is_terminal else console.print(stage, highlight=False, soft_wrap=True)
 
-        bundle = args.bundle or geometry_bundle(args.geometry, args.weights or "fp32", args.kv or "fp32", show)
+        bundle = args.bundle or geometry_bundle(args.geometry, args.weights or "fp32", show, args.kv or "fp32")
         plan, skipped = _plan(args, bundle)
         benchmark = Benchmark(plan, show)
         try:
@@ -161,7 +161,7 @@ def _title(args: argparse.Namespace, plan: BenchPlan) -> str:
     return f"{name}, {kind} weights, {plan.threads} threads"
 
 
-def geometry_bundle(name: str, weights: str, caches: str, on_stage: Callable[[str], None]) -> Path:
+def geometry_bundle(name: str, weights: str, on_stage: Callable[[str], None], caches: str = "fp32") -> Path:
     """The bundle of a known geometry in the user's cache folder, exported there on first use. Raises MissingDependency.
 
     Another exporter may write another graph, so its sources are part of the name, and the bundles of earlier ones are removed.
@@ -172,7 +172,7 @@ def geometry_bundle(name: str, weights: str, caches: str, on_stage: Callable[[st
     if (bundle / "bundle.json").is_file():
         return bundle
     try:
-        importlib.import_module(GEOMETRY_MODULE).make_bundle(name, bundle, weights, caches, on_stage)
+        importlib.import_module(GEOMETRY_MODULE).make_bundle(name, bundle, weights, on_stage, caches)
     except (MissingDependency, ModuleNotFoundError) as error:
         raise MissingDependency(
             f"--geometry {name} exports a model, which takes the exporter ({error}); install it with "
