@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bilevel import ops
+from bilevel.bundle.cache_rows import CacheRows
 from bilevel.config import ModelConfig
 from bilevel.operators.precision import wide
 from bilevel.rotary import apply_rotary
@@ -28,13 +29,25 @@ class MeanKeys(nn.Module):
         """[B, Hr, L, Dr] from the layer's queries [B, Hq, L, D] before and after rotation."""
         return turned
 
+    def blocks(self, keys: Tensor, first: Tensor, num_blocks: int) -> Tensor:
+        """Blocks [B, Hkv, num_blocks, R, D] of the key cache from each row's ``first`` [B] on; of a packed one as numbers.
+
+        A packed cache is all that is pooled, not the exact keys while they are at hand: any cut into calls gives the same.
+        """
+        blocks = ops.gather_blocks(keys, first, num_blocks, self.config.routing.block_size)
+        if keys.dtype != torch.uint8:
+            return blocks
+        rows = CacheRows.of_bytes(keys.shape[-1], self.config.head_dim)
+        return ops.unpack_cache(blocks, **rows.attributes, width=rows.width)
+
     def pool(self, keys: Tensor, first: Tensor, num_blocks: int, step: Step) -> Tensor:
-        """[B, Hkv, num_blocks, Dr] from the key cache [B, Hkv, M, D]: the blocks from each row's ``first`` [B] on.
+        """[B, Hkv, num_blocks, Dr] from the key cache [B, Hkv, M, D or C]: the blocks from each row's ``first`` [B] on.
 
         What is made of a block that is not complete yet is never read: only complete blocks are scored, and the block is
         pooled again in the call that completes it.
         """
-        return ops.pool_blocks(keys, first, num_blocks, self.config.routing.block_size)
+        blocks = self.blocks(keys, first, num_blocks)
+        return wide(blocks).mean(3).to(blocks.dtype)
 
 
 class BoundsKeys(MeanKeys):
@@ -48,7 +61,7 @@ class BoundsKeys(MeanKeys):
         return torch.cat([turned.clamp(min=0), turned.clamp(max=0)], dim=-1)
 
     def pool(self, keys: Tensor, first: Tensor, num_blocks: int, step: Step) -> Tensor:
-        blocks = ops.gather_blocks(keys, first, num_blocks, self.config.routing.block_size)
+        blocks = self.blocks(keys, first, num_blocks)
         return torch.cat([blocks.amax(3), blocks.amin(3)], dim=-1)
 
 
@@ -88,15 +101,15 @@ class GateKeys(MeanKeys):
         return query.to(plain.dtype)
 
     def pool(self, keys: Tensor, first: Tensor, num_blocks: int, step: Step) -> Tensor:
-        size = self.config.routing.block_size
-        blocks = wide(ops.gather_blocks(keys, first, num_blocks, size))
+        stored, weight = self.blocks(keys, first, num_blocks), wide(self.key_weight)
+        blocks = stored.to(weight.dtype)  # a packed cache has fp32 numbers in an fp64 model too
         if self.has_positions:
             blocks = self._turned_back(blocks, *step.token_angles(self.config, first, num_blocks))
         pooled = torch.cat([blocks.amax(3), blocks.amin(3), blocks.mean(3)], dim=-1)
-        pooled = self._norm(pooled @ wide(self.key_weight), "key_norm")
+        pooled = self._norm(pooled @ weight, "key_norm")
         if self.has_positions:
             pooled = apply_rotary(pooled, *step.block_angles(self.config, first, num_blocks))
-        return pooled.to(keys.dtype)
+        return pooled.to(stored.dtype)
 
     def _turned_back(self, blocks: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Keys [B, Hkv, N, R, D] as they were before rotation; cos and sin [B, N, R, r/2]."""

@@ -8,7 +8,8 @@ Letters: B batch rows, L tokens of this call, Hq query heads, Hkv key/value head
 heads, Hc candidate heads, D head dim, Dv that of the values, Dr route dim, U units: pooled keys or scores (one per block, at
 least ceil(valid tokens / block_size) of them), M cache capacity in tokens (or units), H heads of a cache, W its width, K blocks
 kept, T flattened tokens, E experts, Gp expert groups, d model width, f expert width, R rows of a packed gate_up (2f), Pd and Pf
-bytes of a packed row along d and f, Sd and Sf its blocks that share a scale. "T" as a dtype is the model's float type.
+bytes of a packed row along d and f, Sd and Sf its blocks that share a scale, C bytes of a packed row of a cache
+(``bilevel/bundle/cache_rows.py``), S tokens of a block. "T" as a dtype is the model's float type.
 """
 
 from __future__ import annotations
@@ -341,6 +342,36 @@ ROUTED_EXPERTS_QUANTIZED = Op(
     ),
 )
 
+_PACKED_CACHE = (
+    Attribute("bits", "int", "bits of a number", choices=(4, 8)),
+    _int("groups", "parts of a row with a scale of their own", 1, 64),
+)
+WRITE_CACHE_QUANTIZED = Op(
+    "WriteCacheQuantized",
+    "The packed cache with the update, rounded, at each row's start.",
+    (_port("update", "T", "B", "H", "L", "D"), _port("cache", "uint8", "B", "H", "M", "C"), _port("start", "int32", "B")),
+    (_port("out", "uint8", "B", "H", "M", "C"),),
+    _PACKED_CACHE,
+)
+UNPACK_CACHE = Op(
+    "UnpackCache",
+    "The numbers of some blocks of a packed cache.",
+    (_port("rows", "uint8", "B", "H", "U", "S", "C"),),
+    (_port("out", "float32", "B", "H", "U", "S", Dim("D", sized_by="width")),),
+    (*_PACKED_CACHE, _int("width", "numbers in a row (D)", 1)),
+)
+ROUTED_ATTENTION_QUANTIZED = Op(
+    "RoutedAttentionQuantized",
+    "RoutedAttention over packed caches.",
+    (
+        ROUTED_ATTENTION.inputs[0],
+        *(_port(name, "uint8", "B", "Hkv", "M", "C") for name in ("k", "v")),
+        *ROUTED_ATTENTION.inputs[3:],
+    ),
+    (_port("out", "T", "B", "Hq", "L", "D"),),
+    (*ROUTED_ATTENTION.attributes, *_PACKED_CACHE),
+)
+
 # Of engines only: a bundle's graph says the same by ScatterND (``export/engine/cache_writes.py``).
 WRITE_CACHE = Op(
     "WriteCache",
@@ -351,6 +382,8 @@ WRITE_CACHE = Op(
 )
 
 _FLOAT_OPS = (COARSE_ROUTE, FINE_ROUTE, SELECT_BLOCKS, ROUTED_ATTENTION, EXPERT_ROUTE, ROUTED_EXPERTS)
-OPS: tuple[Op, ...] = (*_FLOAT_OPS, ROUTED_ATTENTION_SINKS, ROUTED_EXPERTS_QUANTIZED)  # what a bundle's graph may hold
+PACKED_CACHE_OPS: tuple[Op, ...] = (WRITE_CACHE_QUANTIZED, UNPACK_CACHE, ROUTED_ATTENTION_QUANTIZED)
+# What a bundle's graph may hold.
+OPS: tuple[Op, ...] = (*_FLOAT_OPS, ROUTED_ATTENTION_SINKS, ROUTED_EXPERTS_QUANTIZED, *PACKED_CACHE_OPS)
 GPU_OPS: tuple[Op, ...] = (*_FLOAT_OPS, WRITE_CACHE)  # what a kernel library and its TensorRT plugins hold
 BY_NAME: dict[str, Op] = {op.name: op for op in (*OPS, WRITE_CACHE)}

@@ -15,17 +15,14 @@ from torch.utils.checkpoint import checkpoint
 
 from bilevel import ops
 from bilevel.block_keys import block_keys
+from bilevel.bundle.cache_rows import CacheRows
 from bilevel.config import ModelConfig
 from bilevel.expert_layers import ExpertMLP, SwiGLU
 from bilevel.operators.attention import causal_attention, masked_attention
+from bilevel.operators.packed_caches import unpack_rows
 from bilevel.rotary import apply_rotary, rotary_angles
 from bilevel.state import DecoderState, LayerState, Step, Trace
 from bilevel.word_router import WordRouter, unit
-
-
-def _extend(cache: Tensor | None, update: Tensor, start: Tensor, block_size: int) -> Tensor:
-    """The cache with this call's rows written at ``start``; without a cache the call is the whole text."""
-    return ops.pad_to_blocks(update, block_size) if cache is None else ops.write_cache(cache, update, start)
 
 
 class Attention(nn.Module):
@@ -53,7 +50,24 @@ class Attention(nn.Module):
         size = self.config.routing.block_size
         first = torch.div(step.past_len, size, rounding_mode="floor")
         pooled = self.block_keys.pool(keys, first, (length + size - 1) // size, step)
-        return pooled if cache is None else ops.write_cache(cache, pooled, first)
+        return pooled if cache is None else ops.write_cache(cache, pooled.to(cache.dtype), first)
+
+    def _extend(self, cache: Tensor | None, update: Tensor, step: Step) -> Tensor:
+        """The cache with this call's keys or values written behind each row's; without a cache the call is the whole text."""
+        trace = step.trace
+        if trace is not None:
+            trace.written.append(update)
+        if cache is None:
+            return ops.pad_to_blocks(update, self.config.routing.block_size)
+        if cache.dtype != torch.uint8:
+            return ops.write_cache(cache, update, step.past_len)
+        packed = trace.given("packed") if trace is not None else None
+        if packed is None:
+            rows = CacheRows.of_bytes(cache.shape[-1], self.config.head_dim)
+            packed = ops.write_cache_quantized(update, cache, step.past_len, **rows.attributes)
+        if trace is not None:
+            trace.packed.append(packed)
+        return packed
 
     def route(self, query: Tensor, block_key: Tensor, step: Step) -> Tensor:
         """The blocks that each word of this layer reads: int32 [B, Hs, L, K2]."""
@@ -88,26 +102,36 @@ class Attention(nn.Module):
         return apply_rotary(q, step.cos, step.sin), apply_rotary(k, step.cos, step.sin)
 
     def _attend_to_all(self, q: Tensor, key: Tensor, value: Tensor, step: Step, is_whole: bool) -> Tensor:
-        """Ordinary attention; is_whole: the call is the whole text. The graph of a routed model says it as routed attention to
-        every block, whose kernels read no more of the cache than is filled."""
-        length, capacity, scale = q.shape[2], key.shape[2], self.config.attention_scale
+        """Ordinary attention; is_whole: the call is the whole text. The graph of a routed model, and of packed caches, says it
+        as routed attention to every block, whose kernels read no more of the cache than is filled."""
+        config, length, capacity = self.config, q.shape[2], key.shape[2]
+        is_packed = key.dtype == torch.uint8
         if is_whole and not torch.compiler.is_exporting():
-            return causal_attention(q, key[:, :, :length], value[:, :, :length], step.new_len, scale)
-        if not (torch.compiler.is_exporting() and self.config.routed_layers):
-            return masked_attention(q, key, value, step.causal_mask(capacity, length), scale)
-        size = self.config.routing.block_size
-        routes = step.every_block(capacity, length, size)
-        return ops.routed_attention(q, key, value, routes, step.past_len, step.new_len, block_size=size, causal=1, scale=scale)
+            return causal_attention(q, key[:, :, :length], value[:, :, :length], step.new_len, config.attention_scale)
+        if torch.compiler.is_exporting() and (config.routed_layers or is_packed):
+            return self._attend(q, key, value, step.every_block(capacity, length, config.routing.block_size), step)
+        if is_packed:
+            rows = CacheRows.of_bytes(key.shape[-1], config.head_dim)
+            key, value = (unpack_rows(cache, rows.width, **rows.attributes).to(q.dtype) for cache in (key, value))
+        return masked_attention(q, key, value, step.causal_mask(capacity, length), config.attention_scale)
+
+    def _attend(self, q: Tensor, key: Tensor, value: Tensor, routes: Tensor, step: Step) -> Tensor:
+        """Attention over the routed blocks of the caches, packed or not."""
+        size, scale = self.config.routing.block_size, self.config.attention_scale
+        operands = q, key, value, routes, step.past_len, step.new_len
+        if key.dtype != torch.uint8:
+            return ops.routed_attention(*operands, block_size=size, causal=1, scale=scale)
+        packed = CacheRows.of_bytes(key.shape[-1], self.config.head_dim).attributes
+        return ops.routed_attention_quantized(*operands, block_size=size, causal=1, scale=scale, **packed)
 
     def forward(self, x: Tensor, step: Step, state: LayerState | None) -> tuple[Tensor, LayerState]:
         """x: [B, L, d]. Returns ([B, L, d], the layer's state after this call)."""
-        config, size, length = self.config, self.config.routing.block_size, x.shape[1]
+        config, length = self.config, x.shape[1]
         plain, k, v = self.project(x)
         plain, k = self.normalise(plain, k)
         q, k = self.turn(plain, k, step)
-        key = _extend(state.key if state else None, k, step.past_len, size)
-        value = _extend(state.value if state else None, v, step.past_len, size)
-        scale = config.attention_scale
+        key = self._extend(state.key if state else None, k, step)
+        value = self._extend(state.value if state else None, v, step)
         block_key = None
         if not self.is_routed:
             out = self._attend_to_all(q, key, value, step, state is None)
@@ -115,14 +139,12 @@ class Attention(nn.Module):
             query = self.block_keys.query(plain, q, step)
             block_key = self._pool(state.block_key if state else None, key, step, length)
             routes = self.route(query, block_key, step)
-            out = ops.routed_attention(
-                q, key, value, routes, step.past_len, step.new_len, block_size=size, causal=1, scale=scale
-            )
+            out = self._attend(q, key, value, routes, step)
             if step.trace is not None:
                 step.trace.query.append(query)
                 step.trace.block_key.append(block_key)
                 step.trace.routes.append(routes)
-        if config.routed_layers and step.trace is not None:
+        if step.trace is not None and (config.routed_layers or key.dtype == torch.uint8):
             step.trace.attention.append(out)
         return self.o_proj(out.transpose(1, 2).flatten(2)), LayerState(key, value, block_key)
 

@@ -1,5 +1,6 @@
 """The operators as a module calls them: ``coarse_route``, ``fine_route``, ``select_blocks``, ``routed_attention``,
-``routed_attention_sinks``, ``expert_route``, ``routed_experts``, ``routed_experts_quantized`` and ``write_cache``.
+``routed_attention_sinks``, ``expert_route``, ``routed_experts``, ``routed_experts_quantized``, ``write_cache`` and, for packed
+caches, ``write_cache_quantized``, ``unpack_cache`` and ``routed_attention_quantized``.
 
 Called eagerly they run the vectorised PyTorch forms (trainable). While ``torch.export`` traces, each becomes one node
 ``torch.ops.bilevel.<name>``, which ``bilevel.export`` turns into one ONNX node of the contract. Any ``nn.Module`` that calls
@@ -22,8 +23,9 @@ import torch
 from torch import Tensor
 
 from bilevel import contract, gpu_kernels
+from bilevel.bundle.cache_rows import CacheRows
 from bilevel.errors import ContractError
-from bilevel.operators import attention, experts, routing
+from bilevel.operators import attention, experts, packed_caches, routing
 from bilevel.operators.precision import wide
 
 
@@ -95,15 +97,28 @@ def _check_divisible(op: contract.Op, sizes: dict[str, int], attributes: dict[st
         if heads[few] < 1 or heads[many] % heads[few]:
             raise ContractError(f"{op.name}: {many}={heads[many]} heads are not divisible by {few}={heads[few]}")
     capacity = sizes.get("M")
-    if isinstance(capacity, int) and capacity % attributes["block_size"]:
+    if isinstance(capacity, int) and "block_size" in attributes and capacity % attributes["block_size"]:
         raise ContractError(
             f"{op.name}: k and v hold {capacity} tokens, not a multiple of block_size={attributes['block_size']}; "
             "pad them with bilevel.ops.pad_to_blocks"
         )
+    if "C" in sizes:
+        _check_packed_cache(op, sizes, attributes)
     if "R" in sizes:
         experts.check_packed_shapes(sizes, attributes["bits"], attributes["block_size"])
     if "Gp" in sizes:
         experts.check_expert_shapes(sizes["E"], sizes["Gp"], attributes["top_k"], attributes["topk_group"])
+
+
+def _check_packed_cache(op: contract.Op, sizes: dict[str, int], attributes: dict[str, Any]) -> None:
+    """A packed row must have the bytes that its attributes ask for."""
+    width, groups = attributes.get("width", sizes.get("D", 0)), attributes["groups"]
+    expected = CacheRows(width, attributes["bits"], groups).num_bytes
+    if width % groups or (attributes["bits"] == 4 and width // groups % 2) or sizes["C"] != expected:
+        raise ContractError(
+            f"{op.name}: rows of {width} numbers in {attributes['bits']} bits and {groups} groups do not fit into {sizes['C']} "
+            "bytes; take the layout from bilevel.bundle.cache_rows"
+        )
 
 
 def _fake_outputs(op: contract.Op, tensors: tuple[Tensor, ...], attributes: dict[str, Any]) -> Any:
@@ -222,6 +237,9 @@ routed_attention_sinks = _define(contract.ROUTED_ATTENTION_SINKS, attention.rout
 expert_route = _define(contract.EXPERT_ROUTE, experts.expert_route)
 routed_experts = _define(contract.ROUTED_EXPERTS, experts.routed_experts)
 routed_experts_quantized = _define(contract.ROUTED_EXPERTS_QUANTIZED, experts.routed_experts_quantized)
+write_cache_quantized = _define(contract.WRITE_CACHE_QUANTIZED, packed_caches.write_cache_quantized)
+unpack_cache = _define(contract.UNPACK_CACHE, packed_caches.unpack_cache)
+routed_attention_quantized = _define(contract.ROUTED_ATTENTION_QUANTIZED, packed_caches.routed_attention_quantized)
 
 
 def _write(cache: Tensor, update: Tensor, start: Tensor, length: int) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel.bundle.cache_rows import CacheRows
 from bilevel.config import ModelConfig
 from bilevel.errors import ContractError
 from bilevel.operators.attention import AttentionMask, causal_mask, every_block
@@ -16,7 +17,10 @@ from bilevel.rotary import rotary_angles
 
 @dataclass
 class LayerState:
-    """One layer's cache: key, value [B, Hkv, M, D]; block_key [B, Hkv, N, Dr] (None where attention is dense)."""
+    """One layer's cache: key, value [B, Hkv, M, D]; block_key [B, Hkv, N, Dr] (None where attention is dense).
+
+    Packed keys and values are uint8 [B, Hkv, M, C] (``bilevel/bundle/cache_rows.py``); the type alone says that they are.
+    """
 
     key: Tensor
     value: Tensor
@@ -32,19 +36,27 @@ class DecoderState:
     word_block_key: Tensor | None = None
 
     @classmethod
-    def empty(cls, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype = torch.float32) -> DecoderState:
-        """Zeroed caches for ``capacity`` tokens; the capacity must be a multiple of the block size."""
+    def empty(
+        cls, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype = torch.float32, caches: str = "fp32"
+    ) -> DecoderState:
+        """Zeroed caches for ``capacity`` tokens; the capacity must be a multiple of the block size.
+
+        caches: "fp32" (of ``dtype``), or the format "int8" or "int4" of packed keys and values.
+        """
         routing = config.routing
         if capacity % routing.block_size:
             raise ContractError(f"capacity={capacity} must be a multiple of routing.block_size={routing.block_size}")
         num_blocks = capacity // routing.block_size
 
-        def zeros(tokens: int, width: int = config.head_dim) -> Tensor:
+        def zeros(tokens: int, width: int) -> Tensor:
             return torch.zeros(batch, config.num_key_value_heads, tokens, width, dtype=dtype)
+
+        def cache() -> Tensor:
+            return empty_cache(config, batch, capacity, dtype, caches)
 
         routed = config.routed_layers
         layers = [
-            LayerState(zeros(capacity), zeros(capacity), zeros(num_blocks, config.block_key_width) if i in routed else None)
+            LayerState(cache(), cache(), zeros(num_blocks, config.block_key_width) if i in routed else None)
             for i in range(config.num_hidden_layers)
         ]
         if not routing.is_two_level:
@@ -53,12 +65,22 @@ class DecoderState:
         return cls(layers, torch.zeros(batch, capacity, dtype=torch.int64), word_block_key)
 
 
+def empty_cache(config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, caches: str = "fp32") -> Tensor:
+    """One layer's keys or values, zeroed: [B, Hkv, M, D] of ``dtype``, or uint8 [B, Hkv, M, C] in a format of packed caches."""
+    if caches == "fp32":
+        return torch.zeros(batch, config.num_key_value_heads, capacity, config.head_dim, dtype=dtype)
+    width = CacheRows.of(caches, config.head_dim).num_bytes
+    return torch.zeros(batch, config.num_key_value_heads, capacity, width, dtype=torch.uint8)
+
+
 @dataclass
 class Trace:
     """What the routers saw and chose, for training losses, recall and parity checks; filled when given to ``forward``.
 
     forced: another trace whose choices are obeyed in place of the model's own.
     candidates: level 1's blocks, int32 [B, 1, L, K1]. word_query / word_block_key: what level 1 compared.
+    written: per layer, this call's keys and values [B, Hkv, L, D] as they go into the cache; packed: what packed caches hold of
+    them and of all tokens before, uint8 [B, Hkv, M, C], first the keys'.
     Per routed layer: query [B, Hr, L, Dr], block_key [B, Hkv, N, Dr], routes int32 [B, Hs, L, K2]. Per layer of a routed model:
     attention [B, Hq, L, D].
     Per expert layer: expert_logits [T, E], group_logits [T, Gp], expert_bias [E], expert_ids int32 [T, k], expert_weights [T,
@@ -68,6 +90,8 @@ class Trace:
     candidates: Tensor | None = None
     word_query: Tensor | None = None
     word_block_key: Tensor | None = None
+    written: list[Tensor] = field(default_factory=list)
+    packed: list[Tensor] = field(default_factory=list)
     query: list[Tensor] = field(default_factory=list)
     block_key: list[Tensor] = field(default_factory=list)
     routes: list[Tensor] = field(default_factory=list)

@@ -117,7 +117,10 @@ def scores(sides: dict[str, list[str]], references: list[str]) -> list[dict[str,
 
         test = PairedTest(list(sides.items()), {"chrF": metric}, [references], test_type="bs", n_samples=_SAMPLES)
         for row, each in zip(rows, test()[1]["chrF2"], strict=True):
-            row.update(interval=[each.mean - each.ci, each.mean + each.ci], p_value=each.p_value)
+            row.update(
+                interval=[float(each.mean - each.ci), float(each.mean + each.ci)],
+                p_value=None if each.p_value is None else float(each.p_value),
+            )
     return rows
 
 

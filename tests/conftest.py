@@ -39,13 +39,13 @@ def seeded() -> None:
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
-    """preset, weights="fp32", precision="fp32" -> (checkpoint, bundle) of a tiny model. Shared: copy before a change."""
+    """preset, weights, precision and caches="fp32" -> (checkpoint, bundle) of a tiny model. Shared: copy before a change."""
     from tests.support.tiny_models import export_once
 
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent  # one export for all workers
-    return lambda preset, weights="fp32", precision="fp32": export_once(folder / "exported", preset, weights, precision)
+    return lambda preset, *formats, **named: export_once(folder / "exported", preset, *formats, **named)
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@
                               are stored. fp32: as floats, of the type that precision says. The integer formats go with
                               precision float32 and also say how many products and layers of experts, and which weights stayed
                               floats {"bits", "block", "activations", "quantised", "experts", "kept_fp32": {what for: bytes}}
+    caches                    optional "fp32" (the default: of the type that precision says), "int8" or "int4": how keys and
+                              values are cached; packed rows are uint8 (``bilevel/bundle/cache_rows.py``) and go with float32
     config                    the contents of config.json
     block_size                R; a cache's capacity is a multiple of it
     limits                    {"max_positions": tokens a row may hold, "prefill_chunk": most tokens of one call}
@@ -54,6 +56,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from bilevel.bundle.cache_rows import FORMATS, CacheRows
 from bilevel.bundle.manifest import (
     MANIFEST,
     FileRecord,
@@ -67,7 +70,7 @@ from bilevel.bundle.manifest import (
 )
 from bilevel.bundle.tensors import PRECISIONS
 from bilevel.contract import MOST_BLOCK, MOST_POSITIONS
-from bilevel.errors import BundleError
+from bilevel.errors import BundleError, ContractError
 from bilevel.folders import file_sha256
 from bilevel.sections import Section
 
@@ -84,6 +87,7 @@ class Bundle:
     created_by: Mapping[str, str]
     precision: str
     weights: Mapping[str, Any]
+    caches: str
     config: Mapping[str, Any]
     block_size: int
     max_positions: int
@@ -157,12 +161,14 @@ def read_manifest(path: str | Path) -> Bundle:
     if "tokenizer.json" not in files:
         raise manifest.fail("bundle.json does not list tokenizer.json among its files")
     twin = manifest.section("dense_twin") if "dense_twin" in manifest else None
+    graph = read_graph(manifest.section("graph"), manifest.section("operators"), files)
     return Bundle(
         folder=folder,
         manifest=manifest.values,
         created_by=manifest.get("created_by", dict),
         precision=manifest.choice("precision", PRECISIONS),
         weights=read_weights(manifest),
+        caches=_caches(manifest, graph),
         config=_config(manifest),
         block_size=manifest.number("block_size", most=MOST_BLOCK),
         max_positions=manifest.number("limits.max_positions", most=MOST_POSITIONS),
@@ -170,7 +176,7 @@ def read_manifest(path: str | Path) -> Bundle:
         bos=manifest.get("tokens.bos", int, NoneType),
         eos=manifest.numbers("tokens.eos"),
         opset=manifest.number("graph.opset"),
-        graph=read_graph(manifest.section("graph"), manifest.section("operators"), files),
+        graph=graph,
         twin=None if twin is None else read_graph(twin, twin.section("operators"), files),
         files=files,
         checks=tuple(manifest.get("checks", list)),
@@ -185,6 +191,27 @@ def _config(manifest: Section) -> dict[str, Any]:
     for name in ("routing", "experts"):
         manifest.get(f"config.{name}", dict, NoneType, default=None)
     return config
+
+
+def _caches(manifest: Section, graph: Graph) -> str:
+    """The format of keys and values, which is that of the graph's caches."""
+    form: str = manifest.choice("caches", tuple(FORMATS)) if "caches" in manifest else "fp32"
+    width: int | None = None  # bytes of a row; None: numbers
+    if form != "fp32":
+        if (precision := manifest.get("precision", str)) != "float32":
+            raise manifest.fail(f"{MANIFEST} gives {form} caches and precision {precision}; packed caches go with float32")
+        try:
+            width = CacheRows.of(form, manifest.number("config.head_dim", most=MOST_BLOCK)).num_bytes
+        except ContractError as error:
+            raise manifest.fail(str(error)) from None
+    for spec in (spec for spec, _ in graph.state if spec.name.startswith(("past.key.", "past.value."))):
+        is_packed = spec.dtype == "uint8"
+        if is_packed != (width is not None) or (is_packed and spec.shape[-1:] != (width,)):
+            raise manifest.fail(
+                f"{spec.name} is {spec.dtype} {list(spec.shape)}, which {form} caches are not"
+                + ("" if width is None else f" (uint8, {width} bytes a row)")
+            )
+    return form
 
 
 def _eos_sources(manifest: Section) -> dict[int, tuple[str, ...]]:

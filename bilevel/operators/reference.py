@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from bilevel import contract
+from bilevel.bundle.cache_rows import BIAS, NOT_FINITE, SMALLEST
 from bilevel.operators.precision import wide
 
 _FLOAT_MAX = torch.finfo(torch.float32).max
@@ -339,3 +340,79 @@ def write_cache(cache: Tensor, update: Tensor, start: Tensor) -> Tensor:
             if 0 <= place < cache.shape[2]:
                 out[b, :, place] = update[b, :, i]
     return out
+
+
+def pack_row(numbers: list[float], bits: int, groups: int) -> list[int]:
+    """The bytes of one row of a packed cache, whose layout ``bilevel/bundle/cache_rows.py`` describes.
+
+    A group's scale is the least m * 2^k, 128 <= m <= 255, that reaches its largest magnitude (in fp32) with the largest code.
+    """
+    size, half = len(numbers) // groups, 2 ** (bits - 1)
+    codes, scales = [], []
+    for first in range(0, len(numbers), size):
+        group = numbers[first : first + size]
+        finite = all(math.isfinite(x) for x in group)
+        peak = max(map(abs, group)) if finite else 0.0
+        m, k = 0, 0
+        if peak >= SMALLEST:
+            least = float(torch.tensor(peak) / (half - 1))
+            k = math.frexp(least)[1] - 8
+            m = math.ceil(math.ldexp(least, -k))
+            m, k = (128, k + 1) if m > 255 else (m, k)
+        steps = [round(float(torch.tensor(x) / math.ldexp(m, k))) if m else 0 for x in group]
+        whole = [half + step for step in steps]
+        codes += whole if bits == 8 else [whole[i] | whole[i + size // 2] << 4 for i in range(size // 2)]
+        scales += [m, k + BIAS if m else 0 if finite else NOT_FINITE]
+    return codes + scales
+
+
+def unpack_row(row: list[int], width: int, bits: int, groups: int) -> list[float]:
+    """The numbers that one row of a packed cache stands for."""
+    size, packed = width // groups, row[: width * bits // 8]
+    numbers = []
+    for group in range(groups):
+        m, e = row[len(packed) + 2 * group : len(packed) + 2 * group + 2]
+        scale = math.nan if e == NOT_FINITE else math.ldexp(m, e - BIAS)
+        part = packed[group * size * bits // 8 : (group + 1) * size * bits // 8]
+        codes = part if bits == 8 else [byte & 15 for byte in part] + [byte >> 4 for byte in part]
+        numbers += [(code - 2 ** (bits - 1)) * scale for code in codes]
+    return numbers
+
+
+def write_cache_quantized(update: Tensor, cache: Tensor, start: Tensor, *, bits: int, groups: int) -> Tensor:
+    """The packed cache with the update at each row's start (contract: WriteCacheQuantized).
+
+    update: [B, H, L, D]. cache: uint8 [B, H, M, C]. start: int32 [B], start + L <= M.
+    """
+    out = cache.clone()
+    for b in range(update.shape[0]):
+        for h in range(update.shape[1]):
+            for i in range(update.shape[2]):
+                row = pack_row(update[b, h, i].float().tolist(), bits, groups)
+                out[b, h, int(start[b]) + i] = torch.tensor(row, dtype=torch.uint8)
+    return out
+
+
+def unpack_cache(rows: Tensor, *, bits: int, groups: int, width: int) -> Tensor:
+    """The numbers fp32 [..., D] of rows uint8 [..., C] of a packed cache (contract: UnpackCache)."""
+    numbers = [unpack_row(row, width, bits, groups) for row in rows.flatten(0, -2).tolist()]
+    return torch.tensor(numbers, dtype=torch.float32).reshape(*rows.shape[:-1], width)
+
+
+def routed_attention_quantized(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routes: Tensor,
+    past_len: Tensor,
+    new_len: Tensor,
+    *,
+    block_size: int,
+    causal: int,
+    scale: float,
+    bits: int,
+    groups: int,
+) -> Tensor:
+    """``routed_attention`` over the numbers of packed caches uint8 [B, Hkv, M, C] (contract: RoutedAttentionQuantized)."""
+    k, v = (unpack_cache(cache, bits=bits, groups=groups, width=q.shape[3]).to(q.dtype) for cache in (k, v))
+    return routed_attention(q, k, v, routes, past_len, new_len, block_size=block_size, causal=causal, scale=scale)

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from bilevel.bundle.cache_rows import CacheRows
 from bilevel.config import ModelConfig
 from bilevel.export.check.choices import block_choice, expert_choices, expert_weights, is_proper
-from bilevel.export.check.graph_parts import Part, RoutedNode
+from bilevel.export.check.graph_parts import ROUNDING, Part, RoutedNode
 from bilevel.export.check.judge import WRONG, Array, Computation, Rows, ScoredChoices, Selection, judge_selection, loosen
 from bilevel.export.check.layered import Passage, TextCall
 from bilevel.export.check.structure import expected_attributes
+from bilevel.export.graph.nodes import ATTENTION
 from bilevel.export.graph.sessions import Arrays
 from bilevel.export.report.judgements import Level, RouterResult, TensorResult
 from bilevel.model import hidden_name
@@ -138,7 +140,10 @@ class Comparison:
     def layer(self, where: Where, part: Part, got: Arrays, plain: Passage, exact: Passage) -> None:
         """One layer, both sides from the same hidden state and with the same choices."""
         valid, index = where.valid, where.layer
-        for kind in ("key", "value"):
+        packed = [node for node in part.nodes if node.op_type == ROUNDING]
+        for node in packed:
+            self._rounded(node, where, got, plain, exact)
+        for kind in ("key", "value") if not packed else ():
             name, sides = f"present.{kind}.{index}", (getattr(exact, kind), getattr(plain, kind))
             shown = _tokens(_written(got[name], where.call), valid)
             self.computed(f"{kind}s", where, None, name, shown, *(_tokens(side, valid) for side in sides))
@@ -147,13 +152,36 @@ class Comparison:
         name = hidden_name((index or 0) + 1)
         self.computed("output", where, "Add", name, got[name][valid], exact.x[valid], plain.x[valid])
 
+    def _rounded(self, node: RoutedNode, where: Where, got: Arrays, plain: Passage, exact: Passage) -> None:
+        """A packed cache: every number of this call within half a step of the exact one, every older row as it was.
+
+        What lies within the half step counts as equal: near the middle between two codes either is right.
+        """
+        kind = "value" if ".value." in node.outputs[0] else "key"
+        numbers = numpy(getattr(exact, kind))
+        rows, call = CacheRows.of_bytes(got[node.selected[0]].shape[-1], numbers.shape[-1]), where.call
+        cache, shown = got[node.selected[0]], rows.unpack(_written(got[node.selected[0]], call)).astype(np.float64)
+        allowed = (
+            np.abs(numbers).reshape(*numbers.shape[:-1], rows.groups, -1).max(-1) / (2 ** (rows.bits - 1) - 1) * (129 / 256)
+        )
+        allowed = np.repeat(allowed, rows.width // rows.groups, -1)
+        error = shown - numbers
+        within = np.where(np.abs(error) <= allowed, numbers, shown - np.sign(error) * allowed)
+        before = numpy(plain.trace.packed[0 if kind == "key" else 1])
+        for row, past in enumerate(call.past):
+            if call.new[row] and not np.array_equal(cache[row, :, :past], before[row, :, :past]):
+                within[row] += np.abs(numbers).max()  # wrong beyond every limit
+        self.computed(
+            f"{kind}s", where, node.op_type, node.selected[0], *(_tokens(side, where.valid) for side in (within, numbers))
+        )
+
     def _routed(self, node: RoutedNode, where: Where, got: Arrays, plain: Passage, exact: Passage) -> None:
         one, two, valid = plain.trace, exact.trace, where.valid
         if node.op_type in ("CoarseRoute", "FineRoute") and one.routes:
             candidates = plain.step.candidates if node.op_type == "FineRoute" else None
             sides = (one.query[0], one.block_key[0]), (two.query[0], two.block_key[0])
             self._route("level 2", where, node, got, sides, one.routes[0], candidates)
-        elif node.op_type == "RoutedAttention" and one.attention:
+        elif node.op_type in ATTENTION and one.attention:
             name = node.outputs[0]
             arrays = (_tokens(x, valid) for x in (got[name], two.attention[0], one.attention[0]))
             self.computed("attention", where, node.op_type, name, *arrays)

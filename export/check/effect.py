@@ -1,4 +1,4 @@
-"""A bundle with int8 or int4 weights: what the rounding of activations adds, and what the rounding of weights changed.
+"""A bundle with int8 or int4 weights or caches: what the rounding of activations adds, and what all rounding changed.
 
 Such a bundle computes with other numbers than its checkpoint, so other routes than the checkpoint's are no fault by themselves.
 Three things are kept apart:
@@ -34,27 +34,34 @@ from bilevel.export.report.judgements import Activations, Effect, RouteChange
 def judge_rounding(
     checkpoint: Checkpoint,
     weights: str,
+    caches: str,
     shipped: ShippedGraph,
     parts: GraphParts,
     ids: Array,
     sizes: Sequence[int],
     longest: int,
-) -> tuple[Activations, Effect]:
-    """(activations, effect) on ``ids`` [L] read in calls of the given sizes; ``shipped`` rounds its activations."""
+) -> tuple[Activations | None, Effect]:
+    """(activations, None where weights are fp32; effect) on ``ids`` [L] read in calls of the given sizes.
+
+    shipped: rounds its activations.
+    """
     text = Text.cut(ids[None], np.array([len(ids)]), sizes, checkpoint.config.routing.block_size, longest)
     hidden, routes = shipped.read(text)
     head = Head(parts)
     got = head.logits(flat(hidden, text))
-    rounded = LayeredModel(checkpoint, weights=weights)
-    emulated = LayeredModel(checkpoint, weights=weights, prepare=round_activations)
-    trained = LayeredModel(checkpoint)
+    before, choices = _trained(LayeredModel(checkpoint), text)
+    effect = _effect(before, got, ids, _routes(checkpoint, choices, routes))
+    return (None if weights == "fp32" else _activations(checkpoint, weights, caches, text, got)), effect
+
+
+def _activations(checkpoint: Checkpoint, weights: str, caches: str, text: Text, got: Array) -> Activations:
+    """Logits [L, vocab] of the shipped file against PyTorch with and without rounded activations."""
+    rounded = LayeredModel(checkpoint, weights=weights, caches=caches)
+    emulated = LayeredModel(checkpoint, weights=weights, caches=caches, prepare=round_activations)
     reference, own = (model.head(torch.from_numpy(flat(model.hidden(text), text))).numpy() for model in (rounded, emulated))
     kl, own_kl = float(divergence(reference, got).mean()), float(divergence(reference, own).mean())
     limit = max(KL_LIMIT, ALLOWED_FACTOR * own_kl)
-    before, choices = _trained(trained, text)
-    return Activations(len(got), kl, own_kl, limit, kl <= limit), _effect(
-        before, got, ids, _routes(checkpoint, choices, routes)
-    )
+    return Activations(len(got), kl, own_kl, limit, kl <= limit)
 
 
 def _trained(model: LayeredModel, text: Text) -> tuple[Array, list[list[Array]]]:

@@ -85,7 +85,11 @@ def flat(hidden: Sequence[Any], text: Text) -> Array:
 
 
 class Reference:
-    """PyTorch's hidden states of one text: of the bundle's precision and, where that is lower than fp32, of fp64 as well."""
+    """PyTorch's hidden states of one text: of the bundle's precision and, where that is lower than fp32, of fp64 as well.
+
+    precision: "float32", or whatever else numbers are rounded to, packed caches among it: then fp64 is the reference, and what
+    PyTorch itself errs by against it the measure.
+    """
 
     def __init__(
         self,

@@ -29,6 +29,7 @@ from bilevel.export.graph.sessions import Arrays, open_session
 from bilevel.model import hidden_name
 
 SELECTIONS = ("CoarseRoute", "FineRoute", "SelectBlocks", "ExpertRoute")
+ROUNDING = "WriteCacheQuantized"  # which code a number gets is a choice too, near the middle between two of them
 _FLOAT = ir.TensorType(ir.DataType.FLOAT)
 _TYPES = {"int32": ir.TensorType(ir.DataType.INT32), "uint8": ir.TensorType(ir.DataType.UINT8)}
 
@@ -37,7 +38,7 @@ _TYPES = {"int32": ir.TensorType(ir.DataType.INT32), "uint8": ir.TensorType(ir.D
 class RoutedNode:
     """One routed node. operands: names of its inputs. outputs: what the graph goes on with (forced, for a selection).
 
-    selected: for a selection, the names under which the node's own choice is shown. layer: None for level 1.
+    selected: for a selection or a packed cache, the names under which the node's own choice is shown. layer: None for level 1.
     """
 
     name: str
@@ -94,7 +95,7 @@ class GraphParts:
         return other
 
     def _force(self, node: ir.Node, layer: int | None) -> RoutedNode:
-        """Turn a selection's outputs into graph inputs and show its own under another name."""
+        """Turn what a selection chose, or a packed cache, into graph inputs and show the node's own under another name."""
         op = BY_NAME.get(node.op_type)
         if op is None:
             raise BundleError(
@@ -108,7 +109,7 @@ class GraphParts:
         for port, value in zip(op.outputs, node.outputs, strict=True):
             value.type = _TYPES.get(port.dtype, _FLOAT)
             value.shape = None
-        if node.op_type in SELECTIONS:
+        if node.op_type in (*SELECTIONS, ROUNDING):
             for value, name in zip(node.outputs, outputs, strict=True):
                 given = ir.Value(name=name, type=value.type, shape=ir.Shape([None] * len(op.outputs[0].shape)))
                 ir.convenience.replace_all_uses_with(value, given, replace_graph_outputs=True)
@@ -149,7 +150,7 @@ class GraphParts:
             for operand in (*node.operands, *(node.selected or node.outputs))
             if operand and operand not in graph_inputs and operand not in inputs
         ]
-        wanted = list(dict.fromkeys([*outputs, *shown]))
+        wanted = list(dict.fromkeys([*(name for name in outputs if name not in graph_inputs), *shown]))
         missing = [value for value in wanted if value not in self._values]
         if missing:
             raise BundleError(f"{self.path} has no value {missing[0]}; export it again")

@@ -17,8 +17,8 @@ from bilevel.export.report.judgements import Invariant
 
 
 def _close(got: Array, expected: Array, precision: str, kl_limit: float) -> tuple[bool, str]:
-    """Whether two sides' logits [vocab] agree: in fp32 to the limit of computations, in a lower precision by their
-    distributions, because another order of sums may turn a choice over."""
+    """Whether two sides' logits [vocab] agree: in fp32 to the limit of computations, in a lower precision and over packed
+    caches by their distributions, because another order of sums may turn a choice, or a code, over."""
     if precision == "float32":
         error = relative_error(got, expected)
         return error <= COMPUTATION_LIMIT, f"logits differ by {error:.1e} of the largest, {COMPUTATION_LIMIT:.0e} allowed"

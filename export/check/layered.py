@@ -21,7 +21,7 @@ from bilevel.config import ModelConfig
 from bilevel.export.check.judge import Array
 from bilevel.export.check.rounding import round_weights
 from bilevel.model import CausalLM, last_valid
-from bilevel.state import DecoderState, LayerState, Step, Trace
+from bilevel.state import DecoderState, LayerState, Step, Trace, empty_cache
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -114,8 +114,8 @@ class LayeredModel:
     """The checkpoint in one precision.
 
     precision: "float32", "float16" or "bfloat16": what weights and activations are rounded to. exact: compute in fp64 with the
-    weights so rounded. weights: "fp32", or the integer format that matrices are rounded to. prepare: called with each part once
-    its weights are there.
+    weights so rounded. weights: "fp32", or the integer format that matrices are rounded to. caches: "fp32", or the format of
+    packed keys and values. prepare: called with each part once its weights are there.
     """
 
     def __init__(
@@ -125,11 +125,12 @@ class LayeredModel:
         *,
         exact: bool = False,
         weights: str = "fp32",
+        caches: str = "fp32",
         prepare: Callable[[nn.Module], None] | None = None,
     ) -> None:
         self.checkpoint, self.config = checkpoint, checkpoint.config
         self.dtype = torch.float64 if exact else DTYPES[precision]
-        self._stored, self._weights, self._prepare = DTYPES[precision], weights, prepare
+        self._stored, self._weights, self.caches, self._prepare = DTYPES[precision], weights, caches, prepare
         self.model = checkpoint.skeleton()
 
     def with_config(self, config: ModelConfig) -> LayeredModel:
@@ -192,7 +193,7 @@ class LayeredModel:
         config, results = self.config, []
         shape = len(text.ids), config.num_key_value_heads
         blocks = text.capacity // text.block_size
-        key, value = (torch.zeros(*shape, text.capacity, config.head_dim, dtype=self.dtype) for _ in range(2))
+        key, value = (empty_cache(config, len(text.ids), text.capacity, self.dtype, self.caches) for _ in range(2))
         width = config.block_key_width
         block_key = torch.zeros(*shape, blocks, width, dtype=self.dtype) if index in config.routed_layers else None
         state = LayerState(key, value, block_key)
@@ -207,7 +208,7 @@ class LayeredModel:
                 if record is not None and keep:
                     record.block_key = [keys.clone() for keys in record.block_key]  # later calls write into it
                     result.trace = record
-                    result.key, result.value = (_written(cache, passage.call) for cache in (state.key, state.value))
+                    result.key, result.value = record.written
                 results.append(result)
         return results
 
@@ -235,9 +236,3 @@ class LayeredModel:
             given = obeyed[index + 1] if obeyed is not None else None
             passages = self.layer(index, passages, text, obeyed=given, keep=False)
         return [passage.x for passage in passages]
-
-
-def _written(cache: Tensor, call: TextCall) -> Tensor:
-    """The entries [B, H, L, D] that a call wrote into a cache [B, H, M, D]."""
-    length = call.ids.shape[1]
-    return torch.stack([row[:, first : first + length] for row, first in zip(cache, call.past.tolist(), strict=True)])

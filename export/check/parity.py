@@ -33,7 +33,7 @@ from bilevel.export.check.judge import Array
 from bilevel.export.check.layered import LayeredModel, Passage
 from bilevel.export.check.replay import Replay
 from bilevel.export.check.shipped import ShippedGraph
-from bilevel.export.check.structure import expected_nodes, structure_differences
+from bilevel.export.check.structure import structure_differences
 from bilevel.export.check.text import BACKENDS, Request, make_text, open_tokenizer, token_ids
 from bilevel.export.check.word_states import WordStates
 from bilevel.export.decoder.bundle import GRAPH_FILE, describe_file
@@ -114,12 +114,15 @@ class _Check:
     def __init__(self, request: Request, manifest: dict[str, Any], source: Checkpoint, on_stage: Stage) -> None:
         self.request, self.manifest, self.source, self.config = request, manifest, source, source.config
         self.precision, self.weights = str(manifest["precision"]), str(manifest.get("weights", {"format": "fp32"})["format"])
+        self.caches = str(manifest.get("caches", "fp32"))
+        # Codes turn over where sums differ in a last bit, so that PyTorch's own error against fp64 is the measure of the whole.
+        self.rounded = self.precision if self.caches == "fp32" else f"{self.caches} caches"
         self.path, self._on_stage = request.bundle / GRAPH_FILE, on_stage
         self.longest = int(manifest.get("limits", {}).get("prefill_chunk", 512))
         self.ids, self.data_source = token_ids(request, self.config)
         self.text = make_text(request, self.ids, self.config, self.longest)
-        self.plain = LayeredModel(source, self.precision, weights=self.weights)
-        self.exact = LayeredModel(source, self.precision, exact=True, weights=self.weights)
+        self.plain = LayeredModel(source, self.precision, weights=self.weights, caches=self.caches)
+        self.exact = LayeredModel(source, self.precision, exact=True, weights=self.weights, caches=self.caches)
         on_stage("cutting the graph into parts")
         self.executions = self._executions()
         self.parts = GraphParts(self.path, self.config, self.executions, self.precision)
@@ -134,7 +137,7 @@ class _Check:
                 "the CPU kernels are not installed here; reinstall bilevel where there is a C++ compiler, or use "
                 "--backend portable"
             )
-        has_kernels = library is not None and backend != "portable" and bool(expected_nodes(self.config))
+        has_kernels = library is not None and backend != "portable" and bool(self.manifest["operators"])
         executions: dict[str, Path | None] = {} if backend == "kernels" and has_kernels else {"bodies": None}
         return {**executions, "CPU kernels": library} if has_kernels else executions
 
@@ -148,7 +151,7 @@ class _Check:
         results = [entry.result() for entry in comparison.entries]
         selection = tuple(result for result in results if isinstance(result, RouterResult))
         computation = tuple(result for result in results if isinstance(result, TensorResult))
-        structure = structure_differences(self.config, self.parts.nodes, self.weights)
+        structure = structure_differences(self.config, self.parts.nodes, self.weights, self.caches)
         try:
             ends, invariants = self._alone(passages, any(router.excused for router in selection))
         except BundleError as error:
@@ -202,6 +205,7 @@ class _Check:
             "checkpoint_sha256": _checkpoint_hash(self.request.checkpoint),
             "precision": self.precision,
             "weights": self.weights,
+            "caches": None if self.caches == "fp32" else self.caches,
             "backend": f"ONNX Runtime {onnxruntime.__version__} on CPU, PyTorch {torch.__version__}",
             "executions": tuple(self.executions),
             "model": ModelShape(
@@ -219,29 +223,31 @@ class _Check:
         """The shipped graph on its own: next token, greedy text, invariants."""
         self._on_stage("the whole graph on its own: next token")
         library = self.executions.get("CPU kernels")
-        device, head = ShippedGraph(self.path, self.config, self.precision, library=library), end_to_end.Head(self.parts)
+        device = ShippedGraph(self.path, self.config, self.precision, caches=self.caches, library=library)
+        head = end_to_end.Head(self.parts)
         with torch.no_grad():
             models, hidden = (self.plain, self.exact), [passage.x for passage in passages]
-            forced = end_to_end.next_token(device, head, self.text, models, self.precision, hidden=hidden, excused=excused)
+            forced = end_to_end.next_token(device, head, self.text, models, self.rounded, hidden=hidden, excused=excused)
             self._on_stage("the whole graph on its own: greedy text")
             size, longest = self.config.routing.block_size, self.config.max_position_embeddings
             wanted = int(self.text.lengths.sum())
             prompts, count = end_to_end.greedy_prompts(self.ids, wanted, size, longest)
-            greedy = end_to_end.greedy(models, device, head, prompts, count, self.longest, self.precision, excused=excused)
+            greedy = end_to_end.greedy(models, device, head, prompts, count, self.longest, self.rounded, excused=excused)
         # As far as every invariant has something to say; the longest texts only take longer.
         ids = self.ids[: min(int(self.text.lengths.max()), self.longest, 16 * size)]
         kl_limit = math.inf if forced.limit is None else forced.limit
-        invariants = check_invariants(device, self.plain, ids, self.precision, kl_limit, self._on_stage)
+        invariants = check_invariants(device, self.plain, ids, self.rounded, kl_limit, self._on_stage)
         return EndToEnd(forced, greedy, end_to_end.METHOD), invariants
 
     def _rounding(self) -> tuple[Activations | None, Effect | None]:
-        if self.weights == "fp32":
+        if (self.weights, self.caches) == ("fp32", "fp32"):
             return None, None
         self._on_stage("the shipped graph against the checkpoint as it was trained")
-        shipped = ShippedGraph(self.path, self.config, self.precision, fp32_activations=False)
+        shipped = ShippedGraph(self.path, self.config, self.precision, caches=self.caches, fp32_activations=False)
         row, sizes = int(self.text.lengths.argmax()), self.text.sizes
         with torch.no_grad():
-            return judge_rounding(self.source, self.weights, shipped, self.parts, self.text.ids[row], sizes, self.longest)
+            formats = self.weights, self.caches
+            return judge_rounding(self.source, *formats, shipped, self.parts, self.text.ids[row], sizes, self.longest)
 
     @cached_property
     def _tokenizer(self) -> Any:

@@ -13,16 +13,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 from polygraphy.backend.base import BaseRunner
 
 from bilevel.errors import BundleError
 from bilevel.export.check.compare import Comparison, Where, numpy
-from bilevel.export.check.graph_parts import GraphParts, Part, infer
+from bilevel.export.check.graph_parts import ROUNDING, GraphParts, Part, RoutedNode, infer
 from bilevel.export.check.judge import ALLOWED_FACTOR, COMPUTATION_LIMIT, ROUNDOFF, Array, relative_error
 from bilevel.export.check.layered import LayeredModel, Passage, Text
+from bilevel.export.graph.nodes import ATTENTION
 from bilevel.export.graph.sessions import Arrays
 from bilevel.export.report.judgements import Invariant
 from bilevel.model import hidden_name
+from bilevel.state import Trace, empty_cache
 
 
 class Replay:
@@ -117,7 +120,8 @@ class Replay:
                 got = infer(runner, part, feeds)
                 if number in tried:
                     self._reorder(part, execution, runner, feeds)
-                caches = {name: got.get(name.replace("past.", "present.", 1), cache) for name, cache in caches.items()}
+                given = {**feeds, **got}  # a packed cache is given, not computed
+                caches = {name: given.get(name.replace("past.", "present.", 1), cache) for name, cache in caches.items()}
                 yield number, got
 
     def _zeros(self, name: str, text: Text) -> Array:
@@ -127,14 +131,18 @@ class Replay:
             return np.zeros((rows, text.capacity), np.int64)
         if kind == "word_block_key":
             return np.zeros((rows, 1, blocks, config.route_dim), np.float32)
-        size, width = (blocks, config.block_key_width) if kind == "block_key" else (text.capacity, config.head_dim)
-        return np.zeros((rows, config.num_key_value_heads, size, width), np.float32)
+        if kind == "block_key":
+            return np.zeros((rows, config.num_key_value_heads, blocks, config.block_key_width), np.float32)
+        return numpy(empty_cache(config, rows, text.capacity, torch.float32, self.plain.caches))
 
     def _forced(self, passage: Passage) -> Arrays:
-        """PyTorch's choices under the names that the parts' inputs have; those of other layers are never asked for."""
-        forced: Arrays = {}
+        """PyTorch's choices and packed caches by the names of the parts' inputs; those of other layers are never asked for."""
         trace, candidates = passage.trace, passage.step.candidates
+        forced: Arrays = {}
         for node in self.parts.nodes:
+            if node.op_type == ROUNDING:
+                forced |= {name: numpy(packed) for name, packed in zip(node.outputs, _packed(node, trace), strict=False)}
+                continue
             if node.op_type == "ExpertRoute":
                 choices: tuple[Any, ...] = (*trace.expert_ids[:1], *trace.expert_weights[:1])
             elif node.layer is None:
@@ -155,9 +163,7 @@ class Replay:
         once = infer(runner, part, feeds | shorter)
         again = infer(runner, part, feeds | {name: _repeated(routes) for name, routes in shorter.items()})
         for node in part.nodes:
-            for name in (
-                node.selected if node.op_type == "FineRoute" else node.outputs if node.op_type == "RoutedAttention" else ()
-            ):
+            for name in node.selected if node.op_type == "FineRoute" else node.outputs if node.op_type in ATTENTION else ():
                 key = f"layer {node.layer} {node.op_type}, {execution}"
                 error = relative_error(again[name], once[name].astype(np.float64))
                 self.reordered[key] = max(self.reordered.get(key, 0.0), error)
@@ -174,6 +180,12 @@ class Replay:
             f"{limit:.0e} allowed"
         )
         return Invariant("order and repetition of routes", self.reordered[worst] <= limit, detail)
+
+
+def _packed(node: RoutedNode, trace: Trace) -> list[torch.Tensor]:
+    """The packed cache that ``node`` writes, as PyTorch has it behind this call; nothing for a cache of floats."""
+    index = 1 if ".value." in node.outputs[0] else 0
+    return trace.packed[index : index + 1]
 
 
 def _shorter(routes: Array) -> Array:

@@ -25,10 +25,10 @@ from bilevel.state import Trace
 class ShippedGraph:
     """A session over the graph at ``path``. Numbers of a lower precision go in and come out as fp32.
 
-    precision: the bundle's; bf16 is emulated, because ONNX Runtime's CPU provider has no kernels for it. fp32_activations:
-    products with int8 or int4 weights do not round their activations. library: CPU kernels, or None for the portable bodies.
-    After each call ``hidden`` holds the hidden state [B, L, d] behind the last layer and ``routes`` every router's choices by
-    name.
+    precision, caches: the bundle's; bf16 is emulated, because ONNX Runtime's CPU provider has no kernels for it.
+    fp32_activations: products with int8 or int4 weights do not round their activations. library: CPU kernels, or None for the
+    portable bodies. After each call ``hidden`` holds the hidden state [B, L, d] behind the last layer and ``routes`` every
+    router's choices by name.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class ShippedGraph:
         config: ModelConfig,
         precision: str = "float32",
         *,
+        caches: str = "fp32",
         fp32_activations: bool = True,
         library: Path | None = None,
     ) -> None:
@@ -55,7 +56,7 @@ class ShippedGraph:
         # The CPU library's kernels are fp32, so that native fp16 runs the bodies.
         usable = None if precision == "float16" else library
         self._session = open_session(path, ir.to_proto(model).SerializeToString(), usable)
-        self._tensors = state_tensors(config)
+        self._tensors = state_tensors(config, caches=caches)
         self.hidden: Array = np.zeros(0, np.float32)
         self.routes: dict[str, Array] = {}
         self.caches: Arrays = {}
@@ -64,9 +65,7 @@ class ShippedGraph:
         """Empty caches for ``rows`` rows of ``capacity`` tokens (whole blocks)."""
         sizes = {"batch": rows, "capacity": capacity, "num_blocks": capacity // self.config.routing.block_size}
         self.caches = {
-            f"past.{t.name}": np.zeros(
-                [sizes[s] if isinstance(s, str) else s for s in t.shape], np.int64 if t.name == "token_ids" else np.float32
-            )
+            f"past.{t.name}": torch.zeros([sizes[s] if isinstance(s, str) else s for s in t.shape], dtype=t.dtype).numpy()
             for t in self._tensors
         }
 

@@ -97,6 +97,11 @@ def _read_bundle(folder: Path) -> Bundle:
             "export another: "
             "bilevel export CHECKPOINT BUNDLE --precision fp16"
         )
+    if bundle.caches != "fp32":
+        raise EngineError(
+            f"{folder} caches keys and values in {bundle.caches}, for which there are no GPU kernels; export another: "
+            "bilevel export CHECKPOINT BUNDLE --precision fp16"
+        )
     return bundle
 
 

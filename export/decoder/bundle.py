@@ -66,6 +66,7 @@ def export_bundle(
     prefill_chunk: int = 512,
     weights: str = "fp32",
     precision: str = "fp32",
+    caches: str = "fp32",
     ignore_keys: Collection[str] = (),
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> ExportReport:
@@ -74,12 +75,12 @@ def export_bundle(
     prefill_chunk: tokens that the runtime prefills per call unless told otherwise. weights: fp32, int8 or int4
     (``bilevel.export.graph.quantise`` says what is rounded). precision: fp32, fp16 or bf16, the type of weights, activations
     and caches; routers' scores, expert gates' logits, softmax and norms are accumulated in fp32 in every one, and the logits
-    are fp32. ignore_keys: unknown keys of config.json that are
-    passed over. on_stage: told what is being done.
+    are fp32. caches: int8 or int4 for packed keys and values (fp32: of the model's type). ignore_keys: unknown keys of
+    config.json that are passed over. on_stage: told what is being done.
     """
     checkpoint, bundle = Path(checkpoint), Path(bundle)
     check_format(weights)
-    check_precision(precision, weights)
+    check_precision(precision, weights, caches)
     check_target(bundle, force)
     if not 1 <= prefill_chunk <= MOST_BLOCK:
         raise ExportError(f"prefill_chunk={prefill_chunk} must be at least 1 and at most {MOST_BLOCK}")
@@ -93,7 +94,7 @@ def export_bundle(
     on_stage(f"loading {checkpoint}")
     model = load_model(checkpoint, dtype=getattr(torch, PRECISIONS[precision]), ignore=ignore_keys)
     with replacing(bundle, ExportError) as folder:
-        graphs, stored = _save_graphs(model, folder, weights, precision in TWIN_PRECISIONS, on_stage)
+        graphs, stored = _save_graphs(model, folder, weights, caches, precision in TWIN_PRECISIONS, on_stage)
         on_stage("writing the bundle")
         for name, contents in tokenizer.items():
             (folder / name).write_bytes(contents)
@@ -103,7 +104,7 @@ def export_bundle(
         if TWIN_FILE in graphs:
             twin = graphs[TWIN_FILE]
             manifest["dense_twin"] = {**_ports(TWIN_FILE, twin, dense_config(config)), "operators": _versions(twin)}
-        manifest |= {"precision": PRECISIONS[precision], "weights": stored}
+        manifest |= {"precision": PRECISIONS[precision], "weights": stored, "caches": caches}
         if ignore_keys:
             manifest["ignored_keys"] = sorted(ignore_keys)
         manifest["files"] = {path.name: describe_file(path) for path in sorted(folder.iterdir())}
@@ -115,11 +116,11 @@ def export_bundle(
 
 
 def _save_graphs(
-    model: CausalLM, folder: Path, weights: str, takes_twin: bool, on_stage: Callable[[str], None]
+    model: CausalLM, folder: Path, weights: str, caches: str, takes_twin: bool, on_stage: Callable[[str], None]
 ) -> tuple[dict[str, onnx.ModelProto], dict[str, Any]]:
     """Write the routed graph and, where there is one, its dense twin; returns them by file, and the manifest's ``weights``."""
     on_stage("tracing and translating to ONNX")
-    graphs = {GRAPH_FILE: save_decoder(model, folder / GRAPH_FILE)}
+    graphs = {GRAPH_FILE: save_decoder(model, folder / GRAPH_FILE, caches=caches)}
     if takes_twin and not model.config.routing.is_dense:
         on_stage("tracing the dense twin")
         graphs[TWIN_FILE] = save_dense_twin(model, folder / TWIN_FILE)
@@ -129,13 +130,13 @@ def _save_graphs(
     share_weights(folder, list(graphs))
     if weights != "fp32":
         graphs = {name: load_graph(folder / name) for name in graphs}
-    if TWIN_FILE in graphs and weights != "fp32":
+    if TWIN_FILE in graphs and (weights, caches) != ("fp32", "fp32"):
         graphs[TWIN_FILE] = _with_small_cache(folder / TWIN_FILE, model.config)
     return graphs, stored
 
 
 def _with_small_cache(twin: Path, config: ModelConfig) -> onnx.ModelProto:
-    """Give the twin of a quantised model int8 caches too, the best that the engine has; random tokens give their range."""
+    """Give the twin of a model with small weights or caches int8 caches, the engine's best; random tokens give their range."""
     length = min(_CALIBRATION, config.max_position_embeddings)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, length)
     return save_int8_cache(twin, twin, cache_ranges(twin, tokens))
@@ -227,7 +228,7 @@ def _versions(graph: onnx.ModelProto) -> dict[str, int]:
 
 
 def _manifest(graph: onnx.ModelProto, config: ModelConfig, ends: dict[int, list[str]], prefill_chunk: int) -> dict[str, Any]:
-    """``bundle.json`` without its format, ``files``, ``precision``, ``weights`` and ``dense_twin``."""
+    """``bundle.json`` without its format, ``files``, ``precision``, ``weights``, ``caches`` and ``dense_twin``."""
     return {
         "created_by": {"bilevel": bilevel.__version__, "torch": torch.__version__, "onnx": onnx.__version__},
         "config": config_to_dict(config),

@@ -16,6 +16,7 @@ import onnx_ir
 import torch
 from torch import Tensor, nn
 
+from bilevel.bundle.cache_rows import CacheRows
 from bilevel.config import ModelConfig
 from bilevel.export.decoder.fused import FusedAttention, fused_projections
 from bilevel.export.decoder.layers import alike, named_tensors, only, port_layer
@@ -35,12 +36,14 @@ class StateTensor:
     dtype: torch.dtype
 
 
-def state_tensors(config: ModelConfig, dtype: torch.dtype = torch.float32) -> list[StateTensor]:
-    """The caches that the graph takes and gives, in order."""
-    heads, width = config.num_key_value_heads, config.head_dim
+def state_tensors(config: ModelConfig, dtype: torch.dtype = torch.float32, caches: str = "fp32") -> list[StateTensor]:
+    """The caches that the graph takes and gives, in order. caches: "fp32" (of ``dtype``), or packed keys and values' format."""
+    heads, width, stored = config.num_key_value_heads, config.head_dim, dtype
+    if caches != "fp32":
+        width, stored = CacheRows.of(caches, width).num_bytes, torch.uint8
     tensors = []
     for i in range(config.num_hidden_layers):
-        tensors += [StateTensor(f"{kind}.{i}", ("batch", heads, "capacity", width), dtype) for kind in ("key", "value")]
+        tensors += [StateTensor(f"{kind}.{i}", ("batch", heads, "capacity", width), stored) for kind in ("key", "value")]
         if i in config.routed_layers:
             tensors.append(StateTensor(f"block_key.{i}", ("batch", heads, "num_blocks", config.block_key_width), dtype))
     if config.routing.is_two_level:
@@ -136,14 +139,14 @@ class _Example:
     outputs: list[str]
 
 
-def _example(model: CausalLM, traced: Sequence[int]) -> _Example:
+def _example(model: CausalLM, traced: Sequence[int], caches: str) -> _Example:
     config = model.config
 
     def belongs(name: str) -> bool:
         layer = port_layer(name)
         return layer is None or layer in traced
 
-    tensors = [t for t in state_tensors(config, model.lm_head.weight.dtype) if belongs(t.name)]
+    tensors = [t for t in state_tensors(config, model.lm_head.weight.dtype, caches) if belongs(t.name)]
     batch, length = 2, config.routing.block_size + 3  # any sizes of at least 2 would do: they stay free
     capacity = 4 * config.routing.block_size
     example = {"batch": batch, "capacity": capacity, "num_blocks": capacity // config.routing.block_size}
@@ -167,20 +170,25 @@ def _example(model: CausalLM, traced: Sequence[int]) -> _Example:
 
 
 def save_decoder(
-    model: CausalLM, path: Path, attention: type[FusedAttention] = FusedAttention, *, trace_all: bool = False
+    model: CausalLM,
+    path: Path,
+    attention: type[FusedAttention] = FusedAttention,
+    *,
+    caches: str = "fp32",
+    trace_all: bool = False,
 ) -> onnx.ModelProto:
     """Export the decoder to ``path``, every layer with ``attention``. Free sizes: batch, new_tokens, capacity, num_blocks.
 
-    trace_all: trace every layer, not one of each structure. It takes far longer and gives the same graph, to which the tests
-    hold the other.
+    caches: "fp32" (of the model's own type), "int8" or "int4". trace_all: trace every layer, not one of each structure. It
+    takes far longer and gives the same graph, to which the tests hold the other.
     """
-    whole = _example(model, range(model.config.num_hidden_layers))
+    whole = _example(model, range(model.config.num_hidden_layers), caches)
     with fused_projections(model, attention):
         decoder = ExportableDecoder(model)
         layers = alike(decoder, model, [*whole.names, *whole.outputs])
         if not trace_all and len(set(layers.template)) < len(layers.template):
             try:
-                return write(_trace_some(decoder, layers, whole), Path(path))
+                return write(_trace_some(decoder, layers, whole, caches), Path(path))
             except NotRepeatable:
                 pass  # what its layers do is not told apart: as any other module
         return save_onnx(
@@ -188,11 +196,11 @@ def save_decoder(
         )
 
 
-def _trace_some(decoder: ExportableDecoder, layers: Layers, whole: _Example) -> onnx_ir.Model:
+def _trace_some(decoder: ExportableDecoder, layers: Layers, whole: _Example, caches: str) -> onnx_ir.Model:
     """The decoder's graph from a trace of one layer of each structure. Raises NotRepeatable."""
     model, weights = decoder.model, named_tensors(decoder)
     traced = sorted(set(layers.template))
-    some = _example(model, traced)
+    some = _example(model, traced, caches)
     with only(model, traced):
         decoder = ExportableDecoder(model, traced)
         lifted = named_tensors(decoder)

@@ -37,7 +37,7 @@ GEOMETRIES = {
 }
 
 
-def make_bundle(name: str, bundle: Path, weights: str, on_stage: Callable[[str], None]) -> None:
+def make_bundle(name: str, bundle: Path, weights: str, on_stage: Callable[[str], None], caches: str = "fp32") -> None:
     """Export the geometry ``name`` with random weights (always the same ones) to ``bundle``. Raises BilevelError, KeyError."""
     import torch
 
@@ -53,7 +53,7 @@ def make_bundle(name: str, bundle: Path, weights: str, on_stage: Callable[[str],
     with scratch(bundle.parent, f"{name}.geometry") as folder:
         checkpoint = folder / "checkpoint"
         save_model(model, checkpoint, files={"tokenizer.json": _tokenizer(config.vocab_size)})
-        export_bundle(checkpoint, bundle, force=True, weights=weights, on_stage=on_stage)
+        export_bundle(checkpoint, bundle, force=True, weights=weights, caches=caches, on_stage=on_stage)
 
 
 def _tokenizer(vocab_size: int) -> bytes:

@@ -65,7 +65,7 @@ def import_gguf(
         _write_json(partial / "config.json", config)
         _write_json(partial / "generation_config.json", generation)
         _write_json(partial / "tokenizer_config.json", tokenizer_config)
-        tokenizer.save(str(partial / "tokenizer.json"))
+        tokenizer.save(str(partial / "tokenizer.json"), pretty=False)
         with (partial / "model.safetensors").open("wb") as output:
             _write_weights(placed, output, dtype, on_stage)
         size = (partial / "model.safetensors").stat().st_size

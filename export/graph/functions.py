@@ -9,11 +9,13 @@ import onnx
 import onnx.inliner
 from onnxscript import OnnxFunction
 
-from bilevel.contract import BY_NAME, DOMAIN, ROUTED_EXPERTS, VERSION
+from bilevel.contract import BY_NAME, DOMAIN, ROUTED_ATTENTION_QUANTIZED, ROUTED_EXPERTS, VERSION
 from bilevel.errors import ExportError
 from bilevel.export.graph.bodies.attention import RoutedAttention, RoutedAttentionSinks
 from bilevel.export.graph.bodies.experts import RoutedExperts, bounded_experts_body, expert_route_body
 from bilevel.export.graph.bodies.experts_quantized import routed_experts_quantized_body
+from bilevel.export.graph.bodies.packed_caches import BODIES as PACKED_CACHES
+from bilevel.export.graph.bodies.packed_caches import EXCHANGED
 from bilevel.export.graph.bodies.routes import CoarseRoute, FineRoute, SelectBlocks
 from bilevel.export.graph.nodes import routed_nodes
 from bilevel.export.graph.schemas import ONNX_OPSET
@@ -21,19 +23,20 @@ from bilevel.export.graph.schemas import ONNX_OPSET
 _BODIES: dict[str, OnnxFunction[..., Any]] = {
     body.name: body for body in (CoarseRoute, FineRoute, SelectBlocks, RoutedAttention, RoutedAttentionSinks, RoutedExperts)
 }
+_BY_BITS = {"RoutedExpertsQuantized": routed_experts_quantized_body, **PACKED_CACHES}
 
 
 def _body(name: str, nodes: list[onnx.NodeProto]) -> OnnxFunction[..., Any]:
     """The body that serves all nodes of one operator; numbers are read from each node, what a body cannot read is fixed per
     model."""
-    if name == "RoutedExpertsQuantized":
+    if name in _BY_BITS:
         widths = {next(attribute.i for attribute in node.attribute if attribute.name == "bits") for node in nodes}
         if len(widths) > 1:
             raise ExportError(
-                f"the model's experts are stored in {sorted(widths)} bits, but one ONNX function serves all of them; "
+                f"the model's {name} nodes work in {sorted(widths)} bits, but one ONNX function serves all of them; "
                 "use one width"
             )
-        return routed_experts_quantized_body(widths.pop())
+        return _BY_BITS[name](widths.pop())
     if name == "RoutedExperts" and any(_changes_swiglu(node) for node in nodes):
         return bounded_experts_body()
     if name != "ExpertRoute":
@@ -57,10 +60,13 @@ def _string(node: onnx.NodeProto, name: str) -> str:
     return next(attribute.s.decode() for attribute in node.attribute if attribute.name == name)
 
 
-def _with_called(function: OnnxFunction[..., Any]) -> Iterable[onnx.FunctionProto]:
-    """The function and the private helpers that it calls, directly or not."""
+def _with_called(function: OnnxFunction[..., Any], nodes: list[onnx.NodeProto]) -> Iterable[onnx.FunctionProto]:
+    """The function and the private helpers that it calls, directly or not. nodes: that it is for."""
     pending, seen = [function.to_function_proto()], set()
     helpers = {(f.domain, f.name): f for f in _helper_protos()}
+    if function.name == ROUTED_ATTENTION_QUANTIZED.name:
+        helpers = _exchanged(helpers, next(a.i for a in nodes[0].attribute if a.name == "bits"))
+        _rename_calls(pending[0])
     while pending:
         proto = pending.pop()
         yield proto
@@ -69,6 +75,28 @@ def _with_called(function: OnnxFunction[..., Any]) -> Iterable[onnx.FunctionProt
             if key in helpers and key not in seen:
                 seen.add(key)
                 pending.append(helpers[key])
+
+
+_PACKED = ".packed"  # behind the names of helpers that read packed caches
+
+
+def _exchanged(helpers: dict[tuple[str, str], onnx.FunctionProto], bits: int) -> dict[tuple[str, str], onnx.FunctionProto]:
+    """The helpers under other names, with those exchanged that read caches: packed ones have codes of ``bits`` bits."""
+    renamed = {}
+    for domain, name in helpers:
+        copy = onnx.FunctionProto()
+        copy.CopyFrom(helpers[domain, EXCHANGED[bits].get(name, name)])
+        copy.name = name + _PACKED
+        # Both have two inputs of one meaning, whatever they are called.
+        _rename_calls(copy)
+        renamed[domain, copy.name] = copy
+    return renamed
+
+
+def _rename_calls(function: onnx.FunctionProto) -> None:
+    for node in _all_nodes(function.node):
+        if node.domain not in ("", DOMAIN):
+            node.op_type += _PACKED
 
 
 def _all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterable[onnx.NodeProto]:
@@ -83,11 +111,12 @@ def _helper_protos() -> list[onnx.FunctionProto]:
     from bilevel.export.graph.bodies import attention as bodies_attention
     from bilevel.export.graph.bodies import experts as bodies_experts
     from bilevel.export.graph.bodies import experts_quantized as bodies_quantized
+    from bilevel.export.graph.bodies import packed_caches as bodies_packed
     from bilevel.export.graph.bodies import routes as bodies_routes
 
     return [
         value.to_function_proto()
-        for module in (bodies_routes, bodies_attention, bodies_experts, bodies_quantized)
+        for module in (bodies_routes, bodies_attention, bodies_experts, bodies_quantized, bodies_packed)
         for value in vars(module).values()
         if isinstance(value, OnnxFunction) and value.opset.domain != DOMAIN
     ]
@@ -104,7 +133,7 @@ def attach_functions(model: onnx.ModelProto) -> onnx.ModelProto:
         if node.op_type not in BY_NAME:
             raise ExportError(f"the graph holds {DOMAIN}.{node.op_type}, which is no operator of the contract")
         by_name.setdefault(node.op_type, []).append(node)
-    protos = {(p.domain, p.name): p for name, nodes in by_name.items() for p in _with_called(_body(name, nodes))}
+    protos = {(p.domain, p.name): p for name, nodes in by_name.items() for p in _with_called(_body(name, nodes), nodes)}
     del model.functions[:]
     model.functions.extend(protos.values())
     known = {opset.domain for opset in model.opset_import}

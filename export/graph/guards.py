@@ -16,19 +16,20 @@ import onnx
 from torch.export import ExportedProgram
 
 from bilevel.errors import ExportError
-from bilevel.export.graph.nodes import routed_nodes
+from bilevel.export.graph.nodes import ATTENTION, routed_nodes
 
 # For each operator that obeys a selection, or scores: which input carries them.
 _SELECTION_INPUT = {
     "RoutedAttention": ("routes", 3),
     "RoutedAttentionSinks": ("routes", 3),
+    "RoutedAttentionQuantized": ("routes", 3),
     "FineRoute": ("candidates", 2),
     "SelectBlocks": ("scores", 0),
     "RoutedExperts": ("ids", 1),
     "RoutedExpertsQuantized": ("ids", 1),
 }
 # SelectBlocks where routes become a mask of scores.
-_BLOCK_CONSUMERS = ("RoutedAttention", "RoutedAttentionSinks", "FineRoute", "SelectBlocks")
+_BLOCK_CONSUMERS = (*ATTENTION, "FineRoute", "SelectBlocks")
 _CONSUMERS = {
     "CoarseRoute": _BLOCK_CONSUMERS,
     "FineRoute": _BLOCK_CONSUMERS,

@@ -6,6 +6,8 @@ import onnx
 
 from bilevel.contract import DOMAIN
 
+ATTENTION = ("RoutedAttention", "RoutedAttentionSinks", "RoutedAttentionQuantized")
+
 
 def routed_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     """Every node of the ``bilevel`` domain, in graph order."""
@@ -13,9 +15,10 @@ def routed_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
 
 
 def dense_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    """The RoutedAttention nodes whose routes no router chose: the dense layers of a routed model."""
+    """The attention nodes whose routes no router chose: the dense layers of a routed model."""
     makers = {output: node for node in graph.node for output in node.output}
-    return [node for node in routed_nodes(graph) if node.op_type == "RoutedAttention" and _is_made(node.input[3], makers)]
+    attention = [node for node in routed_nodes(graph) if node.op_type in ATTENTION]
+    return [node for node in attention if _is_made(node.input[3], makers)]
 
 
 def _is_made(routes: str, makers: dict[str, onnx.NodeProto]) -> bool:

@@ -117,7 +117,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         ("Checkpoint", report.against),
         ("Weights, SHA-256", report.checkpoint_sha256),
         ("Model", layers + routing + experts),
-        ("Precision", f"{report.precision}, {report.weights} weights"),
+        ("Precision", f"{report.precision}, {report.rounded}"),
         ("Ran on", report.backend),
         ("Routed nodes ran as", ", ".join(report.executions)),
         ("Text", f"{count(data.tokens, 'token')} of {data.source}, {count(data.rows, 'row')}"),

@@ -25,6 +25,7 @@ from bilevel.export.report.judgements import (
 
 SCHEMA_VERSION = 2
 WEIGHTS = ("fp32", "int8", "int4")
+CACHES = ("int8", "int4")
 PRECISIONS = ("float32", "float16", "bfloat16")
 
 CallSize = Annotated[Positive, "tokens of one call"]
@@ -125,6 +126,7 @@ class Report(Record):
     checkpoint_sha256: Annotated[Hash, "of the checkpoint's weight file or index"]
     precision: Annotated[str, "type of activations and of unrounded weights", limits(enum=PRECISIONS)]
     weights: Annotated[str, "how the weights of matrix products are stored", limits(enum=WEIGHTS)]
+    caches: Annotated[str, "how keys and values are packed; only where they are", limits(enum=CACHES)] | None = None
     backend: Annotated[str, "what ran both sides, with versions"]
     executions: Annotated[
         tuple[Annotated[str, "for example: bodies, CPU kernels"], ...], "what ran the routed nodes", limits(minItems=1)
@@ -136,11 +138,17 @@ class Report(Record):
     computation: Annotated[tuple[TensorResult, ...], "one entry per tensor, in graph order"]
     end_to_end: EndToEnd
     invariants: Annotated[tuple[Invariant, ...], "one entry per law"]
-    activations: Activations | None = None  # with int8 or int4 weights only, as is effect
-    effect: Effect | None = None
+    activations: Activations | None = None  # with int8 or int4 weights only
+    effect: Effect | None = None  # with these, or with packed caches
     words: Annotated[tuple[Word, ...], "the judged text, one entry per token"]
     failure: Annotated[Failure | None, "where it starts; null when parity holds"]
     seconds: Annotated[float, "how long the check took", limits(minimum=0)]
+
+    @property
+    def rounded(self) -> str:
+        """What is stored in fewer bits, in words: "int4 weights and int8 caches"."""
+        weights = [] if self.weights == "fp32" else [f"{self.weights} weights"]
+        return " and ".join([*weights, *([f"{self.caches} caches"] if self.caches else [])]) or "fp32 weights"
 
     def to_json(self, indent: int | None = None) -> str:
         """Standard JSON in ASCII."""
@@ -162,7 +170,8 @@ class Report(Record):
 
     def verdict(self) -> dict[str, Any]:
         """What ``bundle.json`` records of it."""
-        recorded = ("passed", "verdicts", "model_sha256", "checkpoint_sha256", "precision", "weights", "backend", "executions")
+        recorded = ["passed", "verdicts", "model_sha256", "checkpoint_sha256", "precision", "weights", "backend", "executions"]
+        recorded += ["caches"] if self.caches else []
         report, errors = self.to_dict(), [tensor.error for tensor in self.computation]
         return {name: report[name] for name in recorded} | {
             "data": {"source": self.data.source, "tokens": self.data.tokens, "rows": self.data.rows},
@@ -176,13 +185,17 @@ REPORT_SCHEMA: Schema = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     "title": f"Report of bilevel check, version {SCHEMA_VERSION}",
     **json_schema(Report),
-    # Rounded weights bring two more sections, and one more verdict.
-    "if": {"properties": {"weights": {"const": "fp32"}}},
-    "then": {
-        "properties": {"activations": False, "effect": False, "verdicts": {"not": {"required": ["activations"]}}},
-    },
-    "else": {
-        "required": ["activations", "effect"],
-        "properties": {"verdicts": {"required": ["activations"]}},
-    },
+    # Rounded weights bring two more sections, and one more verdict; packed caches one of the sections.
+    "allOf": [
+        {
+            "if": {"properties": {"weights": {"const": "fp32"}}},
+            "then": {"properties": {"activations": False, "verdicts": {"not": {"required": ["activations"]}}}},
+            "else": {"required": ["activations", "effect"], "properties": {"verdicts": {"required": ["activations"]}}},
+        },
+        {
+            "if": {"properties": {"weights": {"const": "fp32"}, "caches": False}},
+            "then": {"properties": {"effect": False}},
+            "else": {"required": ["effect"]},
+        },
+    ],
 }

@@ -247,7 +247,7 @@ def _activations(report: Report) -> str:
 
 
 def effect_sentence(effect: Effect) -> str:
-    """What int8 or int4 weights changed, which nobody judges."""
+    """What weights and caches in fewer bits changed, which nobody judges."""
     kinds: dict[str, list[float]] = {}
     for entry in effect.routes:
         kinds.setdefault(route_kind(entry.name), []).append(entry.exact_rate)

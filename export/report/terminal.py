@@ -63,7 +63,7 @@ def print_summary(report: Report) -> None:
         if line.key != "structure" or not line.passed:
             console.print(f"{line.title:12} {_mark(line.passed)}  {_plain(line.text)}", soft_wrap=True)
     if report.effect:
-        console.print(f"{'effect':12} of {report.weights}  {_plain(effect_sentence(report.effect))}", soft_wrap=True)
+        console.print(f"{'effect':12} of {report.rounded}  {_plain(effect_sentence(report.effect))}", soft_wrap=True)
     if report.failure:
         console.print(f"{'it starts at':12} {_plain(_start(report.failure))}", soft_wrap=True)
 
@@ -73,7 +73,7 @@ def print_report(report: Report) -> None:
     console = _console()
     data, seconds = report.data, f"{report.seconds:.1f} s"
     console.print(_plain(f"{report.bundle} against {report.against}, {data.tokens} tokens of {data.source}"), soft_wrap=True)
-    console.print(_plain(f"{report.precision}, {report.weights} weights; {report.backend}"), soft_wrap=True)
+    console.print(_plain(f"{report.precision}, {report.rounded}; {report.backend}"), soft_wrap=True)
     sections: dict[str, Callable[[Report], list[Any]]] = {
         "invariants": _invariants,
         "selection": _selection,
@@ -85,6 +85,9 @@ def print_report(report: Report) -> None:
     verdicts = report.verdicts.to_dict()
     for key in sorted((key for key in sections if key in verdicts), key=lambda key: not verdicts[key]):
         for block in sections[key](report):
+            console.print(block)
+    if report.effect and not report.activations:
+        for block in _effect(report):
             console.print(block)
     if report.failure:
         console.print(_failure(report.failure))
@@ -209,7 +212,13 @@ def _invariants(report: Report) -> list[Any]:
 
 
 def _activations(report: Report) -> list[Any]:
-    """What rounding costs: routes against the checkpoint (of many the worst), loss, and the judged rounding of activations."""
+    """What rounding costs, and the judged rounding of activations."""
+    line = next(line for line in verdict_lines(report) if line.key == "activations")
+    return [*_effect(report), f"activations {_mark(line.passed)}  {_plain(line.text)}"]
+
+
+def _effect(report: Report) -> list[Any]:
+    """What rounding costs: routes against the checkpoint (of many the worst) and loss."""
     effect = report.effect
     assert effect is not None
     kinds: dict[str, list[RouteChange]] = {}
@@ -220,11 +229,10 @@ def _activations(report: Report) -> list[Any]:
         least = min(routers, key=lambda entry: entry.exact_rate)
         label = least.name if len(routers) == 1 else f"{kind}: {len(routers)} routers, worst {least.name}"
         rows.append([_plain(label), str(least.rows), _share(least.exact_rate), f"{least.jaccard:.5f}"])
-    title = f"Effect of {report.weights}: routes against the checkpoint"
+    title = f"Effect of {report.rounded}: routes against the checkpoint"
     blocks: list[Any] = [_table(title, ("router", "rows", "same set", "Jaccard"), rows)] if rows else []
-    blocks.append(f"effect of {report.weights}: {_plain(effect_sentence(effect))}")
-    line = next(line for line in verdict_lines(report) if line.key == "activations")
-    return [*blocks, f"activations {_mark(line.passed)}  {_plain(line.text)}"]
+    blocks.append(f"effect of {report.rounded}: {_plain(effect_sentence(effect))}")
+    return blocks
 
 
 def _start(failure: Failure) -> str:

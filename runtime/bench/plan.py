@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bilevel.bundle.cache_rows import CacheRows
 from bilevel.bundle.format import Bundle
 from bilevel.bundle.tensors import DTYPES
 from bilevel.errors import RequestError
@@ -66,7 +67,8 @@ class SideResult:
 class Case:
     """One context length.
 
-    checks: relative errors of what was verified before timing. busy: share of the machine's cores that other processes kept
+    checks: relative errors of what was verified before timing; judged_by_check: some exceed the limit, and bilevel check passed
+    the same graph. busy: share of the machine's cores that other processes kept
     busy just before (None where the system does not say).
     """
 
@@ -74,6 +76,7 @@ class Case:
     sides: dict[str, SideResult]
     checks: dict[str, float]
     busy: float | None = None
+    judged_by_check: bool = False
 
     def ratio(self, name: str) -> float | None:
         """How many times the routed side is faster ("decode", "prefill"), or smaller ("peak_bytes"), than the dense twin."""
@@ -112,8 +115,23 @@ class BenchPlan:
 
     @property
     def float_bytes(self) -> int:
-        """Bytes of one float weight and of one number in the routed graph's caches."""
+        """Bytes of one float weight and of one number in the routed graph's block keys."""
         return DTYPES[self.bundle.precision].numpy.itemsize
+
+    @property
+    def cache_bytes(self) -> float:
+        """Bytes of one number in the routed graph's caches of keys and values, its share of a packed row's scales included."""
+        if self.bundle.caches == "fp32":
+            return self.float_bytes
+        width = int(self.bundle.config["head_dim"])
+        return CacheRows.of(self.bundle.caches, width).num_bytes / width
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether the last check of this very graph that the bundle records was passed."""
+        recorded = self.bundle.files[self.bundle.graph.file].sha256
+        of_this = [check for check in self.bundle.checks if isinstance(check, dict) and check.get("model_sha256") == recorded]
+        return bool(of_this and of_this[-1].get("passed") is True)
 
     @property
     def twin_cache_bytes(self) -> int:

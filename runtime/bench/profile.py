@@ -8,7 +8,7 @@ the nodes of the CPU library have the operator's own type:
     level 1        CoarseRoute of a two-level model, and what is computed before it besides the parts below: embedding,
                    descriptors, and the indices that all layers share
     level 2        FineRoute (CoarseRoute where it is the only level) and the pooling of finished blocks
-    attention      RoutedAttention; GroupQueryAttention, which also rotates and writes the caches
+    attention      RoutedAttention, over packed caches too; GroupQueryAttention, which also rotates and writes the caches
     experts        ExpertRoute, RoutedExperts
     matmuls        projections, MLP and head
     other          norms, rotation, cache writes, sums and activations
@@ -28,6 +28,8 @@ _OPERATORS = {
     "FineRoute": "level 2",
     "RoutedAttention": "attention",
     "RoutedAttentionSinks": "attention",
+    "RoutedAttentionQuantized": "attention",
+    "UnpackCache": "level 2",
     "GroupQueryAttention": "attention",
     "ExpertRoute": "experts",
     "RoutedExperts": "experts",
@@ -35,7 +37,7 @@ _OPERATORS = {
 }
 _MATMULS = ("MatMul", "FusedMatMul", "Gemm", "FusedGemm", "MatMulNBits")
 _POOLING = ("GatherND", "ReduceMean")
-_EVERY_LAYER = ("RMSNormalization", "SimplifiedLayerNormalization", "RotaryEmbedding", "ScatterND")
+_EVERY_LAYER = ("RMSNormalization", "SimplifiedLayerNormalization", "RotaryEmbedding", "ScatterND", "WriteCacheQuantized")
 _INLINED = re.compile(r"_inlfunc_([A-Za-z]+)_")
 Event = dict[str, Any]
 

@@ -72,6 +72,7 @@ def as_json(
         "geometry": geometry,
         "precision": plan.bundle.precision,
         "weights": plan.bundle.weights["format"],
+        "kv": plan.bundle.caches,
         "model": dict(plan.bundle.config),
         "machine": describe_machine(plan.threads),
         "ceilings": {
@@ -97,7 +98,14 @@ def _case_as_json(case: Case) -> dict[str, Any]:
             "first_token_seconds": side.prefill.median if side.prefill else None,
         }
     ratios = {name: case.ratio(name) for name in ("decode", "prefill", "peak_bytes")}
-    return {"context": case.context, "busy": case.busy, "checks": case.checks, "sides": sides, "ratio": ratios}
+    return {
+        "context": case.context,
+        "busy": case.busy,
+        "checks": case.checks,
+        "judged_by_check": case.judged_by_check,
+        "sides": sides,
+        "ratio": ratios,
+    }
 
 
 def print_tables(plan: BenchPlan, cases: list[Case], ceilings: Ceilings, skipped: dict[int, str]) -> None:
@@ -117,6 +125,8 @@ def print_tables(plan: BenchPlan, cases: list[Case], ceilings: Ceilings, skipped
         if rows:
             console.print(table)
     console.print("Medians; in brackets the middle half of the measurements. roofline: the least time that the machine allows.")
+    if any(case.judged_by_check for case in cases):
+        console.print("Some outputs differ by more than the fixed limits (--json: checks); bilevel check passed this graph.")
     console.print("Decode runs on caches filled with random numbers. runtime: share of the time outside ONNX Runtime.")
     disturbed = [case.context for case in cases if case.busy is not None and case.busy > BUSY]
     if disturbed:

@@ -91,7 +91,8 @@ class Geometry:
     """Counts of one model, from the ``config`` of its bundle.
 
     weights: "fp32" (floats), "int8" or "int4". twin_cache_bytes: bytes of one number in the dense twin's caches. float_bytes:
-    of one float weight and of one number in the routed graph's caches.
+    of one float weight and of one number in the routed graph's block keys. cache_bytes: of one number in its keys and values
+    (None: float_bytes).
     """
 
     def __init__(
@@ -100,7 +101,9 @@ class Geometry:
         weights: str,
         twin_cache_bytes: int = FLOAT_BYTES,
         float_bytes: int = FLOAT_BYTES,
+        cache_bytes: float | None = None,
     ) -> None:
+        self.cache_bytes = float_bytes if cache_bytes is None else cache_bytes
         self.config, self.twin_cache_bytes, self.float_bytes = config, twin_cache_bytes, float_bytes
         self.matrix_bytes = QUANTISED_BYTES.get(weights, float(float_bytes))
         self.expert_bytes = EXPERT_BYTES.get(weights, float(float_bytes))
@@ -146,9 +149,9 @@ class Geometry:
         matrices = self.num_weights - experts - floats
         return matrices * self.matrix_bytes + experts * self.expert_bytes + floats * self.float_bytes
 
-    def _cache_bytes(self, is_twin: bool) -> int:
-        """Bytes of one number in a side's caches."""
-        return self.twin_cache_bytes if is_twin else self.float_bytes
+    def _cache_bytes(self, is_twin: bool) -> float:
+        """Bytes of one number in a side's keys and values."""
+        return self.twin_cache_bytes if is_twin else self.cache_bytes
 
     def attended(self, length: int, is_twin: bool) -> float:
         """Tokens that the last of ``length`` tokens reads, averaged over the layers."""

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bilevel.bundle.cache_rows import BIAS, CacheRows
 from bilevel.bundle.format import load_bundle
 from bilevel.bundle.tensors import decode, encode
 from bilevel.errors import BundleError
@@ -24,6 +25,9 @@ from bilevel.runtime.generate.generator import Generation
 from bilevel.runtime.generate.rows import Row
 from bilevel.runtime.generate.sampling import Sampler, SamplingParams
 from bilevel.runtime.generate.text import BundleTokenizer, TextAssembler
+
+# What is filled at a time: temporary numbers shall not count as the memory of a side.
+_BLOCKS_AT_ONCE, _ROWS_AT_ONCE = 64, 4096
 
 
 @dataclass(frozen=True)
@@ -60,16 +64,18 @@ class Side:
     def fill(self, context: int, seed: int) -> None:
         """Fill the caches as if ``context`` tokens had been read; the next decode continues there.
 
-        Keys and values are normal numbers (int8 caches: any numbers), block keys their fp32 means, tokens random. Level 1's
-        block descriptors are random vectors of length 1, not those of the tokens: which blocks become candidates differs, what
-        they cost does not. Blocks that later calls touch are computed by the graph.
+        Keys and values are normal numbers (the twin's int8 caches: any numbers), block keys their fp32 means, tokens random.
+        Level 1's block descriptors are random vectors of length 1, not those of the tokens: which blocks become candidates
+        differs, what they cost does not. Blocks that later calls touch are computed by the graph.
         """
         random = np.random.default_rng(seed)
         state, size = self._caches.state, self.bundle.block_size
         dtypes = {spec.name: spec.dtype for spec, _ in self.bundle.graph.state}
         for name, cache in state.items():
             kind = name.split(".")[1]
-            if kind in ("key", "value"):
+            if kind in ("key", "value") and dtypes[name] == "uint8":
+                _fill_packed(random, cache, context, self._rows(cache))
+            elif kind in ("key", "value"):
                 _fill_vectors(random, cache, context, dtypes[name])
             elif kind == "token_ids":
                 cache[:, :context] = random.integers(0, self.bundle.vocab_size, (1, context))
@@ -80,10 +86,22 @@ class Side:
                 raise BundleError(f"bilevel bench cannot fill the cache {name}; measure with a bundle of this bilevel's export")
         for name, cache in state.items():
             if name.split(".")[1] == "block_key":
+                past = name.replace("block_key", "key")
                 for head, blocks in enumerate(cache[0]):
-                    keys = decode(state[name.replace("block_key", "key")][0, head], dtypes[name])
-                    blocks[:] = encode(self._pooled(keys.reshape(-1, size, keys.shape[-1]), random), dtypes[name])
+                    stored = state[past][0, head].reshape(len(blocks), size, -1)
+                    for first in range(0, len(blocks), _BLOCKS_AT_ONCE):
+                        piece = slice(first, first + _BLOCKS_AT_ONCE)
+                        keys = self._numbers(stored[piece], dtypes[past])
+                        blocks[piece] = encode(self._pooled(keys, random), dtypes[name])
         self._generation = self._start([*[0] * context, int(random.integers(self.bundle.vocab_size))], context)
+
+    def _rows(self, cache: NDArray[Any]) -> CacheRows:
+        """The layout of a packed cache's rows."""
+        return CacheRows.of_bytes(cache.shape[-1], int(self.bundle.config["head_dim"]))
+
+    def _numbers(self, stored: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+        """The keys [..., D] that a cache holds."""
+        return self._rows(stored).unpack(stored) if dtype == "uint8" else decode(stored, dtype)
 
     def _pooled(self, blocks: NDArray[np.float32], random: np.random.Generator) -> NDArray[np.float32]:
         """The blocks' keys [N, Dr] of keys [N, R, D]; a gate's are random, as its projection is in the graph alone."""
@@ -144,6 +162,22 @@ class Side:
         """Seconds by part (``profile``) of every call but the first ``discard``."""
         path = self._session.end_profiling()
         return read_profile(path)[discard:]
+
+
+def _fill_packed(random: np.random.Generator, cache: NDArray[Any], context: int, rows: CacheRows) -> None:
+    """The same in a packed cache [1, H, M, C], with one scale that the largest of a row's numbers needs about."""
+    half = 2 ** (rows.bits - 1)
+    mantissa, exponent = 255, BIAS - (13 if rows.bits == 8 else 9)
+    scale = np.float32(mantissa * 2.0 ** (exponent - BIAS))
+    for head in cache[0, :, :context]:
+        for row in (head[first : first + _ROWS_AT_ONCE] for first in range(0, context, _ROWS_AT_ONCE)):
+            numbers = random.standard_normal((len(row), rows.width), dtype=np.float32)
+            codes = np.clip(np.rint(numbers / scale), 1 - half, half - 1).astype(np.int16) + half
+            if rows.bits == 4:
+                lower, upper = np.split(codes.reshape(len(row), rows.groups, -1), 2, axis=-1)
+                codes = (lower | upper << 4).reshape(len(row), -1)
+            row[:, : codes.shape[1]] = codes
+            row[:, codes.shape[1] :: 2], row[:, codes.shape[1] + 1 :: 2] = mantissa, exponent
 
 
 def _fill_vectors(random: np.random.Generator, cache: NDArray[Any], context: int, dtype: str) -> None:

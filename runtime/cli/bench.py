@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from bilevel.bundle.cache_rows import FORMATS as CACHE_FORMATS
 from bilevel.bundle.format import load_bundle
 from bilevel.bundle.manifest import WEIGHT_FORMATS
 from bilevel.errors import MissingDependency, RequestError, require
@@ -38,8 +39,9 @@ How to get numbers worth keeping: nothing else running, --threads as the applica
 the middle half (in brackets) is wide. Decode runs on caches filled with random numbers; prefill really reads the prompt, which
 takes the dense twin minutes beyond 8k, so it is measured up to --max-prefill.
 
-Outputs are compared before anything is timed. Exit status: 0 measured, 1 outputs are not right (no numbers), 2 bad input.
-The last line on stdout is one JSON object with everything.
+Outputs are compared before anything is timed. Where weights or caches are rounded, right outputs may differ by more than fixed
+limits on caches of random numbers; what bilevel check said of the same file then decides, if it was asked. Exit status: 0
+measured, 1 outputs are not right (no numbers), 2 bad input. The last line on stdout is one JSON object with everything.
 """
 
 
@@ -64,6 +66,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--geometry", choices=GEOMETRIES, help="in place of BUNDLE: random weights of a known size, kept in the cache folder"
     )
     parser.add_argument("--weights", choices=WEIGHT_FORMATS, help="with --geometry: how the weights are stored (default: fp32)")
+    parser.add_argument("--kv", choices=CACHE_FORMATS, help="with --geometry: how keys and values are cached (default: fp32)")
     parser.add_argument(
         "--contexts", type=_lengths, metavar="2k,8k,...", help="tokens cached (default: 2k,8k,32k,128k as memory allows)"
     )
@@ -92,7 +95,7 @@ def main(args: argparse.Namespace) -> int:
         def show(stage: str) -> None:
             status.update(stage) if console.is_terminal else console.print(stage, highlight=False, soft_wrap=True)
 
-        bundle = args.bundle or geometry_bundle(args.geometry, args.weights or "fp32", show)
+        bundle = args.bundle or geometry_bundle(args.geometry, args.weights or "fp32", show, args.kv or "fp32")
         plan, skipped = _plan(args, bundle)
         benchmark = Benchmark(plan, show)
         try:
@@ -115,6 +118,8 @@ def _check(args: argparse.Namespace) -> None:
         raise RequestError("give either a BUNDLE or --geometry, for example: bilevel bench --geometry small")
     if args.weights is not None and args.geometry is None:
         raise RequestError(f"--weights {args.weights} goes with --geometry; a bundle has the weights it was exported with")
+    if args.kv is not None and args.geometry is None:
+        raise RequestError(f"--kv {args.kv} goes with --geometry; a bundle has the caches it was exported with")
     if not args.prefill and args.max_prefill is not None:
         raise RequestError(f"--max-prefill {args.max_prefill} contradicts --no-prefill; leave one of them out")
     for name, least in (("decode_steps", 1), ("prefill_runs", 1), ("threads", 0)):
@@ -150,27 +155,31 @@ def _plan(args: argparse.Namespace, path: Path) -> tuple[BenchPlan, dict[int, st
 def _title(args: argparse.Namespace, plan: BenchPlan) -> str:
     name = f"geometry {args.geometry}" if args.geometry else args.bundle.name
     kind = plan.bundle.weights["format"] if plan.bundle.precision == "float32" else plan.bundle.precision
+    if plan.bundle.caches != "fp32":
+        kind += f" weights, {plan.bundle.caches} caches"
+        return f"{name}, {kind}, {plan.threads} threads"
     return f"{name}, {kind} weights, {plan.threads} threads"
 
 
-def geometry_bundle(name: str, weights: str, on_stage: Callable[[str], None]) -> Path:
+def geometry_bundle(name: str, weights: str, on_stage: Callable[[str], None], caches: str = "fp32") -> Path:
     """The bundle of a known geometry in the user's cache folder, exported there on first use. Raises MissingDependency.
 
     Another exporter may write another graph, so its sources are part of the name, and the bundles of earlier ones are removed.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bilevel" / "geometries"
-    bundle = cache / f"{name}-{weights}-{_exporter_digest()}"
+    kind = f"{name}-{weights}" if caches == "fp32" else f"{name}-{weights}-kv.{caches}"
+    bundle = cache / f"{kind}-{_exporter_digest()}"
     if (bundle / "bundle.json").is_file():
         return bundle
     try:
-        importlib.import_module(GEOMETRY_MODULE).make_bundle(name, bundle, weights, on_stage)
+        importlib.import_module(GEOMETRY_MODULE).make_bundle(name, bundle, weights, on_stage, caches)
     except (MissingDependency, ModuleNotFoundError) as error:
         raise MissingDependency(
             f"--geometry {name} exports a model, which takes the exporter ({error}); install it with "
             "pip install 'bilevel[cpu,export]', or give a BUNDLE"
         ) from None
-    for old in cache.glob(f"{name}-{weights}-*"):
-        if old != bundle:
+    for old in cache.glob(f"{kind}-*"):
+        if old != bundle and "-kv." not in old.name.removeprefix(kind):
             shutil.rmtree(old, ignore_errors=True)
     return bundle
 

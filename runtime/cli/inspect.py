@@ -54,6 +54,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "created_by": dict(bundle.created_by),
         "precision": bundle.precision,
         "weights": dict(bundle.weights),
+        "caches": bundle.caches,
         "model": {key: bundle.config[key] for key in GEOMETRY if key in bundle.config},
         "routing": bundle.config.get("routing"),
         "experts": bundle.config.get("experts"),
@@ -132,6 +133,7 @@ def _sections(facts: dict[str, Any]) -> list[Section]:
             [
                 *((GEOMETRY[key], str(value)) for key, value in facts["model"].items()),
                 ("precision", facts["precision"]),
+                *([("keys and values", facts["caches"])] if facts["caches"] != "fp32" else []),
                 *_rows(facts["limits"]),
                 ("bos token", _text(facts["tokens"]["bos"])),
                 ("eos token", _text(facts["tokens"]["eos"])),

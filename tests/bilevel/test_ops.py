@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bilevel import contract, ops
 from bilevel.errors import ContractError
-from tests.support.operator_calls import PACKED, packed
+from tests.support.operator_calls import PACKED, packed, packed_cache
 
 ROUTE: dict[str, Any] = {
     "block_size": 3,
@@ -70,6 +70,15 @@ def make_call(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "ExpertRoute": (scores, EXPERT),
         "RoutedExperts": ({"x": torch.randn(7, 6), **chosen, **experts}, {"gate_scale": 1.7, "limit": 0.5, "up_shift": 1.0}),
         "RoutedExpertsQuantized": ({"x": torch.randn(7, 40), **chosen, **packed(8, 40, 5)}, PACKED),
+        "WriteCacheQuantized": (
+            {"update": torch.randn(2, 2, 5, 6), "cache": packed_cache(k), "start": int32(4, 0)},
+            {"bits": 8, "groups": 1},
+        ),
+        "UnpackCache": ({"rows": packed_cache(k.unflatten(2, (4, 3)))}, {"bits": 8, "groups": 1, "width": 6}),
+        "RoutedAttentionQuantized": (
+            {"q": torch.randn(2, 4, 5, 6), "k": packed_cache(k), "v": packed_cache(v), "routes": routes, **lengths},
+            {"block_size": 3, "causal": 1, "scale": 0.5, "bits": 8, "groups": 1},
+        ),
     }[name]
 
 
@@ -113,7 +122,7 @@ def test_operator_exports_as_one_node(name: str) -> None:
     assert targets == [f"bilevel.{contract.BY_NAME[name].torch_name}.default"]
 
 
-@pytest.mark.parametrize("name", [op.name for op in contract.OPS])
+@pytest.mark.parametrize("name", [op.name for op in contract.OPS if op.inputs[0].dtype != "uint8"])
 def test_operator_in_fp64_is_not_exported(name: str) -> None:
     """fp64 is for reference computations: no device runs it, and the ONNX operators do not have it."""
     inputs, attributes = make_call(name)

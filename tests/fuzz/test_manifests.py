@@ -55,7 +55,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def manifest(bundle: Path) -> dict[str, Any]:
-    return dict(json.loads((bundle / "bundle.json").read_text(encoding="utf-8")))
+    return {"caches": "fp32", **json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))}
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Every execution of RoutedAttention under one signature: (inputs, attributes) -> [B, Hq, L, Dv]."""
+"""Every execution of routed attention under one signature: (inputs, attributes) -> [B, Hq, L, Dv]."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 from torch import Tensor
 
 from bilevel import ops
-from bilevel.operators import attention, reference
+from bilevel.operators import attention, packed_caches, reference
 from tests.support.cpu_library import SETS, run_kernel
 from tests.support.operator_calls import Attributes, Inputs, run_body
 from tests.support.triton_calls import run_kernels
@@ -38,5 +38,18 @@ EXECUTIONS: dict[str, Execution] = {
             "RoutedAttention", inputs, attributes, only=plan
         )[plan][0]
         for plan in ("split", "tiles")
+    },
+}
+
+# Of RoutedAttentionQuantized.
+PACKED_EXECUTIONS: dict[str, Execution] = {
+    "loops": partial(_called, reference.routed_attention_quantized),
+    "PyTorch": partial(_called, packed_caches.routed_attention_quantized),
+    "body": lambda inputs, attributes: run_body("RoutedAttentionQuantized", inputs, attributes)[0],
+    **{
+        f"CPU kernel, {isa}": lambda inputs, attributes, isa=isa: run_kernel(
+            "RoutedAttentionQuantized", inputs, attributes, isa
+        )[0]
+        for isa in SETS
     },
 }

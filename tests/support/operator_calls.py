@@ -18,9 +18,11 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from bilevel import contract
+from bilevel.bundle.cache_rows import CacheRows
 from bilevel.export.graph.functions import attach_functions
 from bilevel.export.graph.schemas import ONNX_OPSET, PLUGIN_NAMESPACE, register_schemas
 from bilevel.operators import reference
+from bilevel.operators.packed_caches import pack_rows
 
 Inputs = dict[str, Tensor]
 Attributes = dict[str, Any]
@@ -100,9 +102,9 @@ def run_reference(name: str, inputs: Inputs, attributes: Attributes) -> list[Ten
 
 
 def assert_same(got: list[Tensor], expected: list[Tensor]) -> None:
-    """Selections exactly, floats to rounding; NaN equals NaN."""
+    """Selections and bytes exactly, floats to rounding; NaN equals NaN."""
     for result, value in zip(got, expected, strict=True):
-        if result.dtype == torch.int32:
+        if not result.is_floating_point():
             torch.testing.assert_close(result, value, rtol=0, atol=0)
         else:
             torch.testing.assert_close(result, value, rtol=1e-4, atol=1e-5, equal_nan=True)
@@ -135,6 +137,11 @@ def packed(experts: int, width: int, hidden: int, bits: int = 4, generator: torc
     return inputs
 
 
+def packed_cache(numbers: Tensor, form: str = "int8") -> Tensor:
+    """Numbers [..., D] as rows of a packed cache."""
+    return pack_rows(numbers, **CacheRows.of(form, numbers.shape[-1]).attributes)
+
+
 def make_call(name: str, tokens: int = 6) -> tuple[Inputs, Attributes]:
     """Valid inputs of one operator: B2, R4, N5, two rows of different lengths; ``tokens`` is L or T."""
     lengths = {"past_len": int32(20 - tokens, 3), "new_len": int32(tokens, tokens // 2)}
@@ -157,6 +164,25 @@ def make_call(name: str, tokens: int = 6) -> tuple[Inputs, Attributes]:
             SWIGLU,
         ),
         "RoutedExpertsQuantized": ({"x": torch.randn(tokens, 40), **chosen, **packed(8, 40, 5)}, PACKED),
+        "WriteCacheQuantized": (
+            {
+                "update": torch.randn(2, 3, tokens, 6),
+                "cache": packed_cache(torch.randn(2, 3, 20, 6)),
+                "start": int32(20 - tokens, 0),
+            },
+            {"bits": 8, "groups": 1},
+        ),
+        "UnpackCache": ({"rows": packed_cache(torch.randn(2, 3, tokens, 4, 6))}, {"bits": 8, "groups": 1, "width": 6}),
+        "RoutedAttentionQuantized": (
+            {
+                "q": attention["q"],
+                "k": packed_cache(attention["k"]),
+                "v": packed_cache(torch.randn_like(attention["k"])),
+                "routes": blocks,
+                **lengths,
+            },
+            {"block_size": 4, "causal": 1, "scale": 0.4, "bits": 8, "groups": 1},
+        ),
         # One row's update reaches over the cache's end.
         "WriteCache": ({"cache": torch.randn(2, 3, 20, 5), "update": torch.randn(2, 3, tokens, 5), "start": int32(4, 17)}, {}),
         "SelectBlocks": ({"scores": whole(2, 2, tokens, 5), **lengths}, SELECT),
@@ -255,6 +281,57 @@ def attention_calls(draw: st.DrawFn, sinks: bool = False) -> tuple[Inputs, Attri
     if sinks:
         inputs["sinks"] = normal(num_heads) * draw(st.sampled_from([1.0, 100.0]))
     return inputs, {"block_size": block_size, "causal": draw(st.sampled_from([0, 1])), "scale": 0.5}
+
+
+# Of heads: less than a vector, odd ones, one group, several, and one that no group of 32 divides.
+WIDTHS = {"int8": [1, 5, 6, 40, 64, 257], "int4": [2, 6, 32, 34, 40, 64, 96]}
+
+
+@st.composite
+def packed_attention_calls(draw: st.DrawFn, form: str) -> tuple[Inputs, Attributes]:
+    """``attention_calls`` over packed caches of heads of several widths, some of whose rows are zeros."""
+    inputs, attributes = draw(attention_calls())
+    width = draw(st.sampled_from(WIDTHS[form]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    caches = {}
+    for name in ("q", "k", "v"):
+        caches[name] = torch.randn((*inputs[name].shape[:3], width), generator=generator)
+        if name != "q":
+            caches[name][torch.rand(caches[name].shape[:3], generator=generator) < 0.1] = 0
+            caches[name] = packed_cache(caches[name], form)
+    return {**inputs, **caches}, {**attributes, **CacheRows.of(form, width).attributes}
+
+
+@st.composite
+def cache_writes(draw: st.DrawFn, form: str) -> tuple[Inputs, Attributes]:
+    """Numbers of any magnitude, whole steps and halves of them, zeros, too small ones, NaN and infinities."""
+    batch, heads, length = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 9))
+    rows = CacheRows.of(form, draw(st.sampled_from(WIDTHS[form])))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    capacity = length + draw(st.integers(0, 5))
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator)
+
+    update = torch.randn((batch, heads, length, rows.width), generator=generator)
+    update = update * 10 ** (uniform(batch, heads, length, 1) * 78 - 42)
+    whole_steps = (update.sign() * (uniform(*update.shape) * 254).round() / 2).clamp(-127, 127)
+    whole_steps[..., 0] = 2.0 ** (rows.bits - 1) - 1
+    update = torch.where(uniform(batch, heads, length, 1) < 0.3, whole_steps, update)
+    update[uniform(batch, heads, length) < 0.1] = 0
+    for value in (torch.nan, torch.inf, torch.finfo(torch.float32).max, 2.0**-100):
+        update[uniform(*update.shape) < 0.01] = value
+    cache = torch.randint(0, 256, (batch, heads, capacity, rows.num_bytes), generator=generator, dtype=torch.uint8)
+    start = int32(*(draw(st.integers(0, capacity - length)) for _ in range(batch)))
+    return {"update": update, "cache": cache, "start": start}, rows.attributes
+
+
+@st.composite
+def packed_blocks(draw: st.DrawFn, form: str) -> tuple[Inputs, Attributes]:
+    """Blocks as :func:`cache_writes` leaves them."""
+    inputs, attributes = draw(cache_writes(form))
+    rows = pack_rows(inputs["update"], **attributes)[:, :, None]
+    return {"rows": rows}, {**attributes, "width": inputs["update"].shape[-1]}
 
 
 # Sums of two of these scores never lie within rounding of one another unless they are equal, whatever whole bias is added.

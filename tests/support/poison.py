@@ -29,6 +29,10 @@ class Poisoned(NamedTuple):
 
 def spoil(x: Tensor, read: Tensor, generator: torch.Generator) -> Tensor:
     """``x`` with poison in the rows of its last axis that ``read`` (bool, without that axis) leaves out."""
+    if x.dtype == torch.uint8:  # packed rows: any bytes, and a scale of NaN
+        poison = torch.randint(256, x.shape, generator=generator, dtype=torch.uint8)
+        poison[..., -1] = 255
+        return torch.where(read[..., None], x, poison)
     poison = POISONS[torch.randint(len(POISONS), x.shape, generator=generator)].to(x.dtype)
     poison = torch.where(
         torch.rand(x.shape, generator=generator) < 0.5, poison, x

@@ -102,10 +102,10 @@ def edit_config(checkpoint: Path, **changes: Any) -> None:
 def _traced_once(save: Callable[..., onnx.ModelProto], folder: Path) -> Callable[..., onnx.ModelProto]:
     """``save(model, path)`` that runs once for each name of a file; later calls are given copies from ``folder``."""
 
-    def copy(model: CausalLM, path: Path) -> onnx.ModelProto:
+    def copy(model: CausalLM, path: Path, **options: Any) -> onnx.ModelProto:
         data = f"{path.stem}.data"
         if not (folder / data).exists():
-            save(model, folder / path.name)
+            save(model, folder / path.name, **options)
         for name in (path.name, data):
             shutil.copy(folder / name, path.with_name(name))
         return onnx.load(path, load_external_data=False)
@@ -113,7 +113,9 @@ def _traced_once(save: Callable[..., onnx.ModelProto], folder: Path) -> Callable
     return copy
 
 
-def export_once(folder: Path, preset: str, weights: str = "fp32", precision: str = "fp32") -> tuple[Path, Path]:
+def export_once(
+    folder: Path, preset: str, weights: str = "fp32", precision: str = "fp32", caches: str = "fp32"
+) -> tuple[Path, Path]:
     """(checkpoint, bundle) below ``folder``, which test processes share; the first one that asks makes them.
 
     Bundles that differ in the format of their weights only are traced once: that format comes after the trace.
@@ -121,6 +123,7 @@ def export_once(folder: Path, preset: str, weights: str = "fp32", precision: str
     from bilevel.export.decoder import bundle as exporter
 
     name = "bundle" if weights == precision == "fp32" else weights if precision == "fp32" else precision
+    name += "" if caches == "fp32" else f"-kv.{caches}"
     checkpoint, bundle = folder / preset / "checkpoint", folder / preset / name
     bundle.parent.mkdir(parents=True, exist_ok=True)
     with (folder / f"{preset}.lock").open("w") as lock:
@@ -128,9 +131,10 @@ def export_once(folder: Path, preset: str, weights: str = "fp32", precision: str
         if not bundle.exists():
             if not checkpoint.exists():
                 save_checkpoint(checkpoint, preset)
-            traces = folder / preset / f"traces-{precision}"
+            traces = folder / preset / f"traces-{precision}-{caches}"
             traces.mkdir(exist_ok=True)
             saves = {name: _traced_once(getattr(exporter, name), traces) for name in ("save_decoder", "save_dense_twin")}
             with patch.multiple(exporter, **saves):
-                exporter.export_bundle(checkpoint, bundle, prefill_chunk=PREFILL_CHUNK, weights=weights, precision=precision)
+                formats = {"weights": weights, "precision": precision, "caches": caches}
+                exporter.export_bundle(checkpoint, bundle, prefill_chunk=PREFILL_CHUNK, **formats)
     return checkpoint, bundle

@@ -56,11 +56,23 @@ def group_queries(q, virtual):
 
 
 @script(_private, default_opset=op)
+def numbers_of(rows, width):
+    """fp32 [..., D] of a cache's rows. The body for packed caches has another one in its place; width: int64 [1], D there."""
+    return op.Cast(rows, to=FLOAT)
+
+
+@script(_private, default_opset=op)
+def value_width_of(v, q):
+    """int64 [1]: numbers of a value, Dv; of packed caches those of a key, which q [B, V, L, Gv, D] tells."""
+    return op.Shape(v, start=3, end=4)
+
+
+@script(_private, default_opset=op)
 def attend_gathered(q, k, v, blocks, visible, rows, horizon, size, scale):
     """Gather each token's blocks: q [B, V, L, Gv, D], blocks int64 and visible bool [B, V, L, K] -> fp32 [B, V, L, Gv, Dv], and
     of every row the largest score and the sum of the others' weights beside it, [B, V, L, Gv, 1]."""
     num_kept = op.Shape(blocks, start=3, end=4)
-    width = op.Shape(k, start=3, end=4)
+    stored = op.Shape(k, start=3, end=4)
     # A block named twice counts once.
     earlier = op.Range(0, op.Squeeze(num_kept), 1)
     before = op.Unsqueeze(earlier, [0]) < op.Unsqueeze(earlier, [1])
@@ -69,18 +81,18 @@ def attend_gathered(q, k, v, blocks, visible, rows, horizon, size, scale):
     used = op.And(visible, op.Not(repeated))
     some_used = op.Max(op.ReduceMax(op.Where(used, blocks, -1), [3], keepdims=1), op.Constant(value_int=0))
     index = op.Where(used, blocks, some_used) + rows
-    flat = op.Concat([-1], size * width, axis=0)
-    shape = op.Concat(op.Shape(blocks, start=0, end=3), num_kept * size, width, axis=0)
-    keys = op.Cast(op.Reshape(op.Gather(op.Reshape(k, flat), index, axis=0), shape), to=FLOAT)
+    flat = op.Concat([-1], size * stored, axis=0)
+    shape = op.Concat(op.Shape(blocks, start=0, end=3), num_kept * size, stored, axis=0)
+    keys = numbers_of(op.Reshape(op.Gather(op.Reshape(k, flat), index, axis=0), shape), op.Shape(q, start=4, end=5))
     offset = op.Range(0, op.Squeeze(size), 1)
     token = op.Unsqueeze(blocks * size, [4]) + offset
     seen = op.And(op.Unsqueeze(used, [4]), token < op.Unsqueeze(horizon, [4]))
     # A weight of 0 must not meet a value that may be anything (0 * NaN is NaN): the first of a block that is read stands in.
     read = op.Unsqueeze(index * size, [4]) + op.Where(seen, offset, 0)
-    value_width = op.Shape(v, start=3, end=4)
+    value_width = value_width_of(v, q)
     value_shape = op.Concat(op.Shape(blocks, start=0, end=3), num_kept * size, value_width, axis=0)
-    tokens = op.Reshape(v, op.Concat([-1], value_width, axis=0))
-    values = op.Cast(op.Reshape(op.Gather(tokens, read, axis=0), value_shape), to=FLOAT)
+    tokens = op.Reshape(v, op.Concat([-1], op.Shape(v, start=3, end=4), axis=0))
+    values = op.Reshape(numbers_of(op.Gather(tokens, read, axis=0), value_width), value_shape)
     scores = op.MatMul(op.Cast(q, to=FLOAT), op.Transpose(keys, perm=[0, 1, 2, 4, 3])) * scale
     seen = op.Reshape(seen, op.Concat(op.Shape(blocks, start=0, end=3), [1], num_kept * size, axis=0))
     any_seen = op.ReduceMax(op.Cast(seen, to=INT32), [4], keepdims=1) > 0
@@ -124,15 +136,15 @@ def pair_slots(blocks, visible, num_blocks, tile):
 
 
 @script(_private, default_opset=op)
-def odd_tokens(tokens, rows, horizon, past_len, size, num_blocks):
+def odd_tokens(tokens, width, rows, horizon, past_len, size, num_blocks):
     """bool [P, L + 2]: which of this call's tokens have values that a row which does not see them must not be given: those
     that are not finite, and all behind the text. The first flag stands for all tokens before the call, the last for all behind
-    it. tokens: all values, [B * Hkv * M, D]."""
+    it. tokens: all values, [B * Hkv * M, D] (width: D)."""
     length = op.Shape(horizon, start=2, end=3)
     place = op.Min(positions(past_len, length), num_blocks * size - 1)
-    zero = op.Expand(op.Constant(value_float=0.0), op.Concat(op.Shape(tokens, start=1, end=2), [1], axis=0))
+    zero = op.Expand(op.Constant(value_float=0.0), op.Concat(width, [1], axis=0))
     # 0 times a row of numbers is 0; of a row that holds NaN or an infinity it is NaN.
-    own = op.IsNaN(op.MatMul(op.Cast(op.Gather(tokens, rows * size + place, axis=0), to=FLOAT), zero))
+    own = op.IsNaN(op.MatMul(numbers_of(op.Gather(tokens, rows * size + place, axis=0), width), zero))
     own = op.Or(op.Squeeze(own, [4]), op.Equal(horizon, 0))
     flags = op.Cast(op.Reshape(own, op.Concat([-1], length, axis=0)), to=INT32)
     before = op.Pad(flags, [0, 1, 0, 0])
@@ -143,7 +155,8 @@ def odd_tokens(tokens, rows, horizon, past_len, size, num_blocks):
 def attend_dispatched(q, k, v, blocks, visible, rows, horizon, past_len, size, scale):
     """The same by dispatch to tiles; shapes as in ``attend_gathered``."""
     tile = op.Constant(value_ints=[16])
-    width = op.Shape(k, start=3, end=4)
+    stored = op.Shape(k, start=3, end=4)
+    width = op.Shape(q, start=4, end=5)
     num_kept = op.Shape(blocks, start=3, end=4)
     length = op.Shape(blocks, start=2, end=3)
     heads = op.Shape(q, start=3, end=4)
@@ -168,14 +181,14 @@ def attend_dispatched(q, k, v, blocks, visible, rows, horizon, past_len, size, s
     flat_queries = op.Reshape(q, op.Concat(lists * length, heads * width, axis=0))
     tile_rows = op.Concat(num_tiles, tile * heads, width, axis=0)
     queries = op.Cast(op.Reshape(op.Gather(flat_queries, slot_query, axis=0), tile_rows), to=FLOAT)
-    flat = op.Concat([-1], size * width, axis=0)
-    tile_keys = op.Concat(num_tiles, size, width, axis=0)
-    keys = op.Cast(op.Reshape(op.Gather(op.Reshape(k, flat), tile_kv, axis=0), tile_keys), to=FLOAT)
+    flat = op.Concat([-1], size * stored, axis=0)
+    tile_keys = op.Concat(num_tiles, size, stored, axis=0)
+    keys = numbers_of(op.Reshape(op.Gather(op.Reshape(k, flat), tile_kv, axis=0), tile_keys), width)
 
     # A weight of 0 must not meet a value that may be anything (0 * NaN is NaN). Only this call's tokens are read by some rows
     # of a tile and not by others; the odd ones among them give way to the block's first, and who does see them becomes NaN.
-    value_width = op.Shape(v, start=3, end=4)
-    tokens = op.Reshape(v, op.Concat([-1], value_width, axis=0))
+    value_width = value_width_of(v, q)
+    tokens = op.Reshape(v, op.Concat([-1], op.Shape(v, start=3, end=4), axis=0))
     virtual = op.Shape(blocks, start=1, end=2)
     tile_list = op.Div(
         op.Squeeze(op.Slice(op.Reshape(slot_query, op.Concat(num_tiles, tile, axis=0)), [0], [1], [1]), [1]), length
@@ -183,10 +196,10 @@ def attend_dispatched(q, k, v, blocks, visible, rows, horizon, past_len, size, s
     first = op.Mod(tile_kv, num_blocks) * size - op.Gather(op.Cast(past_len, to=INT64), op.Div(tile_list, virtual), axis=0)
     offset = op.Range(0, op.Squeeze(size), 1)
     place = op.Max(op.Min(op.Unsqueeze(first, [1]) + offset, length), op.Constant(value_ints=[-1])) + 1
-    flags = op.Reshape(odd_tokens(tokens, rows, horizon, past_len, size, num_blocks), [-1])
+    flags = op.Reshape(odd_tokens(tokens, value_width, rows, horizon, past_len, size, num_blocks), [-1])
     is_odd = op.Gather(flags, op.Unsqueeze(tile_list, [1]) * (length + 2) + place, axis=0)
     read = op.Unsqueeze(tile_kv * size, [1]) + op.Where(is_odd, 0, offset)
-    values = op.Cast(op.Gather(tokens, read, axis=0), to=FLOAT)
+    values = numbers_of(op.Gather(tokens, read, axis=0), value_width)
 
     # How many tokens of its block each slot's query sees.
     wide_horizon = op.Expand(horizon, op.Concat(op.Shape(blocks, start=0, end=3), [1], axis=0))

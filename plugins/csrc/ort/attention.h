@@ -3,7 +3,7 @@
 // A long call sorts the (token, block) pairs of a kv head by block and visits block after block: each visit multiplies the tile
 // of all rows that kept the block with its keys and values, and folds the result into the rows' running softmax (Milakov and
 // Gimelshein, arXiv 1805.02867; FlashAttention, arXiv 2205.14135). A short call visits each token's blocks directly. Nothing is
-// gathered or copied: keys and values are read where the cache has them.
+// gathered or copied: keys and values are read where the cache has them; those of a packed cache are unpacked block by block.
 //
 // "Virtual head": the query heads that share one kv head and one selection head. "Row": one query head at one token.
 
@@ -57,6 +57,7 @@ constexpr int kDirectKeys = 4, kDirectRows = kLanes / kDirectKeys;
 struct DirectScratch {
   std::vector<int32_t> blocks;
   std::vector<float> scores;  // [rows, stride]
+  std::vector<float> block;   // keys or values of a packed cache
 };
 
 // scores [rows, stride] of `keys` keys (at most kDirectKeys) for rows [first, first + count) of q, which lie `step` apart.
@@ -130,7 +131,8 @@ BILEVEL_INLINE void weigh_direct(float* scores, int64_t count, float* peak, floa
 
 // Partial attention of one token's rows over some of its blocks: acc [rows, D], peak [rows], total [rows] (0: saw nothing).
 static void attend_blocks(const AttentionArguments& a, int64_t b, const VirtualHead& head, int64_t i, const int32_t* blocks,
-                          int64_t count, std::vector<float>& scores, float* acc, float* peak, float* total) {
+                          int64_t count, DirectScratch& scratch, float* acc, float* peak, float* total) {
+  std::vector<float>& scores = scratch.scores;
   const int64_t rows = head.count, horizon = horizon_of(a, b, i), stride = count * a.block_size + kLanes;
   const int64_t cache = (b * a.kv_heads + head.kv_head) * a.capacity, step = a.length * a.width;
   const float* q = a.q + ((b * a.heads + head.first) * a.length + i) * a.width;
@@ -138,9 +140,12 @@ static void attend_blocks(const AttentionArguments& a, int64_t b, const VirtualH
   int64_t seen = 0;
   for (int64_t n = 0; n < count; ++n) {
     const int64_t start = blocks[n] * a.block_size, keys = std::min(a.block_size, horizon - start);
-    const float *k = a.k + (cache + start) * a.width, *v = a.v + (cache + start) * a.value_width;
+    const float* k = rows_of(a, a.k, a.packed_k, cache + start, keys, a.width, scratch.block);
+    const auto* v = a.packed_v ? a.packed_v + (cache + start) * a.rows.bytes()
+                               : reinterpret_cast<const uint8_t*>(a.v + (cache + start) * a.value_width);
+    const int64_t bytes = a.packed_v ? a.rows.bytes() : 4 * a.value_width;  // of a value
     for (int64_t j = 0; j < keys; j += kDirectKeys) {
-      for (int64_t d = 0; d < kDirectKeys * a.value_width; d += 16) __builtin_prefetch(v + j * a.value_width + d, 0, 2);
+      for (int64_t d = 0; d < kDirectKeys * bytes; d += 64) __builtin_prefetch(v + j * bytes + d, 0, 2);
       for (int64_t r = 0; r < rows; r += kDirectRows)
         score_direct(q + r * step, step, std::min<int64_t>(kDirectRows, rows - r), k + j * a.width,
                      std::min<int64_t>(kDirectKeys, keys - j), a.width, a.scale, scores.data() + r * stride + seen + j, stride);
@@ -153,7 +158,7 @@ static void attend_blocks(const AttentionArguments& a, int64_t b, const VirtualH
   int64_t done = 0;
   for (int64_t n = 0; n < count; ++n) {
     const int64_t start = blocks[n] * a.block_size, keys = std::min(a.block_size, horizon - start);
-    const float* v = a.v + (cache + start) * width;
+    const float* v = rows_of(a, a.v, a.packed_v, cache + start, keys, width, scratch.block);
     int64_t r = 0;
     for (; r + 4 <= rows; r += 4) add_rows<4>(scores.data() + r * stride + done, stride, v, keys, width, acc + r * width);
     for (; r + 3 <= rows; r += 3) add_rows<3>(scores.data() + r * stride + done, stride, v, keys, width, acc + r * width);
@@ -179,7 +184,7 @@ static void attend_direct(const AttentionArguments& a, const std::vector<Virtual
     scratch.blocks.resize(a.kept);
     const int64_t all = i < a.new_len[b] ? visible_blocks(a, b, heads[v].list, i, scratch.blocks.data()) : 0;
     const int64_t first = std::min(piece * blocks, all), count = std::min(blocks, all - first);
-    attend_blocks(a, b, heads[v], i, scratch.blocks.data() + first, count, scratch.scores, acc, peak, total);
+    attend_blocks(a, b, heads[v], i, scratch.blocks.data() + first, count, scratch, acc, peak, total);
   });
   for (int64_t token = 0; token < a.batch * lists * a.length; ++token) {
     const int64_t i = token % a.length, v = token / a.length % lists, b = token / (a.length * lists);

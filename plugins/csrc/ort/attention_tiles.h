@@ -117,6 +117,7 @@ struct TileScratch {
   std::vector<int32_t> counts, pairs;   // per token: how many blocks, and which
   std::vector<int64_t> start;           // where each block's tokens start
   std::vector<float> peak, total;       // per row
+  std::vector<float> keys, values;      // a block of packed caches
   Tile tile;
 };
 
@@ -157,6 +158,10 @@ static void attend_range(const AttentionArguments& a, int64_t b, const VirtualHe
   for (int64_t j = 0; j < a.capacity / a.block_size; ++j) {
     // sort_pairs has moved each start on to its block's end, which is where the next block starts.
     const int64_t begin = s.start[j], rows = (s.start[j + 1] - begin) * head.count, block = j * a.block_size;
+    if (rows == 0) continue;
+    const int64_t filled = std::min(a.block_size, a.past_len[b] + a.new_len[b] - block);
+    const float* k = rows_of(a, a.k, a.packed_k, cache + block, filled, a.width, s.keys);
+    const float* v = rows_of(a, a.v, a.packed_v, cache + block, filled, a.value_width, s.values);
     for (int64_t row = 0; row < rows;) {
       int64_t keys = 1;
       for (tile.rows = 0; tile.rows < kTileRows && row < rows; ++tile.rows, ++row) {
@@ -169,7 +174,7 @@ static void attend_range(const AttentionArguments& a, int64_t b, const VirtualHe
         tile.keys[tile.rows] = static_cast<int32_t>(std::min(a.block_size, horizon_of(a, b, i) - block));
         keys = std::max<int64_t>(keys, tile.keys[tile.rows]);
       }
-      visit(tile, a.k + (cache + block) * a.width, a.v + (cache + block) * a.value_width, keys, a.width, a.value_width);
+      visit(tile, k, v, keys, a.width, a.value_width);
     }
   }
   for (int64_t row = 0; row < (last - first) * head.count; ++row) {

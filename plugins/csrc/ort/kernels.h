@@ -37,10 +37,22 @@ struct RouteArguments {
   bool causal;
 };
 
+// Rows of a packed cache: `width` numbers in 8 or 4 bits, in groups with scales of their own (bilevel/bundle/cache_rows.py).
+struct CacheRows {
+  int64_t width, bits, groups;
+
+  int64_t code_bytes() const { return width * bits / 8; }
+  int64_t bytes() const { return code_bytes() + 2 * groups; }
+};
+
+// RoutedAttention, and RoutedAttentionQuantized, whose caches are packed_k and packed_v.
 struct AttentionArguments {
   const float* q;           // [B, Hq, L, D]
-  const float* k;           // [B, Hkv, M, D]
-  const float* v;           // [B, Hkv, M, Dv]
+  const float* k;           // [B, Hkv, M, D] or null
+  const float* v;           // [B, Hkv, M, Dv] or null
+  const uint8_t* packed_k;  // [B, Hkv, M, C] or null
+  const uint8_t* packed_v;  // [B, Hkv, M, C] or null
+  CacheRows rows;           // of packed caches
   const int32_t* routes;    // [B, Hs, L, K]
   const int32_t* past_len;  // [B]
   const int32_t* new_len;   // [B]
@@ -59,6 +71,23 @@ struct TrainingArguments {
   float* grad_q;             // [B, Hq, L, D]
   float *grad_k, *grad_v;    // [pieces, B, Hkv, M, D or E], zeros: what each piece of the tokens adds
   int64_t value_width, pieces;
+};
+
+// WriteCacheQuantized: update [B, H, L, D] into the rows of cache [B, H, M, C] from start [B] on.
+struct CacheWriteArguments {
+  const float* update;
+  const int32_t* start;
+  uint8_t* cache;
+  CacheRows rows;
+  int64_t batch, heads, length, capacity;
+};
+
+// UnpackCache: `count` rows as numbers [count, D].
+struct CacheReadArguments {
+  const uint8_t* packed;
+  float* out;
+  CacheRows rows;
+  int64_t count;
 };
 
 enum class ScoreFunc { kSigmoid, kSoftmax, kSqrtSoftplus };
@@ -107,6 +136,8 @@ struct Kernels {
   void (*train_attention)(const TrainingArguments&, const Parallel&);
   void (*expert_route)(const ExpertRouteArguments&, const Parallel&);
   void (*experts)(const ExpertsArguments&, const Parallel&);
+  void (*write_cache)(const CacheWriteArguments&, const Parallel&);
+  void (*read_cache)(const CacheReadArguments&, const Parallel&);
 };
 
 #if defined(__x86_64__)

@@ -1,4 +1,5 @@
 // The operators as an ONNX Runtime custom-op library: domain "bilevel", CPU, fp32.
+#include <algorithm>
 #include <cstring>
 #include <exception>
 #include <memory>
@@ -146,14 +147,15 @@ struct Attention : Kernel {
     bilevel::AttentionArguments call = a;
     std::vector<int64_t> q, k, v, routes;
     call.q = context.input<float>(0, q);
-    call.k = context.input<float>(1, k);
-    call.v = context.input<float>(2, v);
+    require(q.size() == 4, "attention's q must be [B, Hq, L, D]; export the model anew");
+    call.width = q[3];
+    caches(context, call, k, v);
     call.routes = context.input<int32_t>(3, routes);
-    require(q.size() == 4 && k.size() == 4 && v.size() == 4 && k[0] == v[0] && k[1] == v[1] && k[2] == v[2] &&
-                routes.size() == 4 && q[0] == k[0] && q[3] == k[3] &&
-                routes[0] == q[0] && routes[1] > 0 && routes[2] == q[2] && k[1] > 0 && k[2] % call.block_size == 0,
+    require(k.size() == 4 && v.size() == 4 && k[0] == v[0] && k[1] == v[1] && k[2] == v[2] && routes.size() == 4 &&
+                q[0] == k[0] && routes[0] == q[0] && routes[1] > 0 && routes[2] == q[2] && k[1] > 0 &&
+                k[2] % call.block_size == 0,
             "RoutedAttention's q, k, v and routes do not fit together; export the model anew");
-    call.batch = q[0], call.heads = q[1], call.length = q[2], call.width = q[3], call.value_width = v[3];
+    call.batch = q[0], call.heads = q[1], call.length = q[2];
     call.kv_heads = k[1], call.capacity = k[2], call.selection_heads = routes[1], call.kept = routes[3];
     require_lengths(context, 4, call.batch, call.length, call.past_len, call.new_len);
     if (has_sinks) {
@@ -166,8 +168,92 @@ struct Attention : Kernel {
     kernels.attention(call, context.parallel());
   }
 
+  virtual void caches(Context& context, bilevel::AttentionArguments& call, std::vector<int64_t>& k,
+                      std::vector<int64_t>& v) const {
+    call.k = context.input<float>(1, k);
+    call.v = context.input<float>(2, v);
+    require(k.size() == 4 && v.size() == 4 && k[3] == call.width,
+            "RoutedAttention's caches do not fit its q; export the model anew");
+    call.value_width = v[3];
+  }
+
   bilevel::AttentionArguments a{};
   bool has_sinks;
+};
+
+// What the operators of packed caches say of their rows.
+bilevel::CacheRows rows_of(const Kernel& kernel) {
+  bilevel::CacheRows rows{0, kernel.integer("bits", 4), kernel.integer("groups", 1)};
+  require(rows.bits == 4 || rows.bits == 8, "a packed cache has 4 or 8 bits; export the model anew");
+  return rows;
+}
+
+// The same for rows of `width` numbers in `bytes` bytes.
+bilevel::CacheRows checked(bilevel::CacheRows rows, int64_t width, int64_t bytes) {
+  rows.width = width;
+  require(width % rows.groups == 0 && (rows.bits == 8 || width / rows.groups % 2 == 0) && rows.bytes() == bytes,
+          "the rows of a packed cache do not fit the model's heads; export the model anew");
+  return rows;
+}
+
+struct PackedAttention : Attention {
+  PackedAttention(const ort::Api& api, const ort::KernelInfo* info) : Attention(api, info, false), rows(rows_of(*this)) {}
+
+  void caches(Context& context, bilevel::AttentionArguments& call, std::vector<int64_t>& k,
+              std::vector<int64_t>& v) const override {
+    call.packed_k = context.input<uint8_t>(1, k);
+    call.packed_v = context.input<uint8_t>(2, v);
+    require(k.size() == 4 && k == v, "RoutedAttentionQuantized's caches must be [B, Hkv, M, C]; export the model anew");
+    call.value_width = call.width;
+    call.rows = checked(rows, call.width, k[3]);
+  }
+
+  bilevel::CacheRows rows;
+};
+
+struct CacheWrite : Kernel {
+  CacheWrite(const ort::Api& api, const ort::KernelInfo* info) : Kernel(api, info), rows(rows_of(*this)) {}
+
+  void compute(Context& context) const override {
+    bilevel::CacheWriteArguments call{};
+    std::vector<int64_t> update, cache, start;
+    call.update = context.input<float>(0, update);
+    const uint8_t* before = context.input<uint8_t>(1, cache);
+    call.start = context.input<int32_t>(2, start);
+    require(update.size() == 4 && cache.size() == 4 && update[0] == cache[0] && update[1] == cache[1] &&
+                start == std::vector<int64_t>{cache[0]},
+            "WriteCacheQuantized's update, cache and start do not fit together; export the model anew");
+    call.batch = cache[0], call.heads = cache[1], call.capacity = cache[2], call.length = update[2];
+    call.rows = checked(rows, update[3], cache[3]);
+    for (int64_t b = 0; b < call.batch; ++b)
+      require(call.start[b] >= 0 && call.start[b] + call.length <= call.capacity,
+              "WriteCacheQuantized's update does not fit into the cache; correct the lengths of the call");
+    call.cache = context.output<uint8_t>(0, cache);
+    // The runtime gives both one buffer.
+    if (call.cache != before) std::copy(before, before + cache[0] * cache[1] * cache[2] * cache[3], call.cache);
+    kernels.write_cache(call, context.parallel());
+  }
+
+  bilevel::CacheRows rows;
+};
+
+struct CacheRead : Kernel {
+  CacheRead(const ort::Api& api, const ort::KernelInfo* info)
+      : Kernel(api, info), width(integer("width", 1)), rows(rows_of(*this)) {}
+
+  void compute(Context& context) const override {
+    bilevel::CacheReadArguments call{};
+    std::vector<int64_t> shape;
+    call.packed = context.input<uint8_t>(0, shape);
+    require(shape.size() == 5, "UnpackCache's rows must be [B, H, U, S, C]; export the model anew");
+    call.rows = checked(rows, width, shape[4]);
+    call.count = shape[0] * shape[1] * shape[2] * shape[3], shape[4] = width;
+    call.out = context.output<float>(0, shape);
+    kernels.read_cache(call, context.parallel());
+  }
+
+  int64_t width;
+  bilevel::CacheRows rows;
 };
 
 struct ExpertRoute : Kernel {
@@ -277,7 +363,8 @@ struct PackedExperts : Kernel {
   int64_t bits, block;
 };
 
-enum class Operator { kCoarseRoute, kFineRoute, kSelectBlocks, kRoutedAttention, kRoutedAttentionSinks, kExpertRoute, kRoutedExperts, kRoutedExpertsQuantized };
+enum class Operator { kCoarseRoute, kFineRoute, kSelectBlocks, kRoutedAttention, kRoutedAttentionSinks, kExpertRoute,
+                      kRoutedExperts, kRoutedExpertsQuantized, kRoutedAttentionQuantized, kWriteCacheQuantized, kUnpackCache };
 
 // An operator's declaration: "T" is fp32 here, 'i' int32.
 struct Op : ort::CustomOp {
@@ -304,6 +391,9 @@ ort::Status* create(const ort::CustomOp* op, const ort::Api* api, const ort::Ker
       case Operator::kExpertRoute: made = std::make_unique<ExpertRoute>(*api, info); break;
       case Operator::kRoutedExperts: made = std::make_unique<Experts>(*api, info); break;
       case Operator::kRoutedExpertsQuantized: made = std::make_unique<PackedExperts>(*api, info); break;
+      case Operator::kRoutedAttentionQuantized: made = std::make_unique<PackedAttention>(*api, info); break;
+      case Operator::kWriteCacheQuantized: made = std::make_unique<CacheWrite>(*api, info); break;
+      case Operator::kUnpackCache: made = std::make_unique<CacheRead>(*api, info); break;
     }
     *kernel = made.release();
     return nullptr;
@@ -359,6 +449,9 @@ __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::Sessi
       declare(Operator::kExpertRoute, "ExpertRoute", "fff", "if"),
       declare(Operator::kRoutedExperts, "RoutedExperts", "fifff", "f"),
       declare(Operator::kRoutedExpertsQuantized, "RoutedExpertsQuantized", "fifufuufu", "f"),
+      declare(Operator::kRoutedAttentionQuantized, "RoutedAttentionQuantized", "fuuiii", "f"),
+      declare(Operator::kWriteCacheQuantized, "WriteCacheQuantized", "fui", "u"),
+      declare(Operator::kUnpackCache, "UnpackCache", "u", "f"),
   };
   const ort::Api* api = base->get_api(ort::kApiVersion);
   if (!api) return nullptr;  // older than 1.17: the graph's own bodies run

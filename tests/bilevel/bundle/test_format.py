@@ -180,6 +180,23 @@ WRONG: dict[str, tuple[Edit, str]] = {
     "file-outside": (lambda m: m["files"].update({"../x": m["files"]["config.json"]}), "lies outside the bundle"),
     "file-absolute": (lambda m: m["files"].update({"/etc/x": m["files"]["config.json"]}), "lies outside the bundle"),
     "file-record": (lambda m: m["files"].update({"config.json": {"bytes": 3}}), "does not give files.config.json.sha256"),
+    "caches": (lambda m: m.update(caches="int3"), "caches='int3', which must be one of fp32, int8, int4"),
+    "caches-of-floats": (
+        lambda m: m.update(caches="int8"),
+        r"past.key.0 is float32 \['batch', 1, 'capacity', 1\], which int8 caches are not \(uint8, 3 bytes a row\)",
+    ),
+    "caches-of-odd-heads": (lambda m: m.update(caches="int4"), "heads of 1 numbers cannot be cached in 4 bits"),
+    "caches-without-heads": (lambda m: (m.update(caches="int8"), m["config"].pop("head_dim")), "does not give config.head_dim"),
+    "caches-of-halves": (
+        lambda m: m.update(caches="int8", precision="float16"),
+        "gives int8 caches and precision float16; packed caches go with float32",
+    ),
+    "bytes-for-floats": (
+        lambda m: [
+            port.update(dtype="uint8") for key in ("inputs", "outputs") for port in m["graph"][key] if ".key." in port["name"]
+        ],
+        r"past.key.0 is uint8 \['batch', 1, 'capacity', 1\], which fp32 caches are not",
+    ),
     "graph-unlisted": (lambda m: m["files"].pop("model.onnx"), "does not list model.onnx"),
 }
 

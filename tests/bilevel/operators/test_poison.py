@@ -12,18 +12,21 @@ from torch import Tensor
 
 from bilevel import contract, ops
 from bilevel.operators import experts, reference
-from tests.support.attention_executions import DIFFERENTIABLE, EXECUTIONS
+from tests.support.attention_executions import DIFFERENTIABLE, EXECUTIONS, PACKED_EXECUTIONS, Execution
 from tests.support.cpu_library import run_kernel, sets_here
-from tests.support.operator_calls import Attributes, Inputs, attention_calls, int32, make_call, run_body
+from tests.support.operator_calls import Attributes, Inputs, attention_calls, int32, make_call, packed_attention_calls, run_body
 from tests.support.poison import WORST, poison_attention
 from tests.support.triton_calls import run_kernels
 
 SINGLE = pytest.mark.parametrize("single", [False, True], ids=["nobody reads", "one row does not read"])
+Executions = dict[str, Execution]
 GPU = [name for name in EXECUTIONS if name.startswith("GPU")]  # interpreted: seconds an example
 
 
-def assert_reads_its_routes_only(execution: str, single: bool, inputs: Inputs, attributes: Attributes, seed: int) -> None:
-    attend = EXECUTIONS[execution]
+def assert_reads_its_routes_only(
+    execution: str, single: bool, inputs: Inputs, attributes: Attributes, seed: int, executions: Executions = EXECUTIONS
+) -> None:
+    attend = executions[execution]
     poisoned, judged, _ = poison_attention(inputs, attributes, seed, single=single)
     before, after = attend(inputs, attributes), attend(poisoned, attributes)
     torch.testing.assert_close(after[judged], before[judged], rtol=1e-5, atol=1e-6)
@@ -37,6 +40,17 @@ def assert_reads_its_routes_only(execution: str, single: bool, inputs: Inputs, a
 @settings(max_examples=25)
 def test_attention_reads_its_routes_only(execution: str, single: bool, call: tuple[Inputs, Attributes], seed: int) -> None:
     assert_reads_its_routes_only(execution, single, *call, seed)
+
+
+@SINGLE
+@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("execution", PACKED_EXECUTIONS)
+@given(data=st.data(), seed=st.integers(0, 2**16))
+@settings(max_examples=10)
+def test_attention_over_packed_caches_reads_its_routes_only(
+    execution: str, form: str, single: bool, data: st.DataObject, seed: int
+) -> None:
+    assert_reads_its_routes_only(execution, single, *data.draw(packed_attention_calls(form)), seed, PACKED_EXECUTIONS)
 
 
 @SINGLE

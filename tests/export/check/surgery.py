@@ -283,6 +283,7 @@ def body(op_type: str, module: Any, *changes: tuple[str, str]) -> Edit:
             helpers |= {f.name: f.to_function_proto() for f in own if f.opset.domain != DOMAIN}
             expert_route = getattr(changed, "expert_route_body", functions.expert_route_body)
             with (
+                patch.dict(functions._BY_BITS, getattr(changed, "BODIES", {})),
                 patch.dict(functions._BODIES, {f.name: f for f in own if f.opset.domain == DOMAIN}),
                 patch.object(functions, "_helper_protos", lambda: list(helpers.values())),
                 patch.object(functions, "expert_route_body", expert_route),

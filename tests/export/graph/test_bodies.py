@@ -31,12 +31,15 @@ from tests.support.operator_calls import (
     Inputs,
     assert_equal,
     attention_calls,
+    cache_writes,
     expert_calls,
     experts_calls,
     int32,
     make_call,
     model_of,
     node_of,
+    packed_attention_calls,
+    packed_blocks,
     route_calls,
     run_body,
     run_reference,
@@ -257,3 +260,16 @@ def test_routed_experts_body_idle_tokens_give_zero(change: Callable[[Tensor], Te
     inputs["weights"] = torch.zeros_like(inputs["weights"])
     (out,) = run_body("RoutedExperts", inputs, attributes)
     assert out.shape == inputs["x"].shape and (out == 0).all()
+
+
+# Packed caches
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+@given(data=st.data())
+@settings(max_examples=15)
+def test_bodies_of_packed_caches_equal_the_loops(data: st.DataObject, form: str) -> None:
+    """What is written byte for byte, whatever the numbers; what is read, and attention over it."""
+    assert_equal("WriteCacheQuantized", *data.draw(cache_writes(form)))
+    assert_equal("UnpackCache", *data.draw(packed_blocks(form)))
+    assert_equal("RoutedAttentionQuantized", *data.draw(packed_attention_calls(form)))

@@ -49,7 +49,7 @@ def test_what_may_be_absent_is_what_only_rounded_weights_bring() -> None:
         inner = {**fields, **({path: schema["items"]} if "items" in schema else {})}
         return own + [name for place, field in inner.items() for name in absent(field, place)]
 
-    assert absent(REPORT_SCHEMA) == ["/activations", "/effect", "/verdicts/activations"]
+    assert absent(REPORT_SCHEMA) == ["/caches", "/activations", "/effect", "/verdicts/activations"]
     assert not {"activations", "effect"} & passing().to_dict().keys()
     assert {"activations", "effect"} <= small_weights().to_dict().keys()
     assert passing().to_dict()["failure"] is None

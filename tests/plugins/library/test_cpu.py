@@ -47,10 +47,18 @@ def test_library_declares_the_contract() -> None:
 def test_library_reads_the_contracts_attributes() -> None:
     """Every operator's kernel reads all of its attributes, as what they are."""
     classes = dict(re.findall(r"case Operator::k(\w+): made = std::make_unique<(\w+)>", SOURCE))
-    bodies = dict(re.findall(r"^struct (\w+) : Kernel \{(.*?)^\};", SOURCE, re.DOTALL | re.MULTILINE))
+    found = re.findall(r"^struct (\w+) : (\w+) \{(.*?)^\};", SOURCE, re.DOTALL | re.MULTILINE)
+    parents, bodies = ({name: each[place] for name, *each in found} for place in (0, 1))
+    ((packed_rows,),) = [re.findall(r"^bilevel::CacheRows rows_of\(.*?^\}", SOURCE, re.DOTALL | re.MULTILINE)]
+
+    def text(name: str) -> str:
+        """A kernel's source with that of the one that it is made of, and of the helper that reads for several."""
+        shared = packed_rows if "rows_of(*this)" in bodies[name] else ""
+        return bodies[name] + shared + (text(parents[name]) if parents[name] in bodies else "")
+
     readers = {"integer": "int", "number": "float", "text": "string"}
     for op in contract.OPS:
-        read = re.findall(r'\b(integer|number|text)(?:_or)?\("(\w+)"', bodies[classes[op.name]])
+        read = re.findall(r'\b(integer|number|text)(?:_or)?\("(\w+)"', text(classes[op.name]))
         assert {(name, readers[reader]) for reader, name in read} == {(a.name, a.kind) for a in op.attributes}, op.name
 
 

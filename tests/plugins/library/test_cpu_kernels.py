@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bilevel import contract
+from bilevel.bundle.cache_rows import CacheRows
 from bilevel.operators import attention, routing
+from bilevel.operators.packed_caches import unpack_rows
 from tests.support.cpu_library import open_kernel, run_kernel, sets_here
 from tests.support.operator_calls import (
     ROUTE,
@@ -22,10 +25,14 @@ from tests.support.operator_calls import (
     Inputs,
     assert_same,
     attention_calls,
+    cache_writes,
     expert_calls,
     experts_calls,
     int32,
     make_call,
+    packed_attention_calls,
+    packed_blocks,
+    packed_cache,
     packed_calls,
     route_calls,
     run_reference,
@@ -94,7 +101,61 @@ def test_packed_experts_kernel_equals_reference(data: st.DataObject, bits: int) 
     check("RoutedExpertsQuantized", *data.draw(packed_calls(bits)))
 
 
+@pytest.mark.parametrize("form", ["int8", "int4"])
+@given(data=st.data())
+@settings(max_examples=15)
+def test_packed_cache_kernels_equal_reference(data: st.DataObject, form: str) -> None:
+    check("WriteCacheQuantized", *data.draw(cache_writes(form)))
+    check("UnpackCache", *data.draw(packed_blocks(form)))
+    check("RoutedAttentionQuantized", *data.draw(packed_attention_calls(form)))
+
+
 # Larger and uglier
+
+
+@pytest.mark.parametrize(("form", "length", "width"), [("int8", 1, 64), ("int4", 4, 128), ("int8", 150, 40), ("int4", 600, 64)])
+def test_packed_attention_kernel_in_several_units_of_work(form: str, length: int, width: int) -> None:
+    """More tokens than a unit and a tile, against attention in float64 over the numbers that the caches stand for."""
+    inputs, attributes = big_attention(14 + length, length)
+    generator = torch.Generator().manual_seed(length)
+    shapes = {name: (*inputs[name].shape[:3], width) for name in ("q", "k", "v")}
+    inputs |= {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    rows = CacheRows.of(form, width)
+    packed = {name: packed_cache(inputs[name], form) for name in ("k", "v")}
+    numbers = {name: unpack_rows(cache, width, **rows.attributes) for name, cache in packed.items()}
+    expected = masked_attention({**inputs, **numbers}, attributes, torch.float64)
+    for isa in sets_here():
+        (got,) = run_kernel("RoutedAttentionQuantized", {**inputs, **packed}, {**attributes, **rows.attributes}, isa)
+        valid = (torch.arange(length) < inputs["new_len"][:, None])[:, None, :, None]
+        torch.testing.assert_close(got, torch.where(valid, expected, 0).float(), rtol=1e-4, atol=1e-5)
+
+
+def test_packed_cache_is_written_in_place_and_not_beyond_its_end() -> None:
+    inputs, attributes = make_call("WriteCacheQuantized")
+    session = open_kernel("WriteCacheQuantized", tuple(attributes.items()), sets_here()[0], 1)
+    cache = ort.OrtValue.ortvalue_from_numpy(inputs["cache"].numpy().copy())
+    binding = session.io_binding()
+    for name in ("update", "start"):
+        binding.bind_cpu_input(name, inputs[name].numpy())
+    binding.bind_ortvalue_input("cache", cache)
+    binding.bind_ortvalue_output("out_out", cache)
+    session.run_with_iobinding(binding)
+    assert torch.equal(torch.from_numpy(cache.numpy()), *run_reference("WriteCacheQuantized", inputs, attributes))
+    for start in (15, -1):
+        with pytest.raises(Exception, match="update does not fit into the cache; correct the lengths"):
+            run_kernel("WriteCacheQuantized", {**inputs, "start": int32(4, start)}, attributes)
+
+
+def test_rows_that_are_not_what_the_attributes_say_are_refused() -> None:
+    for name, attribute, value in (("WriteCacheQuantized", "bits", 4), ("UnpackCache", "width", 8)):
+        inputs, attributes = make_call(name)
+        with pytest.raises(Exception, match="rows of a packed cache do not fit the model's heads; export the model anew"):
+            run_kernel(name, inputs, {**attributes, attribute: value})
+    inputs, attributes = make_call("RoutedAttentionQuantized")
+    with pytest.raises(Exception, match="rows of a packed cache do not fit"):
+        run_kernel("RoutedAttentionQuantized", inputs, {**attributes, "groups": 4})
+    with pytest.raises(Exception, match=r"caches must be \[B, Hkv, M, C\]; export the model anew"):
+        run_kernel("RoutedAttentionQuantized", {**inputs, "v": inputs["v"][..., 1:].contiguous()}, attributes)
 
 
 @pytest.mark.parametrize("block_size", [32, 64, 128])

@@ -238,13 +238,13 @@ def test_geometry_needs_the_exporter(
 
 
 def test_geometry_is_exported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second call finds the first one's bundle in the cache folder; other weights are another bundle."""
+    """The second call finds the first one's bundle in the cache folder; other weights or caches are another bundle."""
     from bilevel.export.decoder import geometries
 
     exports = []
 
-    def make_bundle(name: str, bundle: Path, weights: str, on_stage: Callable[[str], None]) -> None:
-        exports.append((name, weights))
+    def make_bundle(name: str, bundle: Path, weights: str, on_stage: Callable[[str], None], caches: str) -> None:
+        exports.append((name, weights, caches))
         bundle.mkdir(parents=True)
         (bundle / "bundle.json").touch()
 
@@ -253,10 +253,12 @@ def test_geometry_is_exported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     first = cli_bench.geometry_bundle("tiny", "fp32", lambda stage: None)
     assert cli_bench.geometry_bundle("tiny", "fp32", lambda stage: None) == first and first.is_relative_to(tmp_path)
     other = cli_bench.geometry_bundle("tiny", "int4", lambda stage: None)
-    assert other != first and exports == [("tiny", "fp32"), ("tiny", "int4")]
+    packed = cli_bench.geometry_bundle("tiny", "fp32", lambda stage: None, "int8")
+    assert len({first, other, packed}) == 3
+    assert exports == [("tiny", "fp32", "fp32"), ("tiny", "int4", "fp32"), ("tiny", "fp32", "int8")]
     monkeypatch.setattr(cli_bench, "_exporter_digest", lambda: "0123")
     assert cli_bench.geometry_bundle("tiny", "fp32", lambda stage: None).name == "tiny-fp32-0123"
-    assert not first.exists() and other.exists(), "what an earlier exporter wrote is of no use"
+    assert not first.exists() and other.exists() and packed.exists(), "what an earlier exporter wrote is of no use"
 
 
 def test_geometries_of_both_sides_agree() -> None:
