@@ -195,7 +195,7 @@ class KernelLibrary:
 
     @staticmethod
     def _call(call: KernelCall) -> _Call:
-        parts = (_tensors(call.inputs), _tensors(call.outputs), _attributes(call.op.with_defaults(call.attributes)))
+        parts = (_tensors(call.inputs), _tensors(call.outputs), _attributes(call.attributes))
         inputs, outputs, attributes = parts
         c_call = _Call(ctypes.sizeof(_Call), call.op.name.encode())
         c_call.num_inputs, c_call.inputs = len(inputs), ctypes.cast(inputs, ctypes.POINTER(_Tensor))
