@@ -13,6 +13,7 @@ from bilevel.bundle.format import load_bundle
 from tests import ROOT
 
 
+@pytest.mark.thorough
 def test_every_side_is_measured(
     exported: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
