@@ -89,6 +89,10 @@ class EngineError(BilevelError):
     """An engine that is damaged, or does not run here."""
 
 
+class DeployError(BilevelError):
+    """A folder for a device that cannot be written."""
+
+
 class KernelError(BilevelError):
     """A kernel library cannot be built or used, or refuses a call."""
 

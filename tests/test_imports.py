@@ -54,6 +54,11 @@ LAW: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     "bilevel.export": (("bilevel", "bilevel.plugins", "bilevel.export"), None),
     # Needs no PyTorch: a checkpoint is made on any machine.
     "bilevel.export.gguf": ((*LEAVES, "bilevel.export.gguf"), ("numpy", "gguf", "tokenizers")),
+    # Needs no PyTorch either; onnx and Triton only where a library of GPU kernels is built.
+    "bilevel.export.deploy": (
+        (*LEAVES, "bilevel", "bilevel.bundle", "bilevel.plugins.library", "bilevel.export.deploy", "bilevel.export.graph"),
+        ("onnx", "triton"),
+    ),
     "bilevel.runtime": (
         (*LEAVES, *LIBRARIES, "bilevel.bundle", "bilevel.runtime"),
         ("numpy", "onnxruntime", "tokenizers", "rich", "matplotlib", "tensorrt", "cuda"),
@@ -70,7 +75,7 @@ LAW: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
 # Rooms on one floor or further down: who stands earlier never imports from who stands later.
 FLOORS = {
     "bilevel.plugins": ("launch", "kernels", "tensorrt", "library"),
-    "bilevel.export": ("graph", "gguf", "route", "decoder", "engine", "report", "check", "quality", "cli"),
+    "bilevel.export": ("graph", "gguf", "route", "decoder", "engine", "deploy", "report", "check", "quality", "cli"),
     "bilevel.runtime": ("backend", "generate", "grammar", "schedule", "serve", "bench", "quality", "cli"),
 }
 HEAVY = ("torch", "triton", "tensorrt", "onnx", "onnxruntime", "onnxscript", "safetensors", "tokenizers", "rich", "cuda")

@@ -28,6 +28,11 @@ def find_cpu_library() -> Path | None:
         if not Path(named).is_file():
             raise RequestError(f"{VARIABLE}={named} is no file; unset it, or set it to none to run without the library")
         return Path(named)
+    return installed_cpu_library()
+
+
+def installed_cpu_library() -> Path | None:
+    """The library that was built when bilevel was installed, whatever the environment says; None where there is none."""
     spec = importlib.util.find_spec("bilevel.plugins")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         for library in sorted(Path(folder).glob("_cpu*.so")):

@@ -29,6 +29,7 @@ COMMANDS = {
     ),
     "kernels": ("bilevel.export.cli.kernels", "the library of GPU kernels for a bundle, for boards and GPUs; needs none"),
     "build": ("bilevel.export.cli.build", "an engine of TensorRT or TensorRT-RTX from a bundle"),
+    "deploy": ("bilevel.export.cli.deploy", "a folder for a Jetson or another machine: bundle, packages, start script, unit"),
     "run": ("bilevel.runtime.cli.run", "generate text, streaming to the terminal"),
     "chat": ("bilevel.runtime.cli.chat", "talk with the model in the terminal"),
     "serve": ("bilevel.runtime.cli.serve", "text for many users over HTTP: OpenAI's API, KServe v2, a page to try it"),
