@@ -14,7 +14,7 @@ QUESTION ?= What is the capital of France?
 # Whatever is slow to import stays out of the way of two test processes on two cores.
 export OMP_NUM_THREADS ?= $(if $(filter test pytest thorough,$(MAKECMDGOALS)),1,$(shell nproc 2>/dev/null || echo 2))
 
-.PHONY: help run test lint types pytest thorough fuzz train train-two-level train-dense gpu-test gpu-bench bench-train smollm2 real dist clean
+.PHONY: help run test lint types pytest thorough fuzz train train-two-level train-dense gpu-test gpu-bench bench-train smollm2 real dist emulated clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*##/  make \1\t/'
@@ -119,6 +119,9 @@ bench-train: $(VENV)/dev  ## training steps beside the dense twin's: time and me
 
 dist: $(BUNDLE)/bundle.json $(DIST)/ready  ## sdist and manylinux wheel in dist/, checked, installed alone and run
 	$(DIST)/bin/python -m tests.dist $(BUNDLE)
+
+emulated: $(BUNDLE)/bundle.json  ## what `bilevel deploy` writes for ARM, installed and asked for text in an emulator (minutes, a network)
+	$(BIN)/python -m tests.emulated $(BUNDLE)
 
 # Apart from the environment that runs the tests, which needs none of it.
 $(DIST)/ready: $(VENV)/run constraints.txt

@@ -18,7 +18,7 @@ _ENGINE_USAGE = (
 _ENGINE_CASE = """\
   engine)
     install
-    exec "$venv/bin/python" -m bilevel.runtime.cli.main build "$bundle" --backend tensorrt "${@:2}"
+    exec "$venv/bin/python" -I -m bilevel.runtime.cli.main build "$bundle" --backend tensorrt "${@:2}"
     ;;
 """
 _ENGINE_STEP = """\

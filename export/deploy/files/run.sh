@@ -54,8 +54,9 @@ for name, record in manifest["files"].items():
 END
 }
 
+# -I: neither this folder nor the environment may put other modules before those of .venv.
 bilevel() {
-  "$venv/bin/python" -m bilevel.runtime.cli.main "$@"
+  "$venv/bin/python" -I -m bilevel.runtime.cli.main "$@"
 }
 
 install() {
@@ -72,7 +73,7 @@ install() {
   if [[ -d $here/wheels ]]; then
     source=(--no-index --find-links "$here/wheels")
   fi
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps ${source[@]+"${source[@]}"} \
+  "$venv/bin/python" -I -m pip install --quiet --disable-pip-version-check --no-cache-dir --no-deps ${source[@]+"${source[@]}"} \
     --only-binary=:all: --requirement "$here/requirements.txt" "$here/$wheel"
   if [[ -f $bundle/kernels/@MACHINE@/libbilevel_kernels.so ]]; then
     bilevel kernels trust "$bundle/kernels/@MACHINE@/libbilevel_kernels.so"
@@ -87,10 +88,10 @@ case ${1:-serve} in
 @ENGINE_CASE@  serve)
     shift "$(($# > 0 ? 1 : 0))"
     install
-    exec "$venv/bin/python" -m bilevel.runtime.cli.main serve "$bundle" --backend @BACKEND@ --model-name @NAME@ "$@"
+    exec "$venv/bin/python" -I -m bilevel.runtime.cli.main serve "$bundle" --backend @BACKEND@ --model-name @NAME@ "$@"
     ;;
   *)
     install
-    exec "$venv/bin/python" -m bilevel.runtime.cli.main "$1" "$bundle" "${@:2}"
+    exec "$venv/bin/python" -I -m bilevel.runtime.cli.main "$1" "$bundle" "${@:2}"
     ;;
 esac

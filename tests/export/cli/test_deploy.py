@@ -112,6 +112,8 @@ def test_the_folder_really_starts_here_without_a_network(exported: Callable[...,
     installed = run_script(folder, "install", **offline)
     assert installed.returncode == 0, installed.stderr
     assert "runs      model.onnx in ONNX Runtime on the CPU" in installed.stdout
+    check = subprocess.run([folder / ".venv/bin/python", "-m", "pip", "check"], capture_output=True, text=True, check=False)
+    assert check.returncode == 0, check.stdout  # the pins fit each other
     text = run_script(folder, "run", "def add(a, b):", "--max-tokens", "4", "--json", **offline)
     assert text.returncode == 0 and json.loads(text.stdout)["completions"][0]["text"]
     library = folder / ".venv/lib" / f"python3.{sys.version_info.minor}" / "site-packages/bilevel/plugins/_cpu.abi3.so"
