@@ -1,7 +1,7 @@
 """``make emulated``: a deployment for ARM, written here, installed and asked for text in an emulator, which is no ARM machine.
 
 Debian's packages for arm64 become a folder (mmdebstrap), which proot makes the root, giving every program to qemu-user: no
-rights of root are needed. ``run.sh`` of the deployment installs from its own wheels, without a network, and its greedy text has to
+rights of root are needed. ``run.sh`` of it installs from its own wheels, without a network, and its greedy text has to
 be that of this machine. Needs mmdebstrap, proot, qemu-user, g++-aarch64-linux-gnu and a network; about ten minutes.
 """
 
@@ -59,7 +59,8 @@ def main(bundle: Path) -> None:
     """Write, install, ask."""
     if missing := [package for tool, package in TOOLS.items() if shutil.which(tool) is None]:
         sys.exit(f"emulated: apt install {' '.join(missing)}")
-    shutil.rmtree(WORK, ignore_errors=True)
+    if WORK.exists():
+        shutil.rmtree(WORK)
     WORK.mkdir(parents=True)
     run("mmdebstrap", "--arch=arm64", "--variant=extract", f"--include={PACKAGES}", SUITE, GUEST)
     bilevel = (sys.executable, "-m", "bilevel.runtime.cli.main")
