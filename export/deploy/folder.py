@@ -30,7 +30,7 @@ from bilevel.errors import BundleError, DeployError
 from bilevel.export.deploy.libraries import GPU_NAME, CpuLibrary, cpu_library, gpu_library
 from bilevel.export.deploy.requirements import download_wheels, requirements_text
 from bilevel.export.deploy.targets import Target
-from bilevel.export.deploy.texts import Missing, write_texts
+from bilevel.export.deploy.texts import NO_GPU, Missing, write_texts
 from bilevel.export.deploy.wheel import write_wheel
 from bilevel.folders import file_sha256, replacing, scratch
 
@@ -106,21 +106,23 @@ def copy_bundle(bundle: Bundle, folder: Path) -> None:
             raise BundleError(f"{bundle.folder}: {name} {problem}; {bundle.remedy}")
 
 
+def has_floats(bundle: Bundle) -> bool:
+    """Whether an engine can be built of it: TensorRT reads neither ONNX Runtime's integer weights nor packed caches."""
+    return bundle.weights.get("format", "fp32") == "fp32" and bundle.caches == "fp32"
+
+
 def bundle_gaps(bundle: Bundle, target: Target) -> list[Missing]:
     """What the bundle itself stands in the way of."""
     gaps = []
     if bundle.precision == "bfloat16":
         why = "the bundle is bf16, which ONNX Runtime does not compute on a CPU"
         gaps.append(Missing("a start on the CPU", why, "Export it with --precision fp32 or fp16", stops=True))
-    if target.board:
-        engine = "Build one there: ./run.sh engine --capacity 8192"
+    if target.board and has_floats(bundle):
         why = "a plan is built by the device's own TensorRT on its GPU; until then the CPU computes"
-        if bundle.weights.get("format", "fp32") != "fp32":
-            why, engine = (
-                "TensorRT cannot read int8 and int4 weights (MatMulNBits)",
-                "Export it with --precision fp16 for the GPU",
-            )
-        gaps.append(Missing("TensorRT engine", why, engine))
+        gaps.append(Missing("TensorRT engine", why, "Build one there: ./run.sh engine --capacity 8192"))
+    elif target.board:
+        why = "TensorRT reads neither int8 and int4 weights nor packed caches of this bundle, so that the CPU computes"
+        gaps.append(Missing(NO_GPU, why, "Export it with --precision fp16, without --weights and --kv"))
     return gaps
 
 
@@ -138,7 +140,7 @@ def fill_folder(
             wheel = write_wheel(folder, target.machine, None, None)
         else:
             wheel = write_wheel(folder, target.machine, library.path, library.needs.get("GLIBC", "2.17"))
-    if target.board:
+    if target.board and has_floats(bundle):
         place = folder / "bundle" / "kernels" / target.machine / GPU_NAME
         missing += gpu_library(bundle, target, target.board, place, build, on_stage)
     missing += bundle_gaps(bundle, target)

@@ -24,6 +24,7 @@ _ENGINE_CASE = """\
 _ENGINE_STEP = """\
    Then `./run.sh engine --capacity 8192` builds TensorRT's engine for this GPU; without one the CPU computes.
 """
+NO_GPU = "the GPU"  # what is missing where a bundle can have no engine
 _CONTAINER = """
 Instead of steps 2 to 4: the first lines of `Dockerfile`. Its server listens inside the container, whose name clients do not
 know: add `--allow-host NAME`.
@@ -75,6 +76,7 @@ def _checked(bundle: Bundle) -> str:
 def write_texts(folder: Path, name: str, target: Target, bundle: Bundle, wheel: str, missing: Sequence[Missing]) -> None:
     """Write run.sh, bilevel.service, README.md and on a board Dockerfile. name: the folder's, as it will be on the device."""
     board, has_wheels = target.board, (folder / "wheels").is_dir()
+    takes_engine = board is not None and not any(each.what == NO_GPU for each in missing)
     values = {
         "NAME": name,
         "TITLE": target.title,
@@ -86,7 +88,7 @@ def write_texts(folder: Path, name: str, target: Target, bundle: Bundle, wheel: 
         "VENV_OPTIONS": "--system-site-packages " if board else "",
         "ENGINE_USAGE": _ENGINE_USAGE if board else "",
         "ENGINE_CASE": _ENGINE_CASE if board else "",
-        "ENGINE_STEP": _ENGINE_STEP if board else "",
+        "ENGINE_STEP": _ENGINE_STEP if takes_engine else "",
         "CONTAINER": _CONTAINER if board else "",
         "IMAGE": board.image if board else "",
         "VERSION": bilevel.__version__,

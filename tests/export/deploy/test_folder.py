@@ -165,6 +165,16 @@ def test_bf16_starts_on_no_cpu(deployed: Deploy, bundle: Path) -> None:
     assert [each.what for each in written.missing if each.stops] == ["a start on the CPU"]
 
 
+def test_integer_weights_leave_the_gpu_out(deployed: Deploy, bundle: Path) -> None:
+    fake_gpu_library(bundle / "kernels/aarch64/libbilevel_kernels.so")
+    sizes = {"bits": 8, "block": 32, "activations": "fp32", "quantised": {}, "experts": 0, "kept_fp32": {}}
+    change_manifest(bundle, weights={"format": "int8", **sizes})
+    written = deployed("orin-jp62")
+    assert [each.what for each in written.missing] == ["the GPU"] and written.starts
+    assert not (written.path / "bundle" / "kernels").exists()
+    assert "builds TensorRT's engine" not in (written.path / "README.md").read_text(encoding="utf-8")
+
+
 def test_the_bundle_is_linked_where_the_file_system_can(
     deployed: Deploy, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
