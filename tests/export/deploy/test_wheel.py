@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import email
 import hashlib
 import importlib.metadata
 import io
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from bilevel.errors import DeployError
@@ -107,6 +109,29 @@ def test_pins_are_whole() -> None:
                 if asked.marker is None or any(asked.marker.evaluate({**environment, "extra": extra}) for extra in extras):
                     todo.append(asked)
         assert {name for name, *_ in seen} - {"bilevel"} == pinned - set(target.board.bindings if target.board else ())
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["orin-jp62", "thor-jp7"])
+def test_a_boards_wheels_ask_for_nothing_else(name: str, tmp_path: Path) -> None:
+    """Fetched for its Python, glibc and kind of CPU, which are not this machine's: every requirement is met by another wheel."""
+    target = find_target(name)
+    (tmp_path / "requirements.txt").write_text(requirements_text(target), encoding="utf-8")
+    assert download_wheels(target, tmp_path / "requirements.txt", tmp_path) == len(pins(target))
+    metadata = {}
+    for path in (*tmp_path.glob("*.whl"), write_wheel(tmp_path, target.machine, None, None)):
+        with zipfile.ZipFile(path) as archive:
+            (member,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+            message = email.message_from_bytes(archive.read(member))
+            metadata[canonicalize_name(message["Name"])] = message
+    environment = {"python_version": target.python, "platform_system": "Linux", "platform_machine": target.machine}
+    for package, message in metadata.items():
+        assert SpecifierSet(message["Requires-Python"] or "").contains(f"{target.python}.0"), package
+        for line in message.get_all("Requires-Dist") or []:
+            asked, extras = Requirement(line), ("", "cpu", "serve") if package == "bilevel" else ("",)
+            if asked.marker is None or any(asked.marker.evaluate({**environment, "extra": extra}) for extra in extras):
+                version = metadata[canonicalize_name(asked.name)]["Version"]
+                assert asked.specifier.contains(version, prereleases=True), f"{package} asks for {line}, which is {version}"
 
 
 @pytest.mark.parametrize("name", NAMES)
