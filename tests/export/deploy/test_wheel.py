@@ -114,7 +114,7 @@ def test_pins_are_whole() -> None:
 @pytest.mark.real
 @pytest.mark.parametrize("name", ["orin-jp62", "thor-jp7"])
 def test_a_boards_wheels_ask_for_nothing_else(name: str, tmp_path: Path) -> None:
-    """Fetched for its Python, glibc and kind of CPU, which are not this machine's: every requirement is met by another wheel."""
+    """Fetched for its Python, glibc and kind of CPU, which are not this machine's: each requirement is another wheel."""
     target = find_target(name)
     (tmp_path / "requirements.txt").write_text(requirements_text(target), encoding="utf-8")
     assert download_wheels(target, tmp_path / "requirements.txt", tmp_path) == len(pins(target))
