@@ -87,6 +87,14 @@ class _Safetensors:
         return content.view(dtype).reshape(entry["shape"])
 
 
+def float_tensor(file: OpenFile, key: str) -> Tensor:
+    """A tensor in fp32. Raises CheckpointError where it holds no floats."""
+    tensor = file.get_tensor(key)
+    if not tensor.is_floating_point():
+        raise CheckpointError(f"{key} is stored as {_DTYPES.get(tensor.dtype, tensor.dtype)}, but must hold floats; write it as F32")
+    return tensor.float()
+
+
 class _Pickle:
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors

@@ -29,7 +29,7 @@ from bilevel.config_json import config_from_dict, config_to_dict
 from bilevel.errors import CheckpointError
 from bilevel.folders import replacing, write_json
 from bilevel.sections import Section
-from bilevel.weight_files import CONFIG, opened
+from bilevel.weight_files import CONFIG, float_tensor, opened
 
 ADAPTER, GATES, TUNED, LOG = "adapter.json", "gates.safetensors", "tuned.safetensors", "log.json"
 FORMAT = 1
@@ -141,11 +141,11 @@ def _read_tensors(path: Path) -> tuple[dict[int, dict[str, Tensor]], dict[str, T
     with opened(path, ADAPTER) as file:
         for key in file.describe():
             if key.startswith(_WORDS):
-                words[key.removeprefix(_WORDS)] = file.get_tensor(key).float()
+                words[key.removeprefix(_WORDS)] = float_tensor(file, key)
                 continue
             if not (found := _GATE.fullmatch(key)):
                 raise CheckpointError(f"{path} holds {key}, which is no gate's; make the adapter anew with: bilevel route")
-            gates.setdefault(int(found[1]), {})[found[2]] = file.get_tensor(key).float()
+            gates.setdefault(int(found[1]), {})[found[2]] = float_tensor(file, key)
     return gates, words
 
 
@@ -162,7 +162,7 @@ def _read_updates(path: Path) -> dict[str, Tensor]:
             other = name.replace("lora_A", "lora_B") if "lora_A" in name else name.replace("lora_B", "lora_A")
             if other not in names:
                 raise CheckpointError(f"{path} holds {name} without {other}; make the adapter anew with: bilevel route")
-        updates = {name: file.get_tensor(name).float() for name in names}
+        updates = {name: float_tensor(file, name) for name in names}
     for name, down in updates.items():
         up = updates[name.replace("lora_A", "lora_B")]
         if "lora_A" in name and (down.dim() != 2 or up.dim() != 2 or down.shape[0] != up.shape[1]):

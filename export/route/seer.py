@@ -16,7 +16,7 @@ from bilevel.config import ModelConfig, Routing
 from bilevel.errors import CheckpointError
 from bilevel.export.route.adapter import Adapter, base_sizes
 from bilevel.sections import Section
-from bilevel.weight_files import CONFIG, opened
+from bilevel.weight_files import CONFIG, float_tensor, opened
 
 _BLOCK, _BUDGET = "seerattn_gate_block_size", "seerattn_token_budget"
 _NAME = re.compile(r"^model\.layers\.(\d+)\.self_attn\.attn_gate\.attngate_(\w+)\.weight$")
@@ -81,7 +81,7 @@ def _read(folder: Path, config: ModelConfig) -> dict[int, dict[str, Tensor]]:
                     raise CheckpointError(
                         f"{key} has shape {list(shape)}, but the model needs {list(expected)}; give its gates"
                     )
-                tensor = file.get_tensor(key).float()
+                tensor = float_tensor(file, key)
                 gates.setdefault(layer, {})[_NAMES[kind]] = tensor.flatten(1, 2) if kind == "linear_q" else tensor
     if not gates:
         raise CheckpointError(

@@ -128,7 +128,9 @@ BODY_FAULTS = {
         "op.Max(total, floor)", "total", "layer 0 experts weights", model="hashed"
     ),
     "experts: another expert's product in short calls": _experts(
-        "op.Gather(down, flat, axis=0)", "op.Gather(down, op.Max(flat - 1, op.Constant(value_int=0)), axis=0)"
+        "out = swiglu(gathered_rows(x, expert), op.Gather(gate_up, flat, axis=0), op.Gather(down, flat, axis=0))",
+        "out = swiglu(gathered_rows(x, expert), op.Gather(gate_up, flat, axis=0), "
+        "op.Gather(down, op.Max(flat - 1, op.Constant(value_int=0)), axis=0))",
     ),
 }
 

@@ -179,7 +179,7 @@ def no_space(*_: Any, **__: Any) -> None:
 def test_export_bundle_full_disk(plain: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, failing: tuple[Any, str]) -> None:
     checkpoint, bundle = plain
     if failing[0] is Path:  # nothing slow has to run before these
-        monkeypatch.setattr(bundle_module, "save_decoder", lambda model, path: path.touch())
+        monkeypatch.setattr(bundle_module, "save_decoder", lambda model, path, **_: path.touch())
     monkeypatch.setattr(*failing, no_space)
     refuse(checkpoint, bundle, "could not be written .No space left on device.; free some space", force=True)
 
@@ -188,7 +188,7 @@ def test_export_bundle_interrupted(plain: tuple[Path, Path], monkeypatch: pytest
     """Ctrl-C half way through."""
     checkpoint, bundle = plain
 
-    def interrupt(model: Any, path: Path) -> None:
+    def interrupt(model: Any, path: Path, **_: Any) -> None:
         path.write_bytes(b"half a graph")
         raise KeyboardInterrupt
 

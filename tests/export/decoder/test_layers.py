@@ -192,5 +192,5 @@ def test_layers_that_read_each_other_are_all_traced(tmp_path: Path, monkeypatch:
     assert isinstance(decoder, ExportableDecoder) and list(decoder.traced) == [0, 1, 2] and "blocks.2" in outputs
     assert not list(tmp_path.iterdir())
     with fused_projections(model, kinds), pytest.raises(NotRepeatable, match=r"belongs to the layers \[0, 1\]"):
-        example = decoder_module._example(model, range(3))
-        decoder_module._trace_some(ExportableDecoder(model), layers, example)
+        example = decoder_module._example(model, range(3), "fp32")
+        decoder_module._trace_some(ExportableDecoder(model), layers, example, "fp32")
