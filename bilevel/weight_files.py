@@ -91,7 +91,8 @@ def float_tensor(file: OpenFile, key: str) -> Tensor:
     """A tensor in fp32. Raises CheckpointError where it holds no floats."""
     tensor = file.get_tensor(key)
     if not tensor.is_floating_point():
-        raise CheckpointError(f"{key} is stored as {_DTYPES.get(tensor.dtype, tensor.dtype)}, but must hold floats; write it as F32")
+        kind = _DTYPES.get(tensor.dtype, tensor.dtype)
+        raise CheckpointError(f"{key} is stored as {kind}, but must hold floats; write it as F32")
     return tensor.float()
 
 
