@@ -45,12 +45,10 @@ def package_files() -> Iterator[tuple[str, Path]]:
 
 def _metadata(tag: str) -> dict[str, bytes]:
     """The files of dist-info but RECORD. Raises DeployError where this package is not installed."""
-    try:
-        distribution = importlib.metadata.distribution(_NAME)
-    except importlib.metadata.PackageNotFoundError:
-        raise DeployError(
-            "bilevel runs here without being installed, so its wheel cannot be made; pip install it first"
-        ) from None
+    # A folder of sources on the path may hold an egg-info, which describes no installation and comes first.
+    installed = (each for each in importlib.metadata.distributions(name=_NAME) if each.read_text("METADATA"))
+    if (distribution := next(installed, None)) is None:
+        raise DeployError("bilevel runs here without being installed, so its wheel cannot be made; pip install it first")
     texts = {name: distribution.read_text(name) for name in ("METADATA", "entry_points.txt", "licenses/LICENSE")}
     is_pure = str(tag.endswith("any")).lower()
     texts["WHEEL"] = f"Wheel-Version: 1.0\nGenerator: {_NAME} {bilevel.__version__}\nRoot-Is-Purelib: {is_pure}\nTag: {tag}\n"
