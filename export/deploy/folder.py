@@ -33,6 +33,7 @@ from bilevel.export.deploy.targets import Target
 from bilevel.export.deploy.texts import NO_GPU, Missing, write_texts
 from bilevel.export.deploy.wheel import write_wheel
 from bilevel.folders import file_sha256, replacing, scratch
+from bilevel.plugins.library.gpu import distrust_problem
 
 LISTING = "deploy.json"
 FORMAT, FORMAT_VERSION = "bilevel-deploy", 1
@@ -88,10 +89,12 @@ def check_out(out: Path, bundle: Path, force: bool) -> None:
 def copy_bundle(bundle: Bundle, folder: Path) -> None:
     """The bundle's own files as hard links, or copies on another file system; each is compared with its SHA-256.
 
-    Raises BundleError for a file that is missing or differs.
+    Raises BundleError for a file that is missing or differs, DeployError for native code that this user did not choose.
     """
     for name in bundle.files:
         source, place = (bundle.folder / name).resolve(), folder / name
+        if name.split("/")[0] == "kernels" and source.is_file() and (distrust := distrust_problem(source)):
+            raise DeployError(f"{distrust.partition(';')[0]}; trust it: bilevel kernels trust {bundle.folder / name}")
         place.parent.mkdir(parents=True, exist_ok=True)
         if not source.is_file():
             raise BundleError(f"{bundle.folder}: {name} is missing; {bundle.remedy}")

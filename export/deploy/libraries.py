@@ -14,7 +14,7 @@ from bilevel.export.deploy.targets import Board, Target, is_newer
 from bilevel.export.deploy.texts import Missing
 from bilevel.plugins.library.cpu import installed_cpu_library
 from bilevel.plugins.library.cpu_build import build_cpu_library
-from bilevel.plugins.library.gpu import needed_versions, read_info
+from bilevel.plugins.library.gpu import distrust_problem, needed_versions, read_info
 
 GPU_NAME = "libbilevel_kernels.so"
 Progress = Callable[[str], None]
@@ -81,9 +81,13 @@ def gpu_library(bundle: Bundle, target: Target, board: Board, out: Path, build: 
     command = f"bilevel kernels build --geometry {bundle.folder} --arch sm_{board.arch} --target {target.machine}"
     found = bundle.folder / "kernels" / target.machine / GPU_NAME
     why = gpu_problem(found, target, board) if found.is_file() else "the bundle holds none for this board"
+    if not why and distrust_problem(found):
+        # run.sh lets the device load what lies here, so it must be this user's choice, not the bundle's.
+        why = f"the bundle's is native code that this user neither built nor trusts (bilevel kernels trust {found})"
     if not why:
-        out.parent.mkdir(parents=True)
-        shutil.copyfile(found, out)
+        if not out.exists():  # else it is one of the manifest's files
+            out.parent.mkdir(parents=True)
+            shutil.copyfile(found, out)
     elif not build:
         return [Missing(what, f"{why}, and --no-build forbids to build one", f"Build it: {command}")]
     else:

@@ -23,9 +23,18 @@ from bilevel.errors import BilevelError, BundleError, DeployError, KernelError
 from bilevel.export.deploy import folder, libraries
 from bilevel.export.deploy.libraries import gpu_problem, version_problem
 from bilevel.export.deploy.targets import NAMES, find_target
+from bilevel.plugins.library.gpu import trust
+from tests.doubles.bundle import edit_manifest, file_record
 from tests.export.deploy.conftest import Deploy, fake_gpu_library
 
 BOARDS = ("orin-jp62", "thor-jp7")
+KERNELS = "kernels/aarch64/libbilevel_kernels.so"
+
+
+def trusted(library: Path) -> Path:
+    """As ``bilevel kernels build`` and ``bilevel kernels trust`` leave one."""
+    trust(library)
+    return library
 
 
 def names_below(path: Path) -> list[str]:
@@ -83,10 +92,25 @@ def test_a_board_is_told_what_is_missing_with_the_remedy(deployed: Deploy, targe
 
 
 def test_the_bundles_own_gpu_kernels_are_taken(deployed: Deploy, bundle: Path) -> None:
-    library = fake_gpu_library(bundle / "kernels" / "aarch64" / "libbilevel_kernels.so")
+    library = trusted(fake_gpu_library(bundle / KERNELS))
     written = deployed("orin-jp62", build=False)
     assert [each.what for each in written.missing] == ["TensorRT engine"]
-    assert (written.path / "bundle/kernels/aarch64/libbilevel_kernels.so").read_bytes() == library.read_bytes()
+    assert (written.path / "bundle" / KERNELS).read_bytes() == library.read_bytes()
+
+
+def test_native_code_that_only_the_bundle_vouches_for_goes_nowhere(deployed: Deploy, bundle: Path) -> None:
+    """The device would be told to trust it: neither found beside the files of the manifest, nor listed there."""
+    library = fake_gpu_library(bundle / KERNELS, note="of a stranger")
+    written = deployed("orin-jp62", build=False)
+    assert "native code that this user neither built nor trusts" in written.missing[0].why
+    assert not (written.path / "bundle" / "kernels").exists()
+    edit_manifest(bundle, lambda manifest: manifest["files"].update({KERNELS: file_record(library)}))
+    for target in ("orin-jp62", "linux-x86_64"):
+        with pytest.raises(DeployError, match=f"neither built nor trusted it; trust it: bilevel kernels trust {library}"):
+            deployed(target, f"listed-{target.replace('_', '-')}")
+    trusted(library)
+    written = deployed("orin-jp62", "chosen", build=False)
+    assert (written.path / "bundle" / KERNELS).read_bytes() == library.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -109,7 +133,7 @@ def test_gpu_kernels_of_another_machine_are_not_taken(
 
 
 def test_gpu_kernels_without_plugins_are_named(deployed: Deploy, bundle: Path) -> None:
-    fake_gpu_library(bundle / "kernels/aarch64/libbilevel_kernels.so", tensorrt=None)
+    trusted(fake_gpu_library(bundle / KERNELS, tensorrt=None))
     assert [each.what for each in deployed("orin-jp62").missing] == ["TensorRT plugins", "TensorRT engine"]
 
 
