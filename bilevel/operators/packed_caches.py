@@ -10,7 +10,7 @@ from bilevel.operators.attention import routed_attention
 
 
 def pack_rows(x: Tensor, bits: int, groups: int) -> Tensor:
-    """Numbers [..., D] as uint8 rows [..., C], rounded to nearest, ties to even. See ``operators.reference.pack_row``."""
+    """Numbers [..., D] as uint8 rows [..., C], rounded to nearest, ties to even. See ``reference_rows.pack_row``."""
     most, half = 2 ** (bits - 1) - 1, 2 ** (bits - 1)
     x = x.detach().float().unflatten(-1, (groups, -1))
     finite = x.isfinite().all(-1, keepdim=True)

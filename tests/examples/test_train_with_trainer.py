@@ -15,8 +15,6 @@ MODEL = ROOT / "examples" / "model"
 
 
 def test_the_trainer_changes_every_part_that_learns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
-    pytest.importorskip("transformers")
     arguments = [str(MODEL), str(MODEL / "heldout.txt"), str(tmp_path / "out"), "--steps", "2", "--length", "160"]
     assert run_example("train_with_trainer").main(arguments) == 0
     assert "at the first step" in capsys.readouterr().out
